@@ -1,0 +1,158 @@
+"""The conversion engine: tables of rules, checked as sets before any tensor is read.
+
+A rule says which foreign tensor becomes which parameter, and how its axes change. `{i}` in the foreign name
+stands for the layer; its tensors are stacked on a leading axis. Every foreign tensor must be used exactly
+once and every parameter filled exactly once; all disagreements are reported together.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Shape = tuple[int, ...]
+
+
+class ConversionError(ValueError):
+    """The foreign tensors are not the model that the table describes; the text lists every difference."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How one foreign tensor is laid out.
+
+    Attributes:
+      forward: foreign array -> our array (works on numpy arrays and on JAX tracers).
+      foreign_shape: our shape -> the foreign shape it comes from.
+    """
+
+    forward: Callable[[Any], Any]
+    foreign_shape: Callable[[Shape], Shape]
+
+
+SAME = Transform(lambda x: x, lambda s: s)
+LINEAR = Transform(lambda x: x.T, lambda s: s[::-1])
+CONV2D = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda s: (s[3], s[2], s[0], s[1]))
+CONV3D = Transform(lambda x: x.transpose(2, 3, 4, 1, 0), lambda s: (s[4], s[3], *s[:3]))
+UNBATCH = Transform(lambda x: x.reshape(x.shape[1:]), lambda s: (1, *s))
+
+
+def channel(trailing: int) -> Transform:
+    """A [C] vector stored as [C, 1, 1, ...] with `trailing` unit axes."""
+    return Transform(lambda x: x.reshape(-1), lambda s: (*s, *(1,) * trailing))
+
+
+def patch(patch_size: Shape) -> Transform:
+    """A patch convolution [O, I, *patch] as the kernel [prod(patch) * I, O] of a linear layer on patches."""
+    axes = len(patch_size)
+
+    def forward(x: Any) -> Any:
+        return x.transpose(*range(2, 2 + axes), 1, 0).reshape(-1, x.shape[0])
+
+    def foreign_shape(shape: Shape) -> Shape:
+        return (shape[1], shape[0] // int(np.prod(patch_size)), *patch_size)
+
+    return Transform(forward, foreign_shape)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`theirs` (with `{i}` for the layer) becomes the parameter at path `ours` ("blocks/ffn/in/kernel")."""
+
+    ours: str
+    theirs: str
+    transform: Transform = SAME
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.theirs
+
+
+def linear(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+    """The two rules of a linear layer (one without bias)."""
+    rules = [Rule(f"{ours}/kernel", f"{theirs}.weight", LINEAR)]
+    return rules + ([Rule(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+
+
+def norm(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+    """The rules of a norm's scale and, if it has one, bias."""
+    rules = [Rule(f"{ours}/scale", f"{theirs}.weight")]
+    return rules + ([Rule(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+
+
+def check(
+    rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ignore: Iterable[str] = ()
+) -> None:
+    """Compares foreign names and shapes with the table; reads no tensor.
+
+    Args:
+      rules: the table.
+      expected: our parameters as a nested dict of arrays or `jax.ShapeDtypeStruct`s.
+      shapes: shape of every foreign tensor by name.
+      ignore: foreign names that may be present and are not used.
+
+    Raises:
+      ConversionError: missing, extra and wrongly shaped tensors, all of them, grouped.
+    """
+    ours = {path: tuple(leaf.shape) for path, leaf in flatten_dict(expected, sep="/").items()}
+    table = [rule.ours for rule in rules]
+    if sorted(table) != sorted(ours):
+        odd = sorted(set(table) ^ set(ours)) or sorted({p for p in table if table.count(p) > 1})
+        raise ConversionError(f"table and model disagree on {', '.join(odd)}")
+    wanted: dict[str, Shape] = {}
+    for rule in rules:
+        wanted |= _foreign_names(rule, ours[rule.ours])
+    missing = sorted(set(wanted) - set(shapes))
+    extra = sorted(set(shapes) - set(wanted) - set(ignore))
+    wrong = sorted(
+        f"{name}: file has {list(shapes[name])}, model wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    )
+    groups = (("missing", missing), ("extra", extra), ("wrong shape", wrong))
+    text = [f"{label} ({len(names)}):\n  " + "\n  ".join(names) for label, names in groups if names]
+    if text:
+        raise ConversionError("the file does not hold this model\n" + "\n".join(text))
+
+
+def _foreign_names(rule: Rule, shape: Shape) -> dict[str, Shape]:
+    if not rule.stacked:
+        return {rule.theirs: rule.transform.foreign_shape(shape)}
+    one = rule.transform.foreign_shape(shape[1:])
+    return {rule.theirs.replace("{i}", str(i)): one for i in range(shape[0])}
+
+
+def convert(
+    rules: Sequence[Rule],
+    expected: Any,
+    tensors: Mapping[str, np.ndarray],
+    ignore: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Foreign tensors to a parameter tree.
+
+    Args:
+      rules, expected, ignore: as in `check`.
+      tensors: foreign arrays by name; looked up one at a time, so it may read lazily.
+
+    Returns:
+      Nested dict of numpy arrays with the shapes and dtypes of `expected`.
+
+    Raises:
+      ConversionError: as in `check`.
+    """
+    check(rules, expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, ignore)
+    leaves = flatten_dict(expected, sep="/")
+    return unflatten_dict({rule.ours: _fill(rule, leaves[rule.ours], tensors) for rule in rules}, sep="/")
+
+
+def _fill(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    out = np.empty(leaf.shape, leaf.dtype)
+    if not rule.stacked:
+        out[...] = rule.transform.forward(tensors[rule.theirs])
+        return out
+    for i in range(leaf.shape[0]):
+        out[i] = rule.transform.forward(tensors[rule.theirs.replace("{i}", str(i))])
+    return out

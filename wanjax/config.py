@@ -1,0 +1,344 @@
+"""Frozen, validated configurations and the presets of the published models."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jax import lax
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of one model, by role.
+
+    Attributes:
+      param: how weights are stored.
+      compute: inputs of matrix products and convolutions.
+      residual: the stream that blocks add to.
+      softmax: attention logits and probabilities.
+    Time embedding, modulation, norms and solver arithmetic are float32 under every policy.
+    """
+
+    param: str = "float32"
+    compute: str = "float32"
+    residual: str = "float32"
+    softmax: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value not in _DTYPES:
+                raise ValueError(f"precision: {field.name}={value!r} is not one of {', '.join(_DTYPES)}")
+
+    @property
+    def matmul(self) -> lax.Precision | None:
+        """float32 must mean float32 on accelerators too, where the default is TF32 or bfloat16 passes."""
+        return lax.Precision.HIGHEST if self.compute == "float32" else None
+
+
+FLOAT32 = Precision()
+BFLOAT16 = Precision(param="bfloat16", compute="bfloat16")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Wan2.1 diffusion transformer. Defaults are FLF2V-14B.
+
+    Attributes:
+      in_channels: noisy latent + mask + conditioning latent channels.
+      image_dim: width of the vision tokens; None for a text-to-video model without image branch.
+      image_tokens: vision tokens of ONE keyframe (patches and the class token).
+      num_images: 2 first and last keyframe (with `emb_pos`), 1 image-to-video (without), 0 text-to-video.
+      remat: recompute block activations in the backward pass (training only).
+    """
+
+    num_layers: int = 40
+    dim: int = 5120
+    num_heads: int = 40
+    ffn_dim: int = 13824
+    in_channels: int = 36
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_length: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    image_dim: int | None = 1280
+    image_tokens: int = 257
+    num_images: int = 2
+    remat: bool = False
+    precision: Precision = FLOAT32
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dit: dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"dit: head width {self.head_dim} is odd; rotary pairs need it even")
+        if self.num_images not in (0, 1, 2):
+            raise ValueError(f"dit: num_images {self.num_images} is not 0, 1 or 2")
+        if (self.image_dim is None) != (self.num_images == 0):
+            raise ValueError("dit: image_dim and num_images disagree: give both or neither")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of `Conditions.latent` (0 for text-to-video)."""
+        return self.in_channels - self.out_channels
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Wan2.1 causal video autoencoder. Defaults are the published one.
+
+    Attributes:
+      temporal_downsample: one flag per spatial downsampling: does it halve time as well.
+      latent_mean, latent_std: per channel, of the training data's latents; normalised = (z - mean) / std.
+    """
+
+    base_dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 16
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    latent_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+    precision: Precision = FLOAT32
+
+    def __post_init__(self) -> None:
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"vae: {len(self.dim_mult)} multipliers need {len(self.dim_mult) - 1} temporal_downsample "
+                f"flags, got {len(self.temporal_downsample)}"
+            )
+        if len(self.latent_mean) != self.latent_channels or len(self.latent_std) != self.latent_channels:
+            raise ValueError(f"vae: latent_mean and latent_std need {self.latent_channels} numbers each")
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of `frames` pixel frames (n * temporal_stride + 1)."""
+        return (frames - 1) // self.temporal_stride + 1
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """UMT5 text encoder. Defaults are UMT5-XXL."""
+
+    num_layers: int = 24
+    dim: int = 4096
+    num_heads: int = 64
+    head_dim: int = 64
+    ffn_dim: int = 10240
+    vocab_size: int = 256384
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    precision: Precision = FLOAT32
+
+    def __post_init__(self) -> None:
+        if self.num_buckets % 4:
+            raise ValueError(f"umt5: num_buckets {self.num_buckets} is not a multiple of 4")
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP vision tower, up to the layer that Wan2.1 reads. Defaults are ViT-H/14.
+
+    Attributes:
+      num_layers: blocks that are run: 31 of the 32 published ones.
+    """
+
+    num_layers: int = 31
+    dim: int = 1280
+    num_heads: int = 16
+    ffn_dim: int = 5120
+    image_size: int = 224
+    patch_size: int = 14
+    eps: float = 1e-5
+    precision: Precision = FLOAT32
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"clip: image_size {self.image_size} is not a multiple of {self.patch_size}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+WAN_NEGATIVE_PROMPT = (
+    "镜头切换，镜头晃动，色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，"
+    "整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What the command line uses for a model when nothing else is said.
+
+    Attributes:
+      size: (height, width) in pixels.
+      shift: timestep shift of the flow-matching schedule.
+      guidance: classifier-free guidance scale; 1 switches it off.
+    """
+
+    frames: int = 81
+    size: tuple[int, int] = (480, 864)
+    steps: int = 50
+    guidance: float = 5.0
+    shift: float = 16.0
+    solver: str = "unipc"
+    fps: int = 16
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One complete model: transformer, autoencoder, encoders, and how it is usually sampled."""
+
+    name: str
+    dit: DiTConfig
+    vae: VAEConfig
+    umt5: UMT5Config
+    clip: CLIPConfig | None
+    sampling: SamplingDefaults = SamplingDefaults()
+
+    def __post_init__(self) -> None:
+        if self.dit.text_dim != self.umt5.dim:
+            raise ValueError(f"{self.name}: dit.text_dim {self.dit.text_dim} is not umt5.dim {self.umt5.dim}")
+        if self.dit.out_channels != self.vae.latent_channels:
+            raise ValueError(f"{self.name}: dit.out_channels is not vae.latent_channels")
+        if (self.clip is None) != (self.dit.num_images == 0):
+            raise ValueError(f"{self.name}: a clip config is needed if and only if the dit takes images")
+        if self.clip is not None and (self.clip.dim, self.clip.num_tokens) != (
+            self.dit.image_dim,
+            self.dit.image_tokens,
+        ):
+            raise ValueError(f"{self.name}: clip gives {self.clip.num_tokens} tokens of {self.clip.dim}, "
+                             f"dit takes {self.dit.image_tokens} of {self.dit.image_dim}")  # fmt: skip
+        wanted = 0 if self.dit.num_images == 0 else self.vae.temporal_stride + self.vae.latent_channels
+        if self.dit.condition_channels != wanted:
+            raise ValueError(f"{self.name}: dit.in_channels must be {self.dit.out_channels + wanted}")
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this: VAE stride times patch."""
+        return self.vae.spatial_stride * self.dit.patch_size[1]
+
+    def with_precision(self, dit: Precision, encoders: Precision | None = None) -> "ModelConfig":
+        """The same model under another policy; the VAE keeps its own (its published file is float32)."""
+        encoders = encoders or dit
+        return dataclasses.replace(
+            self,
+            dit=dataclasses.replace(self.dit, precision=dit),
+            umt5=dataclasses.replace(self.umt5, precision=encoders),
+            clip=None if self.clip is None else dataclasses.replace(self.clip, precision=encoders),
+        )
+
+
+def _flf2v_14b() -> ModelConfig:
+    return ModelConfig("flf2v_14b", DiTConfig(), VAEConfig(), UMT5Config(), CLIPConfig())
+
+
+def _i2v_14b() -> ModelConfig:
+    return ModelConfig("i2v_14b", DiTConfig(num_images=1), VAEConfig(), UMT5Config(), CLIPConfig())
+
+
+def _t2v_1_3b() -> ModelConfig:
+    dit = DiTConfig(
+        num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, in_channels=16, image_dim=None, num_images=0
+    )
+    sampling = SamplingDefaults(size=(480, 832), shift=5.0, guidance=5.0)
+    return ModelConfig("t2v_1_3b", dit, VAEConfig(), UMT5Config(), None, sampling)
+
+
+def _tiny() -> ModelConfig:
+    clip = CLIPConfig(num_layers=2, dim=128, num_heads=4, ffn_dim=512, image_size=32, patch_size=8)
+    umt5 = UMT5Config(num_layers=2, dim=128, num_heads=4, head_dim=32, ffn_dim=256, vocab_size=768)
+    dit = DiTConfig(
+        num_layers=6, dim=192, num_heads=4, ffn_dim=768, text_dim=128, text_length=64, freq_dim=256,
+        image_dim=clip.dim, image_tokens=clip.num_tokens,
+    )  # fmt: skip
+    vae = VAEConfig(base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True))
+    sampling = SamplingDefaults(
+        frames=25, size=(32, 32), steps=20, guidance=2.0, shift=3.0, fps=12, negative_prompt=""
+    )
+    return ModelConfig("tiny", dit, vae, umt5, clip, sampling)
+
+
+PRESETS = {"tiny": _tiny, "flf2v_14b": _flf2v_14b, "i2v_14b": _i2v_14b, "t2v_1_3b": _t2v_1_3b}
+
+
+def preset(name: str) -> ModelConfig:
+    """A named model configuration: `tiny`, `flf2v_14b`, `i2v_14b` or `t2v_1_3b`.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def to_json(config: ModelConfig) -> str:
+    """The configuration as JSON text, readable again by `from_json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
+
+
+def from_json(text: str) -> ModelConfig:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: not JSON, or fields unknown, missing or inconsistent.
+    """
+    try:
+        fields = json.loads(text)
+        return _build(ModelConfig, fields)
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"model configuration: {error}") from error
+
+
+_NESTED = {
+    "dit": DiTConfig,
+    "vae": VAEConfig,
+    "umt5": UMT5Config,
+    "clip": CLIPConfig,
+    "sampling": SamplingDefaults,
+    "precision": Precision,
+}
+
+
+def _build(kind: type, fields: Mapping[str, Any]) -> Any:
+    def value(name: str, item: Any) -> Any:
+        if name in _NESTED and item is not None:
+            return _build(_NESTED[name], item)
+        if isinstance(item, list):
+            return tuple(item)
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"model configuration: {name} is {item}")
+        return item
+
+    return kind(**{name: value(name, item) for name, item in fields.items()})

@@ -1,0 +1,145 @@
+"""Small layers shared by the models, and the one place where their lowering depends on the backend.
+
+Axis letters as in `types`. Every norm computes in float32 and returns float32.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wanjax.config import Precision
+
+Initializer = Callable[..., jax.Array]
+
+
+def dot(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
+    """x [..., I] @ kernel [I, O] -> [..., O] in the compute dtype."""
+    dtype = jnp.dtype(precision.compute)
+    # XLA's CPU backend is an order of magnitude slower at bfloat16 products that also return bfloat16.
+    out = jnp.float32 if jax.default_backend() == "cpu" else None
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    y = lax.dot_general(
+        x.astype(dtype), kernel.astype(dtype), dims, precision=precision.matmul, preferred_element_type=out
+    )
+    return y.astype(dtype)
+
+
+class Dense(nn.Module):
+    """Linear layer: parameters `kernel` [I, O] and `bias` [O]; output in the compute dtype."""
+
+    features: int
+    precision: Precision
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param = jnp.dtype(self.precision.param)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param)
+        y = dot(x, kernel, self.precision)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm over the last axis without affine part; float32 out."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
+    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis; float32 out."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with parameters `scale` and `bias` [D]; float32 out."""
+
+    eps: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param = jnp.dtype(self.precision.param)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), param)
+        return layer_norm(x, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with parameter `scale` [D]; float32 out."""
+
+    eps: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.precision.param))
+        return rms_norm(x, self.eps) * scale.astype(jnp.float32)
+
+
+def conv3d_form() -> str:
+    """Which lowering of a 3D convolution is used on the present backend: "conv3d" or "taps".
+
+    XLA on CPU runs one 3x3x3 convolution about twice as fast as three 2D ones over the temporal taps, and
+    TPUs take 3D convolutions natively. On GPUs the 2D form meets cuDNN's well-tuned NHWC kernels.
+    """
+    return {"gpu": "taps"}.get(jax.default_backend(), "conv3d")
+
+
+def conv3d(
+    x: jax.Array,
+    kernel: jax.Array,
+    precision: Precision,
+    strides: Sequence[int] = (1, 1, 1),
+    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0), (0, 0)),
+    form: str | None = None,
+) -> jax.Array:
+    """3D convolution, channels last.
+
+    Args:
+      x: [B, T, H, W, I].
+      kernel: [kt, kh, kw, I, O].
+      strides, padding: per (time, height, width).
+      form: "conv3d", "taps", or None for `conv3d_form()`.
+
+    Returns:
+      [B, T', H', W', O] in the compute dtype.
+    """
+    dtype = jnp.dtype(precision.compute)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if kernel.shape[0] == 1 or (form or conv3d_form()) == "taps":
+        return _conv3d_by_taps(x, kernel, precision, strides, padding)
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision=precision.matmul
+    )
+
+
+def _conv3d_by_taps(
+    x: jax.Array,
+    kernel: jax.Array,
+    precision: Precision,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """A sum over temporal taps of 2D convolutions with time folded into the batch."""
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+    batch, taps, step = x.shape[0], kernel.shape[0], strides[0]
+    frames = (x.shape[1] - taps) // step + 1
+    total = None
+    for tap in range(taps):
+        frame = x[:, tap : tap + (frames - 1) * step + 1 : step]
+        y = lax.conv_general_dilated(
+            frame.reshape(batch * frames, *x.shape[2:]), kernel[tap], strides[1:], padding[1:],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision.matmul,
+        )  # fmt: skip
+        total = y if total is None else total + y
+    return total.reshape(batch, frames, *total.shape[1:])
