@@ -143,3 +143,15 @@ def _conv3d_by_taps(
         )  # fmt: skip
         total = y if total is None else total + y
     return total.reshape(batch, frames, *total.shape[1:])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for x to be sharded over named mesh axes; does nothing outside `jax.set_mesh`.
+
+    Axes that the present mesh lacks are left out, so that models can name all of theirs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    present = [axis if axis in mesh.axis_names else None for axis in axes]
+    return lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*present))

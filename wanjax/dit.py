@@ -1,0 +1,339 @@
+"""Wan2.1's video diffusion transformer (`wan/modules/model.py`), for FLF2V, I2V and T2V shapes.
+
+Axis letters: B batch, F h w latent frames, height, width, S video tokens, K keys of a branch, N heads, D
+width, L layers. Blocks are stacked on a leading layer axis of their parameters and run by one `nn.scan`.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import struct
+
+from wanjax import rope
+from wanjax.attention import attention
+from wanjax.config import DiTConfig, Precision
+from wanjax.layers import Dense, LayerNorm, RMSNorm, constrain, layer_norm
+from wanjax.types import Conditions, CrossBias, RopeTable
+
+IMAGE_EPS = 1e-5
+"""Epsilon of the image embedder's norms; the rest of the model uses `DiTConfig.eps`."""
+
+
+@struct.dataclass
+class Context:
+    """Embedded conditions that cross-attention reads: one [B, K, D] array a branch, None where absent."""
+
+    text: jax.Array
+    first: jax.Array | None = None
+    last: jax.Array | None = None
+
+
+def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
+    """Sinusoidal features of a timestep in 0..1000, cosines before sines, base 10000.
+
+    The original computes them in float64, for a plain float32 product `timestep * omega` is off by up to 6e-5
+    radians. Here the integer part of the timestep times the leading 12 bits of omega is exact in float32, and
+    the small remainder is added by the angle sum.
+
+    Args:
+      timestep: [B] float32.
+      width: even.
+
+    Returns:
+      [B, width] float32.
+    """
+    omega = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    mantissa, exponent = np.frexp(omega)
+    leading = np.ldexp(np.round(mantissa * 4096) / 4096, exponent)
+    t = timestep.astype(jnp.float32)[:, None]
+    whole = jnp.round(t)
+    exact = whole * np.float32(leading)
+    rest = whole * np.float32(omega - leading) + (t - whole) * np.float32(omega)
+    cos = jnp.cos(exact) * jnp.cos(rest) - jnp.sin(exact) * jnp.sin(rest)
+    sin = jnp.sin(exact) * jnp.cos(rest) + jnp.cos(exact) * jnp.sin(rest)
+    return jnp.concatenate([cos, sin], -1)
+
+
+def patchify(x: jax.Array, patch_size: tuple[int, int, int]) -> jax.Array:
+    """[B, F, h, w, C] -> [B, S, pt * ph * pw * C], the channel fastest within a patch."""
+    pt, ph, pw = patch_size
+    pattern = "B (F pt) (h ph) (w pw) C -> B (F h w) (pt ph pw C)"
+    return rearrange(x, pattern, pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> jax.Array:
+    """[B, S, pt * ph * pw * C] -> [B, F, h, w, C] for a token grid (frames, height, width)."""
+    (pt, ph, pw), (frames, height, width) = patch_size, grid
+    pattern = "B (F h w) (pt ph pw C) -> B (F pt) (h ph) (w pw) C"
+    return rearrange(x, pattern, F=frames, h=height, w=width, pt=pt, ph=ph, pw=pw)
+
+
+def _spread(bias: jax.Array | None, queries: int) -> jax.Array | None:
+    """A per-frame bias [B, F, K] for every query: [B, 1, S, K]."""
+    if bias is None:
+        return None
+    return jnp.repeat(bias, queries // bias.shape[1], axis=1)[:, None]
+
+
+def cross_attention(
+    q: jax.Array,
+    keys: Context,
+    values: Context,
+    bias: CrossBias | None = None,
+    precision: Precision | None = None,
+) -> jax.Array:
+    """Wan2.1's cross-attention: one softmax over the text, one over both keyframes together, summed.
+
+    Args:
+      q: [B, S, N, head_dim].
+      keys, values: [B, K, N, head_dim] a branch.
+      bias: additive, leaves [B, F, K] of one layer; S is a multiple of F.
+      precision: policy of the model.
+
+    Returns:
+      [B, S, N, head_dim].
+    """
+    precision = precision or Precision()
+    bias = bias or CrossBias()
+    length = q.shape[1]
+    out = attention(q, keys.text, values.text, _spread(bias.text, length), precision=precision)
+    if keys.first is None:
+        return out
+    if keys.last is None:
+        image_bias = _spread(bias.first, length)
+        return out + attention(q, keys.first, values.first, image_bias, precision=precision)
+    k = jnp.concatenate([keys.first, keys.last], 1)
+    v = jnp.concatenate([values.first, values.last], 1)
+    joint = _join(bias.first, bias.last, keys)
+    return out + attention(q, k, v, _spread(joint, length), precision=precision)
+
+
+def _join(first: jax.Array | None, last: jax.Array | None, keys: Context) -> jax.Array | None:
+    """Biases of the two image branches side by side; a missing one counts as zero."""
+    if first is None and last is None:
+        return None
+    shape = (first if first is not None else last).shape[:2]
+    first = jnp.zeros((*shape, keys.first.shape[1])) if first is None else first
+    last = jnp.zeros((*shape, keys.last.shape[1])) if last is None else last
+    return jnp.concatenate([first, last], -1)
+
+
+class SelfAttention(nn.Module):
+    """Full attention over all video tokens, q and k normalised over the whole width, then rotated."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: RopeTable) -> jax.Array:
+        c, p = self.config, self.config.precision
+        q = RMSNorm(c.eps, p, name="norm_q")(Dense(c.dim, p, name="q")(x))
+        k = RMSNorm(c.eps, p, name="norm_k")(Dense(c.dim, p, name="k")(x))
+        v = Dense(c.dim, p, name="v")(x)
+        q, k, v = (rearrange(a, "B S (N D) -> B S N D", N=c.num_heads) for a in (q, k, v))
+        out = attention(rope.apply(q, table), rope.apply(k, table), v, precision=p)
+        return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text and to the keyframes' vision tokens, whose k and v have weights of their own."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, bias: CrossBias | None) -> jax.Array:
+        c, p = self.config, self.config.precision
+
+        def heads(a: jax.Array) -> jax.Array:
+            return rearrange(a, "B S (N D) -> B S N D", N=c.num_heads)
+
+        q = heads(RMSNorm(c.eps, p, name="norm_q")(Dense(c.dim, p, name="q")(x)))
+        k_text = heads(RMSNorm(c.eps, p, name="norm_k")(Dense(c.dim, p, name="k")(context.text)))
+        keys = Context(k_text)
+        values = Context(heads(Dense(c.dim, p, name="v")(context.text)))
+        if c.num_images:
+            project = Dense(c.dim, p, name="k_image")
+            norm = RMSNorm(c.eps, p, name="norm_k_image")
+            v_image = Dense(c.dim, p, name="v_image")
+            keys = keys.replace(first=heads(norm(project(context.first))))
+            values = values.replace(first=heads(v_image(context.first)))
+            if c.num_images == 2:
+                keys = keys.replace(last=heads(norm(project(context.last))))
+                values = values.replace(last=heads(v_image(context.last)))
+        out = cross_attention(q, keys, values, bias, p)
+        return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
+
+
+class Block(nn.Module):
+    """One transformer block, in the form that `nn.scan` wants: (carry, inputs...) -> (carry, None)."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: CrossBias | None,
+        modulation: jax.Array,
+        context: Context,
+        table: RopeTable,
+    ) -> tuple[jax.Array, None]:
+        c, p = self.config, self.config.precision
+        stddev = 1 / math.sqrt(c.dim)
+        own = self.param("modulation", nn.initializers.normal(stddev), (6, c.dim), jnp.dtype(p.param))
+        six = own.astype(jnp.float32) + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = (six[:, i, None] for i in range(6))
+
+        def add(x: jax.Array, y: jax.Array) -> jax.Array:
+            x = (x.astype(jnp.float32) + y).astype(jnp.dtype(p.residual))
+            return constrain(x, "data", "sequence", None)
+
+        y = layer_norm(x, c.eps) * (1 + scale1) + shift1
+        x = add(x, gate1 * SelfAttention(c, name="self_attn")(y, table).astype(jnp.float32))
+        y = LayerNorm(c.eps, p, name="cross_norm")(x)
+        x = add(x, CrossAttention(c, name="cross_attn")(y, context, bias).astype(jnp.float32))
+        y = layer_norm(x, c.eps) * (1 + scale2) + shift2
+        y = nn.gelu(Dense(c.ffn_dim, p, name="ffn_in")(y), approximate=True)
+        x = add(x, gate2 * Dense(c.dim, p, name="ffn_out")(y).astype(jnp.float32))
+        return x, None
+
+
+class ImageEmbed(nn.Module):
+    """Vision tokens to the model's width; FLF2V adds `position` so that first and last can be told apart."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, first: jax.Array, last: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        c, p = self.config, self.config.precision
+        tokens = first.astype(jnp.float32)
+        if c.num_images == 2:
+            tokens = jnp.concatenate([tokens, last.astype(jnp.float32)], 1)
+            shape = (2 * c.image_tokens, c.image_dim)
+            position = self.param("position", nn.initializers.zeros, shape, jnp.dtype(p.param))
+            tokens = tokens + position.astype(jnp.float32)
+        y = LayerNorm(IMAGE_EPS, p, name="norm_in")(tokens)
+        y = nn.gelu(Dense(c.image_dim, p, name="in")(y), approximate=False)
+        y = LayerNorm(IMAGE_EPS, p, name="norm_out")(Dense(c.dim, p, name="out")(y))
+        if c.num_images == 1:
+            return y, None
+        return y[:, : c.image_tokens], y[:, c.image_tokens :]
+
+
+class WanDiT(nn.Module):
+    """The diffusion transformer: predicts the flow-matching velocity (noise - data) of latents.
+
+    Attributes:
+      config: sizes and precision policy.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: jax.Array,
+        timestep: jax.Array,
+        conditions: Conditions,
+        table: RopeTable,
+        cross_bias: CrossBias | None = None,
+    ) -> jax.Array:
+        """One evaluation.
+
+        Args:
+          latents: [B, F, h, w, out_channels] noisy latents.
+          timestep: [B] float32 in 0..1000 (1000 * sigma); never rounded.
+          conditions: see `Conditions`; text is [B, text_length, text_dim].
+          table: rotary factors of the token grid (F, h/2, w/2), from `rope.table`.
+          cross_bias: additive cross-attention bias, leaves [L, B, F, K]; None adds nothing.
+
+        Returns:
+          [B, F, h, w, out_channels] float32 velocity.
+
+        Raises:
+          ValueError: conditions that are not this model's.
+        """
+        c, p = self.config, self.config.precision
+        check_conditions(c, conditions, latents.shape)
+        grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
+        if conditions.latent is not None:
+            latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
+        x = Dense(c.dim, p, name="patch_embed")(patchify(latents, c.patch_size))
+        x = constrain(x.astype(jnp.dtype(p.residual)), "data", "sequence", None)
+        embedding, modulation = self._embed_time(timestep)
+        context = self._embed_conditions(conditions)
+
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        scan = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
+        )
+        x, _ = scan(c, name="blocks")(x, cross_bias, modulation, context, table)
+
+        own = self.param("head_modulation", nn.initializers.normal(1 / math.sqrt(c.dim)), (2, c.dim),
+                         jnp.dtype(p.param))  # fmt: skip
+        shift, scale = jnp.split(own.astype(jnp.float32) + embedding[:, None], 2, axis=1)
+        x = layer_norm(x, c.eps) * (1 + scale) + shift
+        features = math.prod(c.patch_size) * c.out_channels
+        x = Dense(features, _float32(p), kernel_init=nn.initializers.zeros, name="head")(x)
+        return unpatchify(x, grid, c.patch_size)
+
+    def _embed_time(self, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B] -> embedding [B, D] and block modulation [B, 6, D], float32 under every policy."""
+        c, p = self.config, _float32(self.config.precision)
+        embedding = Dense(c.dim, p, name="time_in")(sinusoid(timestep, c.freq_dim))
+        embedding = Dense(c.dim, p, name="time_out")(nn.silu(embedding))
+        six = Dense(6 * c.dim, p, name="time_modulation")(nn.silu(embedding))
+        return embedding, rearrange(six, "B (six D) -> B six D", six=6)
+
+    def _embed_conditions(self, conditions: Conditions) -> Context:
+        c, p = self.config, self.config.precision
+        text = nn.gelu(Dense(c.dim, p, name="text_in")(conditions.text), approximate=True)
+        text = Dense(c.dim, p, name="text_out")(text)
+        if not c.num_images:
+            return Context(text)
+        first, last = ImageEmbed(c, name="image_embed")(conditions.first, conditions.last)
+        return Context(text, first, last)
+
+
+def _float32(precision: Precision) -> Precision:
+    return dataclasses.replace(precision, compute="float32")
+
+
+def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[int, ...]) -> None:
+    """Compares conditions with the model.
+
+    Args:
+      latents: shape [B, F, h, w, out_channels].
+
+    Raises:
+      ValueError: a missing, superfluous or wrongly shaped condition; latents that patches do not tile.
+    """
+    batch, *grid, channels = latents
+    if channels != config.out_channels or any(
+        n % size for n, size in zip(grid, config.patch_size, strict=True)
+    ):
+        raise ValueError(
+            f"latents {list(latents)}: the model takes {config.out_channels} channels and a grid in multiples "
+            f"of the patch {config.patch_size}"
+        )
+    image = (batch, config.image_tokens, config.image_dim)
+    wanted = {
+        "text": (batch, config.text_length, config.text_dim),
+        "first": image if config.num_images >= 1 else None,
+        "last": image if config.num_images == 2 else None,
+        "latent": (batch, *grid, config.condition_channels) if config.condition_channels else None,
+    }
+    for name, shape in wanted.items():
+        value = getattr(conditions, name)
+        found = None if value is None else tuple(value.shape)
+        if found != shape:
+            raise ValueError(f"conditions.{name} is {_show(found)}; this model takes {_show(shape)}")
+
+
+def _show(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
