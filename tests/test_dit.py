@@ -190,7 +190,7 @@ def test_sinusoid_is_float64_exact(t):
 
 
 def test_cross_bias_reaches_every_layer_and_frame():
-    """A bias of one branch, layer and frame changes that frame's tokens first, and a constant changes nothing."""
+    """A zero bias is bit-identical to none; a random one of any branch changes the velocity."""
     params = converted(reference_model(FLF2V), FLF2V)
     inputs = make_inputs(FLF2V, (3, 1, 4, 4))
     plain = WanDiT(FLF2V).apply({"params": params}, *inputs)

@@ -318,7 +318,7 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
         n % size for n, size in zip(grid, config.patch_size, strict=True)
     ):
         raise ValueError(
-            f"latents {list(latents)}: the model takes {config.out_channels} channels and a grid in multiples "
+            f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
             f"of the patch {config.patch_size}"
         )
     image = (batch, config.image_tokens, config.image_dim)
