@@ -1,0 +1,143 @@
+"""Configurations: presets, JSON round trip, and the message of every refusal."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from jax import lax
+
+from wanjax.config import (
+    BFLOAT16,
+    FLOAT32,
+    PRESETS,
+    CLIPConfig,
+    DiTConfig,
+    Precision,
+    UMT5Config,
+    VAEConfig,
+    from_json,
+    preset,
+    to_json,
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    config = preset(name)
+    again = from_json(to_json(config))
+    assert again == config and hash(again) == hash(config)
+    half = config.with_precision(BFLOAT16)
+    assert from_json(to_json(half)) == half != config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = preset(name)
+    assert config.name == name
+    assert all(side % config.size_multiple == 0 for side in config.sampling.size)
+    assert (config.sampling.frames - 1) % config.vae.temporal_stride == 0
+
+
+def test_published_sizes():
+    config = preset("flf2v_14b")
+    assert (config.dit.head_dim, config.clip.num_tokens, config.size_multiple) == (128, 257, 16)
+    assert (config.vae.spatial_stride, config.vae.temporal_stride) == (8, 4)
+    assert [config.vae.latent_frames(frames) for frames in (1, 5, 81)] == [1, 2, 21]
+    assert config.dit.condition_channels == preset("i2v_14b").dit.condition_channels == 20
+    assert preset("t2v_1_3b").dit.condition_channels == 0
+
+
+def test_with_precision():
+    config = preset("flf2v_14b").with_precision(BFLOAT16)
+    assert config.dit.precision == config.umt5.precision == config.clip.precision == BFLOAT16
+    assert config.vae.precision == FLOAT32
+    mixed = preset("flf2v_14b").with_precision(BFLOAT16, encoders=FLOAT32)
+    assert (mixed.dit.precision, mixed.umt5.precision) == (BFLOAT16, FLOAT32)
+    assert preset("t2v_1_3b").with_precision(BFLOAT16).clip is None
+
+
+def test_float32_means_float32():
+    assert FLOAT32.matmul == lax.Precision.HIGHEST and BFLOAT16.matmul is None
+    assert BFLOAT16.residual == BFLOAT16.softmax == "float32"
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("tiny").dit.dim = 7
+
+
+REFUSED = [
+    (lambda: Precision(param="int8"), "precision: param='int8' is not one of float32, bfloat16, float16"),
+    (lambda: DiTConfig(dim=100, num_heads=3), "dit: dim 100 is not a multiple of num_heads 3"),
+    (lambda: DiTConfig(dim=30, num_heads=6), "dit: head width 5 is odd; rotary pairs need it even"),
+    (lambda: DiTConfig(num_images=3), "dit: num_images 3 is not 0, 1 or 2"),
+    (lambda: DiTConfig(num_images=0), "dit: image_dim and num_images disagree: give both or neither"),
+    (lambda: DiTConfig(image_dim=None), "dit: image_dim and num_images disagree: give both or neither"),
+    (
+        lambda: VAEConfig(dim_mult=(1, 2)),
+        "vae: 2 multipliers need 1 temporal_downsample flags, got 3",
+    ),
+    (lambda: VAEConfig(latent_channels=8), "vae: latent_mean and latent_std need 8 numbers each"),
+    (lambda: UMT5Config(num_buckets=30), "umt5: num_buckets 30 is not a multiple of 4"),
+    (lambda: CLIPConfig(image_size=225), "clip: image_size 225 is not a multiple of 14"),
+    (lambda: preset("wan"), "unknown preset 'wan': choose one of tiny, flf2v_14b, i2v_14b, t2v_1_3b"),
+]
+
+
+@pytest.mark.parametrize("build, message", REFUSED, ids=[message.split(":")[0] for _, message in REFUSED])
+def test_refusals(build, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build()
+
+
+def changed(part: str, **changes):
+    config = preset("tiny")
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changes)})
+
+
+INCONSISTENT = [
+    (lambda: changed("dit", text_dim=64), "tiny: dit.text_dim 64 is not umt5.dim 128"),
+    (lambda: changed("dit", out_channels=8), "tiny: dit.out_channels is not vae.latent_channels"),
+    (
+        lambda: dataclasses.replace(preset("tiny"), clip=None),
+        "tiny: a clip config is needed if and only if the dit takes images",
+    ),
+    (lambda: changed("dit", image_tokens=9), "tiny: clip gives 17 tokens of 128, dit takes 9 of 128"),
+    (lambda: changed("dit", in_channels=40), "tiny: dit.in_channels must be 36"),
+]
+
+
+@pytest.mark.parametrize("build, message", INCONSISTENT, ids=[message for _, message in INCONSISTENT])
+def test_inconsistent_models(build, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build()
+
+
+def edited(edit):
+    fields = json.loads(to_json(preset("tiny")))
+    edit(fields)
+    return json.dumps(fields)
+
+
+UNREADABLE = {
+    "not JSON": ("{", "model configuration: "),
+    "empty": ("", "model configuration: "),
+    "a list": ("[]", "model configuration: "),
+    "unknown field": (edited(lambda c: c["dit"].update(heads=3)), "model configuration: .*heads"),
+    "missing part": (edited(lambda c: c.pop("dit")), "model configuration: .*dit"),
+    "a part that is a number": (edited(lambda c: c.update(vae=3)), "model configuration: "),
+    "text for a number": (edited(lambda c: c["dit"].update(dim="wide")), "model configuration: "),
+    "not finite": (
+        edited(lambda c: c["sampling"].update(shift=float("inf"))),
+        "model configuration: shift is inf",
+    ),
+    "inconsistent": (edited(lambda c: c["dit"].update(dim=190)), "dit: dim 190 is not a multiple of"),
+}
+
+
+@pytest.mark.parametrize("text, message", UNREADABLE.values(), ids=list(UNREADABLE))
+def test_unreadable_json(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        from_json(text)
+    assert "\n" not in str(caught.value)
