@@ -1,0 +1,94 @@
+"""Sigma grids of flow matching, by name.
+
+A latent at noise level sigma is ``x = (1 - sigma) * data + sigma * noise``; sigma falls from about 1 (noise) to
+0 (data). Every grid is linear in an unshifted time s and then shifted:
+``sigma = shift*s / (1 + (shift - 1)*s)``.
+
+| name              | s of the steps                         | matches |
+|-------------------|----------------------------------------|---------|
+| `wan`             | linspace(0.999, 0, steps+1)[:-1]       | original Wan2.1's UniPC; diffusers' `DPMSolverMultistepScheduler(use_flow_sigmas=True)`; diffusers' `UniPCMultistepScheduler(use_flow_sigmas=True)` before it began at 1 |
+| `linear`          | linspace(1, 0, steps+1)[:-1]           | the Euler sampler released with the paper; original Wan2.1's DPM++ |
+| `diffusers-unipc` | linspace(1, 0.001, steps+1)[:-1]       | `UniPCMultistepScheduler(use_flow_sigmas=True)` of diffusers 0.42, which lowers the first sigma by 1e-6 to keep its logarithms finite |
+| `diffusers-euler` | linspace(1, s_min, steps)              | `FlowMatchEulerDiscreteScheduler`: s_min is 0.001 already shifted once, so the tail is shifted twice |
+
+The last step of every grid goes to sigma 0. Computed in float64; nothing here touches a device.
+"""  # noqa: E501
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+TRAIN_TIMESTEPS = 1000.0
+"""The timestep given to the model is this times sigma."""
+
+
+def shifted(s: np.ndarray | float, shift: float) -> np.ndarray | float:
+    """Noise level of unshifted time ``s`` in [0, 1]: ``shift*s / (1 + (shift - 1)*s)``. Any shape."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def sigmas(grid: str, steps: int, shift: float) -> np.ndarray:
+    """Noise levels of a run.
+
+    Args:
+      grid: one of ``GRIDS`` (see the module docstring for what each matches).
+      steps: number of denoising steps, at least 1.
+      shift: timestep shift, positive and finite; 1 leaves the grid linear.
+
+    Returns:
+      float64 [steps + 1], strictly decreasing, the last one 0. Step i goes from ``[i]`` to ``[i + 1]``.
+
+    Raises:
+      ValueError: an unknown grid, a bad step count or shift, or a shift so extreme that two levels coincide.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"schedule: unknown sigma grid {grid!r}; choose one of {', '.join(GRIDS)}")
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"steps: got {steps!r}; give a whole number of denoising steps, at least 1")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift: got {shift!r}; give a positive finite number (Wan2.1 uses 3 to 16)")
+    levels = np.append(GRIDS[grid](int(steps), float(shift)), 0.0)
+    if not np.all(np.diff(levels) < 0):
+        raise ValueError(
+            f"shift: {shift!r} makes noise levels of {steps} steps coincide; use one nearer to 1"
+        )
+    return levels
+
+
+def timesteps(levels: np.ndarray) -> np.ndarray:
+    """Timesteps for the model: ``1000 * sigma`` of each step's start, float64 [steps], never rounded.
+
+    The original Wan2.1 and diffusers' multistep schedulers truncate to integers. At shift 16 the first levels
+    lie so close that from 70 steps on the first two become one integer, which their look-up by value takes
+    for the second step and then runs off the end. The model's sinusoidal embedding takes any real number, so
+    the exact value is given, as in the paper's code. Keep it in float32: bfloat16 has steps of 4 there (1000,
+    1000, 996).
+    """
+    return TRAIN_TIMESTEPS * np.asarray(levels, np.float64)[:-1]
+
+
+def _wan(steps: int, shift: float) -> np.ndarray:
+    return shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift)
+
+
+def _linear(steps: int, shift: float) -> np.ndarray:
+    return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
+
+
+def _diffusers_unipc(steps: int, shift: float) -> np.ndarray:
+    levels = shifted(np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1)[:-1], shift)
+    levels[0] -= 1e-6
+    return levels
+
+
+def _diffusers_euler(steps: int, shift: float) -> np.ndarray:
+    return shifted(np.linspace(1, shifted(1 / TRAIN_TIMESTEPS, shift), steps), shift)
+
+
+GRIDS: dict[str, Callable[[int, float], np.ndarray]] = {
+    "wan": _wan,
+    "linear": _linear,
+    "diffusers-unipc": _diffusers_unipc,
+    "diffusers-euler": _diffusers_euler,
+}
