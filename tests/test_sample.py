@@ -263,7 +263,7 @@ def test_progress_refuses_a_second_bar(screen):
 
 
 def test_progress_waits_for_late_calls_before_it_closes(screen, monkeypatch):
-    """CPU programs run the callbacks before they return, accelerators do not: here the barrier delivers them."""
+    """CPU programs run the callbacks before they return, accelerators may not: here the barrier delivers."""
     _, bars = screen
     progress = sampling.Progress()
     monkeypatch.setattr(jax, "effects_barrier", lambda: progress(2))
