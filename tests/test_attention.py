@@ -63,7 +63,7 @@ def test_saturated_logits_are_finite(implementation):
     # Logits around 1e8: all weight is on the largest, so every output is one of the values.
     best = np.argmax(np.einsum("BSND,BKND->BSNK", q, k), -1)
     wanted = np.take_along_axis(np.asarray(v), best[..., None], 1)
-    np.testing.assert_array_equal(out, wanted)
+    assert relative_error(out, wanted) <= 1e-6
 
 
 def test_masked_keys_have_no_weight(implementation):
