@@ -135,7 +135,11 @@ class SelfAttention(nn.Module):
         k = RMSNorm(c.eps, p, name="norm_k")(Dense(c.dim, p, name="k")(x))
         v = Dense(c.dim, p, name="v")(x)
         q, k, v = (rearrange(a, "B S (N D) -> B S N D", N=c.num_heads) for a in (q, k, v))
-        out = attention(rope.apply(q, table), rope.apply(k, table), v, precision=p)
+        # Under sequence parallelism queries stay where they are; keys and values are gathered.
+        q = constrain(rope.apply(q, table), "data", "sequence", "tensor", None)
+        k = constrain(rope.apply(k, table), "data", None, "tensor", None)
+        v = constrain(v, "data", None, "tensor", None)
+        out = attention(q, k, v, precision=p)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
 
 

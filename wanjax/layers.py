@@ -148,10 +148,12 @@ def _conv3d_by_taps(
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks for x to be sharded over named mesh axes; does nothing outside `jax.set_mesh`.
 
-    Axes that the present mesh lacks are left out, so that models can name all of theirs.
+    Axes that the present mesh lacks, or that are longer than the dimension, are left out, so that models can
+    name all of theirs. A dimension that an axis does not divide is split unevenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    present = [axis if axis in mesh.axis_names else None for axis in axes]
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    present = [axis if axis in sizes and sizes[axis] <= n else None for n, axis in zip(x.shape, axes, strict=True)]
     return lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*present))

@@ -1,0 +1,195 @@
+"""A wanjax model folder: `config.json`, `tokenizer.json`, and one safetensors file a model.
+
+Tensor names are parameter paths ("blocks/ffn_in/kernel"). Everything is checked before it is used.
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from wanjax import config as configs
+from wanjax import rope, vae
+from wanjax.clip import CLIPVision
+from wanjax.config import BFLOAT16, FLOAT32, ModelConfig
+from wanjax.dit import WanDiT
+from wanjax.tokenizer import Tokenizer
+from wanjax.types import Conditions
+from wanjax.umt5 import UMT5Encoder
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used; the message is one line (or one list) naming what and the mend."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to run.
+
+    Attributes:
+      config: sizes and precision.
+      params: {"dit", "vae", "umt5", "clip"} -> nested dict of arrays ("clip" absent for text-to-video).
+      tokenizer: of the text encoder.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Shape and dtype of every parameter, by model, as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    key, d = jax.random.key(0), config.dit
+    grid = (1, *(2 * size for size in d.patch_size))
+
+    def dit(key: jax.Array) -> Any:
+        image = np.zeros((1, d.image_tokens, d.image_dim or 0), np.float32)
+        conditions = Conditions(
+            np.zeros((1, d.text_length, d.text_dim), np.float32),
+            image if d.num_images >= 1 else None,
+            image if d.num_images == 2 else None,
+            np.zeros((*grid, d.condition_channels), np.float32) if d.condition_channels else None,
+        )
+        table = rope.table(tuple(n // s for n, s in zip(grid[1:], d.patch_size, strict=True)), d.head_dim)
+        latents = np.zeros((*grid, d.out_channels), np.float32)
+        return WanDiT(d).init(key, latents, np.zeros(1, np.float32), conditions, table)["params"]
+
+    def umt5(key: jax.Array) -> Any:
+        ids = np.zeros((1, 4), np.int32)
+        return UMT5Encoder(config.umt5).init(key, ids, ids)["params"]
+
+    shapes = {
+        "dit": jax.eval_shape(dit, key),
+        "vae": jax.eval_shape(lambda key: vae.init(config.vae, key), key),
+        "umt5": jax.eval_shape(umt5, key),
+    }
+    if config.clip is not None:
+        pixels = np.zeros((1, config.clip.image_size, config.clip.image_size, 3), np.float32)
+        shapes["clip"] = jax.eval_shape(lambda key: CLIPVision(config.clip).init(key, pixels)["params"], key)
+    return shapes
+
+
+def save(
+    folder: str | os.PathLike[str], config: ModelConfig, params: dict[str, Any], tokenizer: Path
+) -> None:
+    """Writes a model folder beside its final place and renames it at the end.
+
+    Args:
+      folder: must not exist.
+      params: as in `Model`; written in the dtypes they have.
+      tokenizer: a `tokenizer.json` to copy.
+
+    Raises:
+      CheckpointError: the folder exists, or params are not the config's.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists; choose another name or remove it")
+    for part, expected in param_shapes(config).items():
+        _compare(folder / part, expected, params.get(part, {}))
+    with tempfile.TemporaryDirectory(prefix=".wanjax-", dir=folder.parent) as hidden:
+        new = Path(hidden) / "new"
+        new.mkdir()
+        for part, tree in params.items():
+            flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+            save_file(flat, new / f"{part}.safetensors")
+        (new / CONFIG).write_text(configs.to_json(config) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer, new / TOKENIZER)
+        os.replace(new, folder)
+
+
+def bundled() -> Path:
+    """The folder of the tiny model that comes with the package."""
+    return Path(str(resources.files("wanjax") / "assets" / "tiny"))
+
+
+def read_config(model: str | os.PathLike[str]) -> tuple[Path, ModelConfig]:
+    """The folder and configuration of "tiny" or of a path, with all its files present; reads no weights.
+
+    Raises:
+      CheckpointError: no such model, or not a model folder.
+    """
+    folder = bundled() if str(model) == "tiny" else Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(f"model {str(model)!r}: no such folder; give 'tiny' or a wanjax model folder")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"model {folder}: no {CONFIG} in it; convert the weights to a wanjax model folder"
+        )
+    try:
+        config = configs.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    parts = ["dit", "vae", "umt5"] + (["clip"] if config.clip else [])
+    lacking = [
+        name for name in (*(f"{p}.safetensors" for p in parts), TOKENIZER) if not (folder / name).is_file()
+    ]
+    if lacking:
+        raise CheckpointError(f"model {folder}: {', '.join(lacking)} missing; convert the weights again")
+    return folder, config
+
+
+def load(model: str | os.PathLike[str] = "tiny", dtype: str | None = None) -> Model:
+    """Loads a model.
+
+    Args:
+      model: "tiny" for the bundled one, or a model folder.
+      dtype: "float32" or "bfloat16" policy for transformer and encoders; None takes the folder's own.
+        The VAE stays as it is stored in the config.
+
+    Raises:
+      CheckpointError: no such folder, damaged files, or tensors that are not the config's.
+    """
+    folder, config = read_config(model)
+    if dtype is not None:
+        config = config.with_precision(policy(dtype))
+    tokenizer = Tokenizer(folder / TOKENIZER)
+    if tokenizer.vocab_size > config.umt5.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: {tokenizer.vocab_size} tokens, the text encoder has {config.umt5.vocab_size}"
+        )
+    shapes = param_shapes(config)
+    params = {part: _read(folder / f"{part}.safetensors", expected) for part, expected in shapes.items()}
+    return Model(config, params, tokenizer)
+
+
+def policy(dtype: str) -> configs.Precision:
+    """The precision policy of a name. ValueError for another than float32 and bfloat16."""
+    policies = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+    if dtype not in policies:
+        raise ValueError(f"dtype {dtype!r}: choose {' or '.join(policies)}")
+    return policies[dtype]
+
+
+def _read(file: Path, expected: Any) -> Any:
+    try:
+        params = unflatten_dict(load_file(file), sep="/")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); get it again") from error
+    _compare(file, expected, params)
+    cast = jax.tree.map(lambda x, leaf: np.asarray(x).astype(leaf.dtype), params, expected)
+    return jax.device_put(cast)
+
+
+def _compare(file: Path, expected: Any, params: Any) -> None:
+    """Raises CheckpointError listing every parameter that is missing, extra or of another shape."""
+    wanted = {name: tuple(leaf.shape) for name, leaf in flatten_dict(expected, sep="/").items()}
+    found = {name: tuple(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()}
+    differences = [
+        f"{name}: {found.get(name, 'missing')}, config wants {wanted.get(name, 'none')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differences:
+        raise CheckpointError(f"{file}: not the model of config.json\n  " + "\n  ".join(differences))
