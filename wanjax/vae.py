@@ -1,0 +1,404 @@
+"""Causal video autoencoder of Wan2.1: encode and decode chunk by chunk in time, with an explicit cache.
+
+Axis letters as in `types`; inside this file x is [B, T, H, W, C] at whatever resolution the level has. Every
+module with a memory takes `(x, cache)` and returns `(x, cache)`. A cache is a nested dict, named like the
+parameters, of the last input frames of each temporal convolution. None means the first chunk: it holds one
+frame, sees zeros as its past and skips the temporal (de)convolutions of the resamplers. Later chunks hold
+`temporal_stride` frames (encoder) or one latent frame (decoder).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wanjax.attention import attention
+from wanjax.config import Precision, VAEConfig
+from wanjax.layers import Dense, conv3d
+
+Cache = dict[str, Any]
+
+SAME_2D = ((1, 1), (1, 1))
+
+
+def _part(cache: Cache | None, name: str) -> Any:
+    """The named entry; every part of a first chunk is itself on its first chunk."""
+    return None if cache is None else cache[name]
+
+
+class Conv(nn.Module):
+    """Convolution that looks only back in time; parameters `kernel` [kt, kh, kw, I, O] and `bias` [O].
+
+    Attributes:
+      kernel_size, strides: per (time, height, width).
+      spatial_padding: zeros before and after, per (height, width).
+    The cache is its last `kt - time stride` input frames, in the compute dtype.
+    """
+
+    features: int
+    precision: Precision
+    kernel_size: tuple[int, int, int] = (3, 3, 3)
+    strides: tuple[int, int, int] = (1, 1, 1)
+    spatial_padding: tuple[tuple[int, int], tuple[int, int]] = SAME_2D
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        param, compute = jnp.dtype(self.precision.param), jnp.dtype(self.precision.compute)
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
+        x = x.astype(compute)
+        past = self.kernel_size[0] - self.strides[0]
+        if cache is None:
+            cache = jnp.zeros((x.shape[0], past, *x.shape[2:]), compute)
+        x = jnp.concatenate([cache, x], 1) if past else x
+        y = conv3d(x, kernel, self.precision, self.strides, ((0, 0), *self.spatial_padding))
+        return y + bias.astype(compute), x[:, x.shape[1] - past :]
+
+
+class SpatialConv(nn.Module):
+    """3x3 convolution of every frame; parameters `kernel` [3, 3, I, O] and `bias` [O]."""
+
+    features: int
+    precision: Precision
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] = SAME_2D
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param = jnp.dtype(self.precision.param)
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
+        strides, padding = (1, self.stride, self.stride), ((0, 0), *self.padding)
+        y = conv3d(x, kernel[None], self.precision, strides, padding)
+        return y + bias.astype(y.dtype)
+
+
+class ChannelNorm(nn.Module):
+    """x / |x| * sqrt(C) * gamma over the channels; parameter `gamma` [C]; float32 out."""
+
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.precision.param))
+        x = x.astype(jnp.float32)
+        # |x| is kept from below at 1e-12; on its square, so that the gradient is finite at x = 0.
+        square = jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24)
+        return x * lax.rsqrt(square) * (x.shape[-1] ** 0.5 * gamma.astype(jnp.float32))
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the skip is projected where the width changes."""
+
+    features: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        residual, new = jnp.dtype(self.precision.residual), {}
+        skip = x
+        if x.shape[-1] != self.features:
+            skip = Dense(self.features, self.precision, name="shortcut")(x)
+        for i in ("1", "2"):
+            x = nn.silu(ChannelNorm(self.precision, name=f"norm{i}")(x))
+            conv = Conv(self.features, self.precision, name=f"conv{i}")
+            x, new[f"conv{i}"] = conv(x, _part(cache, f"conv{i}"))
+        return x.astype(residual) + skip.astype(residual), new
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention among the positions of one frame."""
+
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, frames, height, width, dim = x.shape
+        tokens = ChannelNorm(self.precision, name="norm")(x).reshape(batch * frames, height * width, 1, dim)
+        q, k, v = jnp.split(Dense(3 * dim, self.precision, name="qkv")(tokens), 3, -1)
+        # In blocks of queries where the logits are large; heads this wide have no fused kernel.
+        y = attention(q, k, v, precision=self.precision, implementation="chunked")
+        y = Dense(dim, self.precision, name="proj")(y).reshape(x.shape)
+        return x + y.astype(x.dtype)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        new, dim = {}, x.shape[-1]
+        x, new["res_0"] = ResBlock(dim, self.precision, name="res_0")(x, _part(cache, "res_0"))
+        x = FrameAttention(self.precision, name="attention")(x)
+        x, new["res_1"] = ResBlock(dim, self.precision, name="res_1")(x, _part(cache, "res_1"))
+        return x, new
+
+
+class Downsample(nn.Module):
+    """Halves height and width, then, if `temporal`, the number of frames; a first chunk keeps its frame."""
+
+    precision: Precision
+    temporal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        dim, residual = x.shape[-1], jnp.dtype(self.precision.residual)
+        conv = SpatialConv(dim, self.precision, 2, ((0, 1), (0, 1)), name="spatial")
+        x = conv(x)
+        if not self.temporal:
+            return x.astype(residual), {}
+        if cache is None:
+            return x.astype(residual), {"temporal": x[:, -1:]}
+        none = ((0, 0), (0, 0))
+        x, last = Conv(dim, self.precision, (3, 1, 1), (2, 1, 1), none, name="temporal")(x, cache["temporal"])
+        return x.astype(residual), {"temporal": last}
+
+
+class Upsample(nn.Module):
+    """If `temporal`, doubles the frames of all but a first chunk; then doubles height and width.
+
+    The first chunk is no past to the temporal convolution: after it the cache holds zeros.
+    """
+
+    precision: Precision
+    temporal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        batch, _, height, width, dim = x.shape
+        new = {}
+        if self.temporal and cache is None:
+            new["temporal"] = jnp.zeros((batch, 2, height, width, dim), jnp.dtype(self.precision.compute))
+        elif self.temporal:
+            conv = Conv(2 * dim, self.precision, (3, 1, 1), spatial_padding=((0, 0), (0, 0)), name="temporal")
+            x, new["temporal"] = conv(x, cache["temporal"])
+            x = jnp.moveaxis(x.reshape(batch, -1, height, width, 2, dim), 4, 2)  # [B, T, 2, H, W, C]
+        x = x.reshape(batch, -1, height, 1, width, 1, dim)
+        x = jnp.broadcast_to(x, (*x.shape[:3], 2, width, 2, dim))
+        x = x.reshape(batch, -1, 2 * height, 2 * width, dim)
+        x = SpatialConv(dim // 2, self.precision, name="spatial")(x)
+        return x.astype(jnp.dtype(self.precision.residual)), new
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the way to the next.
+
+    Attributes:
+      blocks: number of residual blocks.
+      resample: `Downsample`, `Upsample`, or None for the last level.
+      temporal: whether the resampler changes the frame rate as well.
+    """
+
+    features: int
+    precision: Precision
+    blocks: int
+    resample: type[Downsample] | type[Upsample] | None
+    temporal: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        new = {}
+        for i in range(self.blocks):
+            name = f"res_{i}"
+            x, new[name] = ResBlock(self.features, self.precision, name=name)(x, _part(cache, name))
+        if self.resample is not None:
+            resample = self.resample(self.precision, self.temporal, name="resample")
+            x, new["resample"] = resample(x, _part(cache, "resample"))
+        return x, new
+
+
+class Head(nn.Module):
+    """Norm, SiLU and the last convolution."""
+
+    features: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        x = nn.silu(ChannelNorm(self.precision, name="norm")(x))
+        x, last = Conv(self.features, self.precision, name="conv")(x, _part(cache, "conv"))
+        return x, {"conv": last}
+
+
+class Encoder(nn.Module):
+    """Video chunk to features of 2 * latent_channels."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        c, precision, new = self.config, self.config.precision, {}
+        x, new["conv_in"] = Conv(c.base_dim, precision, name="conv_in")(x, _part(cache, "conv_in"))
+        x = x.astype(jnp.dtype(precision.residual))
+        flags = (*c.temporal_downsample, None)
+        for i, (mult, temporal) in enumerate(zip(c.dim_mult, flags, strict=True)):
+            resample = None if temporal is None else Downsample
+            name = f"level_{i}"
+            level = Level(c.base_dim * mult, precision, c.num_res_blocks, resample, bool(temporal), name=name)
+            x, new[name] = level(x, _part(cache, name))
+        x, new["middle"] = Middle(precision, name="middle")(x, _part(cache, "middle"))
+        x, new["head"] = Head(2 * c.latent_channels, precision, name="head")(x, _part(cache, "head"))
+        return x, new
+
+
+class Decoder(nn.Module):
+    """Latent chunk to video chunk."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        c, precision, new = self.config, self.config.precision, {}
+        top = c.base_dim * c.dim_mult[-1]
+        x, new["conv_in"] = Conv(top, precision, name="conv_in")(x, _part(cache, "conv_in"))
+        x = x.astype(jnp.dtype(precision.residual))
+        x, new["middle"] = Middle(precision, name="middle")(x, _part(cache, "middle"))
+        flags = (*c.temporal_downsample[::-1], None)
+        for i, (mult, temporal) in enumerate(zip(c.dim_mult[::-1], flags, strict=True)):
+            resample = None if temporal is None else Upsample
+            name, blocks = f"level_{i}", c.num_res_blocks + 1
+            level = Level(c.base_dim * mult, precision, blocks, resample, bool(temporal), name=name)
+            x, new[name] = level(x, _part(cache, name))
+        x, new["head"] = Head(3, precision, name="head")(x, _part(cache, "head"))
+        return x, new
+
+
+class WanVAE(nn.Module):
+    """The autoencoder; `encode_chunk` and `decode_chunk` are methods for `apply`."""
+
+    config: VAEConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant = Dense(2 * c.latent_channels, c.precision)
+        self.post_quant = Dense(c.latent_channels, c.precision)
+
+    def encode_chunk(self, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        """[B, 1 or temporal_stride, H, W, 3] -> ([B, 1, h, w, 2C] mean and log-variance, cache)."""
+        x, cache = self.encoder(video, cache)
+        return self.quant(x), cache
+
+    def decode_chunk(self, latents: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        """[B, 1, h, w, C] raw latents -> ([B, 1 or temporal_stride, H, W, 3], cache)."""
+        return self.decoder(self.post_quant(latents), cache)
+
+    def __call__(self, video: jax.Array) -> jax.Array:
+        """Reconstructs two chunks, [B, 1 + temporal_stride, H, W, 3]: touches every parameter once."""
+        out, encoder_cache, decoder_cache = [], None, None
+        for chunk in (video[:, :1], video[:, 1:]):
+            moments, encoder_cache = self.encode_chunk(chunk, encoder_cache)
+            mean = moments[..., : self.config.latent_channels]
+            frames, decoder_cache = self.decode_chunk(mean, decoder_cache)
+            out.append(frames)
+        return jnp.concatenate(out, 1)
+
+
+def init(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
+    """Random parameters as a nested dict in `config.precision.param`; works under `jax.eval_shape`."""
+    shape = (1, 1 + config.temporal_stride, config.spatial_stride, config.spatial_stride, 3)
+    return jax.jit(lambda key: WanVAE(config).init(key, jnp.zeros(shape))["params"])(key)
+
+
+def encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
+    """Normalised latent mean of a video; a pure function meant to run under `jax.jit`.
+
+    Args:
+      config: of the model.
+      params: nested dict as from `init`.
+      video: [B, T, H, W, 3] in [-1, 1]; T = n * temporal_stride + 1, H and W multiples of spatial_stride.
+
+    Returns:
+      (mean - latent_mean) / latent_std, [B, n + 1, h, w, C] float32.
+
+    Raises:
+      ValueError: a shape the model cannot take; names the nearest that it can.
+    """
+    _check_video(config, video.shape)
+    chunk = config.temporal_stride
+    batch, frames, height, width, _ = video.shape
+    stride, channels = config.spatial_stride, config.latent_channels
+    later = (frames - 1) // chunk
+    shift = jnp.asarray(config.latent_mean, jnp.float32)
+    scale = jnp.asarray(config.latent_std, jnp.float32)
+
+    def run(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        moments, cache = WanVAE(config).apply({"params": params}, x, cache, method="encode_chunk")
+        return (moments[..., :channels].astype(jnp.float32) - shift) / scale, cache
+
+    out = jnp.zeros((batch, 1 + later, height // stride, width // stride, channels), jnp.float32)
+    return _run_chunks(run, video, chunk, out, 1)
+
+
+def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
+    """Video of normalised latents; a pure function meant to run under `jax.jit`.
+
+    Args:
+      config: of the model.
+      params: nested dict as from `init`.
+      latents: [B, F, h, w, C], normalised as `encode` gives them.
+
+    Returns:
+      [B, (F - 1) * temporal_stride + 1, H, W, 3] float32, clipped to [-1, 1].
+
+    Raises:
+      ValueError: latents of another rank or number of channels, or without frames.
+    """
+    if latents.ndim != 5 or latents.shape[-1] != config.latent_channels or latents.shape[1] < 1:
+        raise ValueError(
+            f"latents: got shape {latents.shape}, give [B, F, h, w, {config.latent_channels}] with F >= 1"
+        )
+    chunk, stride = config.temporal_stride, config.spatial_stride
+    batch, frames, height, width, _ = latents.shape
+    shift = jnp.asarray(config.latent_mean, jnp.float32)
+    scale = jnp.asarray(config.latent_std, jnp.float32)
+
+    def run(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        x = x.astype(jnp.float32) * scale + shift
+        x, cache = WanVAE(config).apply({"params": params}, x, cache, method="decode_chunk")
+        return jnp.clip(x.astype(jnp.float32), -1, 1), cache
+
+    out = jnp.zeros((batch, 1 + (frames - 1) * chunk, height * stride, width * stride, 3), jnp.float32)
+    return _run_chunks(run, latents, 1, out, chunk)
+
+
+def _run_chunks(run: Any, x: jax.Array, size_in: int, out: jax.Array, size_out: int) -> jax.Array:
+    """Runs `run(chunk, cache)` over time: one frame first, then `size_in` frames to `size_out` at a time.
+
+    Chunks are cut from x and written into `out` in place, which the loop carries beside the cache: stacked
+    scan inputs and outputs would each cost a transposed copy of the whole video.
+    """
+    first, cache = run(x[:, :1], None)
+    out = lax.dynamic_update_slice_in_dim(out, first, 0, 1)
+    later = (x.shape[1] - 1) // size_in
+    if later == 0:
+        return out
+
+    def step(carry: tuple[Cache, jax.Array], index: jax.Array) -> tuple[tuple[Cache, jax.Array], None]:
+        cache, out = carry
+        chunk = lax.dynamic_slice_in_dim(x, 1 + index * size_in, size_in, 1)
+        y, cache = run(chunk, cache)
+        return (cache, lax.dynamic_update_slice_in_dim(out, y, 1 + index * size_out, 1)), None
+
+    (_, out), _ = lax.scan(step, (cache, out), jnp.arange(later))
+    return out
+
+
+def _check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
+    if len(shape) != 5 or shape[-1] != 3:
+        raise ValueError(f"video: got shape {shape}, give [B, T, H, W, 3]")
+    frames, step = shape[1], config.temporal_stride
+    if frames < 1 or (frames - 1) % step:
+        below = max(1, (frames - 1) // step * step + 1)
+        raise ValueError(
+            f"video: {frames} frames are not a multiple of {step} plus 1; use {below} or {below + step}"
+        )
+    stride = config.spatial_stride
+    if shape[2] % stride or shape[3] % stride or 0 in shape:
+        raise ValueError(f"video: {shape[2]}x{shape[3]} pixels are not multiples of {stride}")
