@@ -1,0 +1,233 @@
+"""From files to files: keyframe images in; a video, its contact sheet and its settings out.
+
+Everything that can be wrong is found in `prepare`, before any computing; `make` then runs the pipeline.
+"""
+
+import dataclasses
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL import Image
+
+from samplers import pipeline, video
+from samplers.pipeline import Settings
+from samplers.sample import Progress
+from wanjax import checkpoint, keyframes, sharding
+from wanjax.config import ModelConfig
+from wanjax.tokenizer import PromptCut, Tokenizer
+
+try:
+    import resource
+except ImportError:  # Windows has no such module, and then no peak memory in the report
+    resource = None
+
+VERSIONED = ("wanjax", "jax", "jaxlib", "flax", "numpy", "pillow", "imageio", "av", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: nothing about it is wrong any more that can be known without computing.
+
+    Attributes:
+      model: "tiny" or a model folder; config: what is in it.
+      first, last: RGB images of any size; paths: where they came from.
+      settings: what to make; dtype: policy, None for the model's own.
+      outputs: where to write; fps, scale: of the video file, scale a whole factor.
+      mesh: axis -> devices, empty for one device.
+      notes: lines that the user should see.
+    """
+
+    model: str
+    config: ModelConfig
+    first: Image.Image
+    last: Image.Image
+    paths: tuple[str, str]
+    settings: Settings
+    dtype: str | None
+    outputs: video.Outputs
+    fps: float
+    scale: int
+    mesh: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def prepare(
+    first: str | Path,
+    last: str | Path,
+    out: str | Path,
+    *,
+    model: str = "tiny",
+    dtype: str | None = None,
+    fps: float | None = None,
+    scale: int | None = None,
+    overwrite: bool = False,
+    mesh: dict[str, int] | None = None,
+    matte: Sequence[int] = keyframes.BLACK,
+    size: tuple[int, int] | str | None = None,
+    **settings: Any,
+) -> Job:
+    """Reads and checks everything a run needs; computes nothing.
+
+    Args:
+      first, last: image files.
+      out: video file or folder, see `video.write`; contact sheet and JSON go beside it.
+      model: "tiny" or a model folder.
+      dtype: "float32", "bfloat16", or None for the model's own.
+      fps, scale: of the file; default the model's, and what brings the shorter side to 256 pixels.
+      overwrite: whether existing outputs may be replaced.
+      mesh: axis -> number of devices.
+      matte: colour under transparent keyframes, 0..255.
+      size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
+      settings: fields of `Settings`; what is None or absent takes the model's default.
+
+    Raises:
+      ValueError: one clear line (`KeyframeError`, `OutputError`, `CheckpointError` among them).
+    """
+    folder, config = checkpoint.read_config(model)
+    if dtype is not None:
+        checkpoint.policy(dtype)
+    images, notes = _read_keyframes((first, last), matte)
+    if size == "auto":
+        area = config.sampling.size[0] * config.sampling.size[1]
+        size = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = Settings.of(config, **given, **({} if size is None else {"size": size}))
+    chosen.check(config)
+    for name, image in zip(("first", "last"), images, strict=True):
+        if (image.height, image.width) != chosen.size:
+            notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
+                         f"{chosen.size[0]}x{chosen.size[1]} by {chosen.fit}")  # fmt: skip
+    notes += _cut_prompts(Tokenizer(folder / checkpoint.TOKENIZER), chosen, config.dit.text_length)
+    fps = config.sampling.fps if fps is None else fps
+    video.check_fps(fps)
+    scale = video.enlarge_factor(*chosen.size) if scale is None else scale
+    if scale < 1:
+        raise ValueError(f"scale {scale}: give a whole number of at least 1")
+    if mesh:
+        sharding.make_mesh(mesh)
+    outputs = video.check_output(out, overwrite)
+    return Job(
+        model,
+        config,
+        *images,
+        (str(first), str(last)),
+        chosen,
+        dtype,
+        outputs,
+        fps,
+        scale,
+        mesh or {},
+        tuple(notes),
+    )
+
+
+def _read_keyframes(
+    paths: tuple[str | Path, str | Path], matte: Sequence[int]
+) -> tuple[list[Image.Image], list[str]]:
+    """The images, and what there is to say of them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", keyframes.KeyframeWarning)
+        images = [keyframes.read(path, matte) for path in paths]
+    return images, [str(warning.message) for warning in caught]
+
+
+def _cut_prompts(tokenizer: Tokenizer, settings: Settings, length: int) -> list[str]:
+    """A line for each prompt that the model cannot take whole."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PromptCut)
+        tokenizer.encode([settings.prompt, settings.negative_prompt], length)
+    return [str(warning.message) for warning in caught]
+
+
+def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
+    """Runs a job and writes its three outputs, the video last.
+
+    Returns:
+      The report, as it is written to the JSON file.
+
+    Raises:
+      ValueError: damaged weights. FloatingPointError: NaN or inf while denoising. OSError: a full disk.
+    """
+    start = time.perf_counter()
+    mesh = sharding.make_mesh(job.mesh) if job.mesh else None
+    model = checkpoint.load(job.model, job.dtype)
+    if mesh is not None:
+        params = {name: sharding.shard_params(tree, mesh) for name, tree in model.params.items()}
+        model = dataclasses.replace(model, params=params)
+    loaded = time.perf_counter() - start
+    result = pipeline.inbetween(model, job.first, job.last, job.settings, progress, mesh)
+    frames = result.video[0]
+    fitted = [keyframes.fit(image, *job.settings.size, job.settings.fit) for image in (job.first, job.last)]
+    sheet = video.contact_sheet(frames, fitted)
+    begun = time.perf_counter()
+    video.write_png(job.outputs.sheet, sheet)
+    video.write(job.outputs.video, frames, job.fps, job.scale)
+    seconds = {"load": loaded, **result.seconds, "write": time.perf_counter() - begun}
+    seconds["total"] = time.perf_counter() - start
+    report = _report(job, model.config, seconds)
+    video.write_json(job.outputs.settings, report)
+    return report
+
+
+def inbetween_files(first: str | Path, last: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Makes the video between two image files and writes it; `options` are those of `prepare`.
+
+    Returns:
+      The report that is also written beside the video.
+
+    Raises:
+      ValueError: bad input, before any computing. FloatingPointError: NaN or inf while denoising.
+    """
+    return make(prepare(first, last, out, **options))
+
+
+def _report(job: Job, config: ModelConfig, seconds: dict[str, float]) -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "keyframes": list(job.paths),
+        "video": str(job.outputs.video),
+        "model": {"name": config.name, "source": job.model,
+                  "precision": dataclasses.asdict(config.dit.precision)},
+        "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
+        "notes": list(job.notes),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "peak_memory_bytes": _peak_memory(devices[0]),
+        "device": {"kind": devices[0].device_kind, "count": len(devices), "platform": devices[0].platform},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
+        "command": sys.argv,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a clone without installing
+        return "not installed"
+
+
+def _peak_memory(device: jax.Device) -> dict[str, int]:
+    """Bytes: the process on the host, and the device where it keeps count."""
+    peak = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["host"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        peak["device"] = int(stats["peak_bytes_in_use"])
+    return peak
+
+
+def example() -> dict[str, Any]:
+    """Keyframes and prompt that come with the package: {"first", "last", "prompt"}."""
+    folder = checkpoint.bundled().parent / "example"
+    prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
+    return {"first": folder / "first.png", "last": folder / "last.png", "prompt": prompt}

@@ -1,0 +1,192 @@
+"""`python -m samplers.inbetween`: two keyframes and a prompt in, a video out. No logic lives here."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from samplers import files, schedule, solvers
+from samplers.pipeline import FITS
+from samplers.sample import Progress
+from wanjax import config
+from wanjax.guidance import MODES
+from wanjax.tokenizer import PromptCut
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, options in groups."""
+    p = argparse.ArgumentParser(
+        prog="python -m samplers.inbetween",
+        description="Make the video between a first and a last keyframe.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Without --first and --last the bundled example is made with the bundled tiny model.\n"
+        "Defaults that depend on the model:\n" + _model_defaults(),
+    )
+    keyframes = p.add_argument_group("keyframes and text")
+    keyframes.add_argument(
+        "--first", metavar="IMAGE", help="first keyframe, any image file (default: the example)"
+    )
+    keyframes.add_argument(
+        "--last", metavar="IMAGE", help="last keyframe, any image file (default: the example)"
+    )
+    keyframes.add_argument("--prompt", help="what happens between them (default: empty, or the example's)")
+    keyframes.add_argument("--negative-prompt", help="what guidance steers away from (default: the model's)")
+    keyframes.add_argument(
+        "--fit",
+        choices=FITS,
+        default="stretch",
+        help="how keyframes of another size are brought to --size (default: %(default)s)",
+    )
+    keyframes.add_argument(
+        "--matte",
+        type=_colour,
+        default=(0, 0, 0),
+        metavar="R,G,B",
+        help="colour under transparent keyframes and around --fit pad (default: 0,0,0)",
+    )
+
+    clip = p.add_argument_group("clip")
+    clip.add_argument(
+        "--frames", type=int, metavar="N", help="4n+1, such as 25, 33, 65, 81 (default: the model's)"
+    )
+    clip.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="height x width in pixels, or 'auto' for the first keyframe's aspect at the model's "
+        "area (default: the model's)",
+    )
+    clip.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    sampling.add_argument(
+        "--guidance", type=float, help="guidance scale; 1 switches it off (default: the model's)"
+    )
+    sampling.add_argument("--shift", type=float, help="timestep shift (default: the model's)")
+    sampling.add_argument("--solver", choices=solvers.SOLVERS, help="(default: the model's)")
+    sampling.add_argument(
+        "--grid", choices=tuple(schedule.GRIDS), default="wan", help="sigma grid (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--guidance-mode",
+        choices=MODES,
+        default=MODES[0],
+        help="both passes in turn or as one batch of two (default: %(default)s)",
+    )
+
+    model = p.add_argument_group("model and devices")
+    model.add_argument(
+        "--model",
+        default="tiny",
+        metavar="tiny|PATH",
+        help="the bundled tiny model or a model folder (default: %(default)s)",
+    )
+    model.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)"
+    )
+    model.add_argument(
+        "--mesh",
+        type=_mesh,
+        default={},
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, sequence, tensor (default: one device)",
+    )
+
+    output = p.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        default="inbetween.mp4",
+        metavar="FILE",
+        help="mp4, webm, gif, webp, or a name without suffix for a folder of PNG frames; a contact "
+        "sheet and a JSON of all settings go beside it (default: %(default)s)",
+    )
+    output.add_argument("--fps", type=float, help="frames per second (default: the model's)")
+    output.add_argument(
+        "--scale",
+        type=int,
+        metavar="N",
+        help="enlarge N times, nearest neighbour (default: until the shorter side has 256 pixels)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    return p  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 2 for bad input, 1 for a failed run, 130 after Ctrl-C."""
+    p = parser()
+    options = vars(p.parse_args(arguments))
+    progress = None if options.pop("quiet") else Progress()
+    try:
+        if (options["first"] is None) != (options["last"] is None):
+            raise ValueError("keyframes: give both --first and --last, or neither for the bundled example")
+        if options["first"] is None:
+            example = files.example()
+            options |= {"first": example["first"], "last": example["last"]}
+            options["prompt"] = example["prompt"] if options["prompt"] is None else options["prompt"]
+        job = files.prepare(**options)
+    except ValueError as error:
+        return _fail(p.prog, error, BAD_INPUT)
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCut)  # said above, in one line
+            report = files.make(job, progress)
+    except KeyboardInterrupt:
+        return _fail(p.prog, "interrupted; nothing was written under the final name", INTERRUPTED)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return _fail(p.prog, error, FAILED)
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
+    print(f"{job.outputs.video}  ({seconds})")
+    print(f"{job.outputs.sheet}\n{job.outputs.settings}")
+    return 0
+
+
+def _fail(program: str, error: object, code: int) -> int:
+    print(f"{program}: error: {error}", file=sys.stderr)
+    return code
+
+
+def _model_defaults() -> str:
+    lines = []
+    for name in config.PRESETS:
+        d = config.preset(name).sampling
+        height, width = d.size
+        lines.append(f"  {name}: {d.frames} frames, {height}x{width}, {d.steps} steps, "
+                     f"guidance {d.guidance:g}, shift {d.shift:g}, {d.solver}, {d.fps} fps")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _size(text: str) -> tuple[int, int] | str:
+    if text == "auto":
+        return text
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 480x864") from error
+    return height, width
+
+
+def _colour(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B with numbers from 0 to 255")
+    return values
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,..., such as fsdp=4,sequence=2") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The command line: outputs, and every bad input noticed in one line before any computing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from nano import edit_config, write_model
+from PIL import Image
+
+from samplers import files, inbetween
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "nano")
+
+
+@pytest.fixture
+def job(tmp_path, model):
+    """Arguments of a good run, to be spoiled one at a time."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("a.png", (16, 24, 3)), ("b.png", (32, 40, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
+    return {
+        "--first": tmp_path / "a.png", "--last": tmp_path / "b.png", "--prompt": "a red circle",
+        "--model": model, "--out": tmp_path / "clip.mp4",
+    }  # fmt: skip
+
+
+def arguments(job, *extra):
+    return [str(part) for pair in job.items() for part in pair] + [str(part) for part in extra]
+
+
+@pytest.fixture
+def no_compute(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("computing began")
+
+    monkeypatch.setattr(files, "make", never)
+
+
+def test_makes_video_sheet_and_settings(job, capsys):
+    assert inbetween.main(arguments(job, "--steps", 2, "--seed", 5, "--frames", 9)) == 0
+    out = job["--out"]
+    assert iio.imread(out, plugin="pyav").shape == (9, 256, 384, 3)
+    assert iio.imread(out.with_name("clip.sheet.png")).shape[1] > 128
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["settings"]["seed"] == 5 and report["settings"]["frames"] == 9
+    assert report["settings"]["size"] == [16, 24] and report["settings"]["guidance"] == 2.0
+    assert {"load", "encode", "compile", "denoise", "decode", "write", "total"} == set(report["seconds"])
+    assert report["versions"]["jax"]
+    captured = capsys.readouterr()
+    assert "last keyframe 32x40 is brought to 16x24 by stretch" in captured.err
+    assert "first keyframe" not in captured.err
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "a.png", "b.png", "clip.json", "clip.mp4", "clip.sheet.png",
+    ]  # fmt: skip
+
+
+def test_same_seed_same_frames(job, tmp_path):
+    videos = []
+    for name in ("one", "two"):
+        job["--out"] = tmp_path / name
+        assert inbetween.main(arguments(job, "--scale", 1, "--quiet")) == 0
+        videos.append(np.stack([iio.imread(frame) for frame in sorted((tmp_path / name).iterdir())]))
+    assert videos[0].shape == (5, 16, 24, 3)
+    assert np.array_equal(*videos)
+
+
+def spoil(job, tmp_path, name):
+    """Changes the good job in one way; returns further arguments."""
+    if name == "missing image":
+        job["--first"] = tmp_path / "nowhere.png"
+    elif name == "empty image":
+        (tmp_path / "a.png").write_bytes(b"")
+    elif name == "truncated image":
+        data = (tmp_path / "b.png").read_bytes()
+        (tmp_path / "b.png").write_bytes(data[: len(data) // 2])
+    elif name == "not an image":
+        (tmp_path / "a.png").write_text("<html>not found</html>")
+    elif name == "one keyframe":
+        del job["--last"]
+    elif name == "unknown model":
+        job["--model"] = tmp_path / "wan"
+    elif name == "not a model":
+        (tmp_path / "wan").mkdir()
+        job["--model"] = tmp_path / "wan"
+    elif name == "existing output":
+        job["--out"].write_bytes(b"precious")
+    elif name == "existing sheet":
+        job["--out"].with_name("clip.sheet.png").write_bytes(b"precious")
+    elif name == "output folder missing":
+        job["--out"] = tmp_path / "no" / "clip.mp4"
+    elif name == "output folder is a file":
+        job["--out"] = tmp_path / "a.png" / "clip.mp4"
+    elif name == "unwritable output":
+        job["--out"] = "/proc/clip.mp4"
+    elif name == "unknown suffix":
+        job["--out"] = tmp_path / "clip.avi"
+    return []
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing image", "nowhere.png"),
+        ("empty image", "a.png.*empty"),
+        ("truncated image", "b.png.*truncated"),
+        ("not an image", "a.png.*not an image"),
+        ("one keyframe", "give both --first and --last"),
+        ("unknown model", "wan.*no such folder"),
+        ("not a model", "no config.json"),
+        ("existing output", "clip.mp4.*--overwrite"),
+        ("existing sheet", "clip.sheet.png.*--overwrite"),
+        ("output folder missing", "mkdir"),
+        ("output folder is a file", "a.png"),
+        ("unwritable output", "/proc"),
+        ("unknown suffix", "unknown suffix .avi"),
+    ],
+)
+def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
+    extra = spoil(job, tmp_path, name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert inbetween.main(arguments(job, *extra)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert re.search(message, error), error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--frames", 24], "frames 24: must be 4n+1 with n at least 1; the nearest are 21 and 25"),
+        (["--frames", 1], "nearest are 5 and 9"),
+        (["--size", "18x24"], "nearest size is 16x24"),
+        (["--steps", 0], "steps"),
+        (["--guidance", "inf"], "guidance inf"),
+        (["--shift", -3], "shift"),
+        (["--seed", -1], "seed -1"),
+        (["--fps", 0], "fps 0"),
+        (["--scale", 0], "scale 0"),
+        (["--mesh", "rows=8"], "mesh axis rows"),
+        (["--mesh", "data=3"], "3 places for"),
+    ],
+)
+def test_bad_settings(job, capsys, no_compute, extra, message):
+    assert inbetween.main(arguments(job, *extra)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and message in error
+
+
+@pytest.mark.parametrize(
+    "extra", [["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"]]
+)
+def test_bad_syntax_exits_with_2(job, extra):
+    with pytest.raises(SystemExit) as stop:
+        inbetween.main(arguments(job, *extra))
+    assert stop.value.code == 2
+
+
+def test_damaged_weights_fail_in_one_line(job, tmp_path, capsys):
+    folder = write_model(tmp_path / "damaged")
+    file = folder / "dit.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    job["--model"] = folder
+    assert inbetween.main(arguments(job)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "dit.safetensors: damaged" in error
+    assert not job["--out"].exists()
+
+
+def test_config_of_another_model_is_named(job, tmp_path, capsys, no_compute):
+    folder = write_model(tmp_path / "odd")
+    edit_config(folder, colour="red")
+    job["--model"] = folder
+    assert inbetween.main(arguments(job)) == 2
+    assert "colour" in capsys.readouterr().err
+
+
+def test_long_prompt_is_cut_and_said(job, capsys):
+    job["--prompt"] = "red " * 20
+    assert inbetween.main(arguments(job, "--steps", 1)) == 0
+    assert "21 tokens, the model takes 8; the last 13 are dropped" in capsys.readouterr().err
+
+
+def test_overwrite_replaces(job):
+    job["--out"].write_bytes(b"old")
+    assert inbetween.main(arguments(job, "--overwrite", "--steps", 1)) == 0
+    assert iio.imread(job["--out"], plugin="pyav").shape[0] == 5
+
+
+def test_ctrl_c_leaves_nothing(job, tmp_path):
+    """A real SIGINT in the middle of denoising."""
+    command = [sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 200000)]
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=env, bufsize=0) as process:
+        seen = b""
+        while b"1/200000" not in seen.replace(b" ", b"") and b"%|" not in seen:
+            piece = process.stderr.read(64)
+            assert piece, seen.decode()
+            seen += piece
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_help_groups_options_and_gives_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        inbetween.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("keyframes and text:", "sampling:", "output:", "flf2v_14b: 81 frames, 480x864, 50 steps"):
+        assert part in text
