@@ -1,0 +1,59 @@
+"""Generative inbetweening in JAX: Wan2.1 first/last-frame video diffusion as pure functions over arrays.
+
+The public names; `samplers.pipeline` makes videos of them. Importing runs nothing on a device.
+"""
+
+from wanjax import rope
+from wanjax.attention import attention
+from wanjax.checkpoint import CheckpointError, Model, load, param_shapes, save
+from wanjax.clip import CLIPVision
+from wanjax.config import (
+    BFLOAT16,
+    FLOAT32,
+    CLIPConfig,
+    DiTConfig,
+    ModelConfig,
+    Precision,
+    SamplingDefaults,
+    UMT5Config,
+    VAEConfig,
+    preset,
+)
+from wanjax.dit import WanDiT
+from wanjax.keyframes import KeyframeError
+from wanjax.tokenizer import PromptCut, Tokenizer
+from wanjax.types import Conditions, CrossBias, RopeTable
+from wanjax.umt5 import UMT5Encoder
+from wanjax.vae import WanVAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BFLOAT16",
+    "FLOAT32",
+    "CLIPConfig",
+    "CLIPVision",
+    "CheckpointError",
+    "Conditions",
+    "CrossBias",
+    "DiTConfig",
+    "KeyframeError",
+    "Model",
+    "ModelConfig",
+    "Precision",
+    "PromptCut",
+    "RopeTable",
+    "SamplingDefaults",
+    "Tokenizer",
+    "UMT5Config",
+    "UMT5Encoder",
+    "VAEConfig",
+    "WanDiT",
+    "WanVAE",
+    "attention",
+    "load",
+    "param_shapes",
+    "preset",
+    "rope",
+    "save",
+]

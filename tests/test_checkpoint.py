@@ -1,0 +1,109 @@
+"""The model folder: round trip, precision, and every way it can be damaged."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from nano import NANO, WORDS, edit_config, random_params, write_model
+from safetensors.numpy import load_file, save_file
+
+from wanjax import checkpoint
+from wanjax.checkpoint import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_model(tmp_path / "nano")
+
+
+def test_round_trip(folder):
+    model = checkpoint.load(folder)
+    assert model.config == NANO
+    written, read = (flatten_dict(tree, sep="/") for tree in (random_params(NANO), model.params))
+    assert written.keys() == read.keys()
+    assert all(np.array_equal(written[name], read[name]) for name in written)
+    ids, mask = model.tokenizer.encode(["a red circle"], 8)
+    assert ids[0, :4].tolist() == [WORDS.index(w) for w in ("a", "red", "circle", "</s>")]
+    assert mask.sum() == 4
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["nano", "nano.tokenizer.json"]
+
+
+def test_dtype_is_a_policy_of_transformer_and_encoders(folder):
+    model = checkpoint.load(folder, "bfloat16")
+    dtypes = {
+        part: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for part, tree in model.params.items()
+    }
+    assert dtypes == {"dit": {"bfloat16"}, "umt5": {"bfloat16"}, "clip": {"bfloat16"}, "vae": {"float32"}}
+    with pytest.raises(ValueError, match="dtype 'float8'"):
+        checkpoint.load(folder, "float8")
+
+
+def test_existing_folder_is_kept(folder):
+    with pytest.raises(CheckpointError, match="exists"):
+        write_model(folder)
+
+
+def test_params_of_another_config_are_not_written(tmp_path):
+    params = random_params(NANO)
+    del params["dit"]["head"]["bias"]
+    with pytest.raises(CheckpointError, match="head/bias: missing"):
+        checkpoint.save(tmp_path / "bad", NANO, params, tmp_path / "none.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_missing(folder):
+    (folder / "clip.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="clip.safetensors, tokenizer.json missing"):
+        checkpoint.read_config(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>"])
+def test_damaged_weights(folder, content):
+    (folder / "vae.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="vae.safetensors: damaged"):
+        checkpoint.load(folder)
+
+
+def test_truncated_weights(folder):
+    file = folder / "umt5.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="umt5.safetensors: damaged"):
+        checkpoint.load(folder)
+
+
+def test_every_difference_is_listed(folder):
+    file = folder / "dit.safetensors"
+    tensors = load_file(file)
+    del tensors["head/bias"]
+    tensors["extra"] = np.zeros(3, np.float32)
+    tensors["head/kernel"] = tensors["head/kernel"][:1]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(folder)
+    text = str(error.value)
+    assert "head/bias: missing, config wants (64,)" in text
+    assert "extra: (3,), config wants none" in text
+    assert "head/kernel: (1, 64), config wants (48, 64)" in text
+
+
+def test_broken_config(folder):
+    edit_config(folder, vae={"base_dim": 8, "latent_mean": [0.0]})
+    with pytest.raises(CheckpointError, match="config.json"):
+        checkpoint.read_config(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json"):
+        checkpoint.read_config(folder)
+
+
+def test_import_is_light():
+    """No torch, and no device started."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, wanjax, jax._src.xla_bridge as b; "
+        "assert 'torch' not in sys.modules; assert not b._backends; print(len(wanjax.__all__))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) > 10
