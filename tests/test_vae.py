@@ -98,9 +98,7 @@ def ours(name: str, kind: str, frames: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-@pytest.mark.parametrize(
-    ("name", "frames"), [("wan", 1), ("wan", 13), ("tiny", 5), ("tiny", 25), ("stride2", 9)]
-)
+@pytest.mark.parametrize(("name", "frames"), [("wan", 1), ("wan", 13), ("tiny", 5), ("tiny", 25), ("stride2", 9)])
 def test_parity(name: str, frames: int, kind: str) -> None:
     wanted = theirs(name, kind, frames)
     assert wanted.std() > 0.1
@@ -177,9 +175,7 @@ def test_swapped_temporal_taps_break_parity() -> None:
     """A converter that reads time backwards does not pass for a right one."""
     config = CONFIGS["tiny"]
     rules = [
-        dataclasses.replace(
-            rule, transform=dataclasses.replace(CONV3D, forward=lambda x: CONV3D.forward(x)[::-1])
-        )
+        dataclasses.replace(rule, transform=dataclasses.replace(CONV3D, forward=lambda x: CONV3D.forward(x)[::-1]))
         if rule.theirs == "encoder.down_blocks.1.time_conv.weight"
         else rule
         for rule in names.diffusers(config)

@@ -354,9 +354,7 @@ def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
       ValueError: latents of another rank or number of channels, or without frames.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.latent_channels or latents.shape[1] < 1:
-        raise ValueError(
-            f"latents: got shape {latents.shape}, give [B, F, h, w, {config.latent_channels}] with F >= 1"
-        )
+        raise ValueError(f"latents: got shape {latents.shape}, give [B, F, h, w, {config.latent_channels}] with F >= 1")
     chunk, stride = config.temporal_stride, config.spatial_stride
     batch, frames, height, width, _ = latents.shape
     shift = jnp.asarray(config.latent_mean, jnp.float32)
@@ -399,9 +397,7 @@ def _check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
     frames, step = shape[1], config.temporal_stride
     if frames < 1 or (frames - 1) % step:
         below = max(1, (frames - 1) // step * step + 1)
-        raise ValueError(
-            f"video: {frames} frames are not a multiple of {step} plus 1; use {below} or {below + step}"
-        )
+        raise ValueError(f"video: {frames} frames are not a multiple of {step} plus 1; use {below} or {below + step}")
     stride = config.spatial_stride
     if shape[2] % stride or shape[3] % stride or 0 in shape:
         raise ValueError(f"video: {shape[2]}x{shape[3]} pixels are not multiples of {stride}")
