@@ -149,10 +149,10 @@ def test_bfloat16_policy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-def test_convolution_by_taps_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lowering that GPUs use."""
+def test_the_other_form_of_convolution_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowering that TPUs use."""
     forms = []
-    monkeypatch.setattr(layers, "conv3d_form", lambda: forms.append("taps") or "taps")
+    monkeypatch.setattr(layers, "conv3d_form", lambda: forms.append("conv3d") or "conv3d")
     x = example("tiny", kind, 5)
     y = build(CONFIGS["tiny"], kind, x)(params("tiny"), x)
     assert forms

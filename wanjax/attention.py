@@ -59,8 +59,9 @@ def attention(
 
 def _choose(q: jax.Array, k: jax.Array, bias: jax.Array | None, precision: Precision) -> str:
     half = precision.compute in ("bfloat16", "float16")
-    # cuDNN wants head widths that are multiples of 8 and refuses biases that broadcast over queries.
-    if jax.default_backend() == "gpu" and half and bias is None and q.shape[-1] % 8 == 0:
+    # cuDNN wants head widths that are multiples of 8 up to 128, and refuses biases that broadcast over queries.
+    fused = half and bias is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if jax.default_backend() == "gpu" and fused:
         return "cudnn"
     return "chunked" if _logit_bytes(q, k) > CHUNK_BYTES else "xla"
 
@@ -97,7 +98,7 @@ def _attend_in_chunks(q, k, v, bias, scale: float, precision: Precision) -> jax.
         x = x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    rows = bias is not None and bias.shape[-2] == length
+    rows = bias is not None and bias.ndim > 1 and bias.shape[-2] == length
     xs = (blocks(q, 1), blocks(bias, bias.ndim - 2) if rows else None)
 
     def block(x):

@@ -303,7 +303,7 @@ class WanVAE(nn.Module):
 def init(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
     """Random parameters as a nested dict in `config.precision.param`; works under `jax.eval_shape`.
 
-    A key of `impl="rbg"` compiles several times faster than the default one: there are 100 kernels to draw.
+    A key of `impl="rbg"` compiles several times faster than the default one: there are 71 kernels to draw.
     """
     shape = (1, 1 + config.temporal_stride, config.spatial_stride, config.spatial_stride, 3)
     return jax.jit(lambda key: WanVAE(config).init(key, jnp.zeros(shape))["params"])(key)
