@@ -80,9 +80,7 @@ class Settings:
         keyframes.check_frames(self.frames, config.vae.temporal_stride)
         keyframes.check_size(*self.size, config.size_multiple)
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(
-                f"guidance {self.guidance}: give a finite number of at least 0; 1 switches it off"
-            )
+            raise ValueError(f"guidance {self.guidance}: give a finite number of at least 0; 1 switches it off")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
         choices = (("solver", self.solver, solvers.SOLVERS), ("fit", self.fit, FITS),
@@ -204,7 +202,7 @@ def run(
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("encode"):
             conditions, negative = encode(model, prepared, prompts, settings)
-            conditions, negative = jax.block_until_ready(_place(conditions, negative, mesh))
+            conditions, negative = jax.block_until_ready(place(conditions, negative, mesh))
         with timings.stage("denoise"):
             latents = denoise(model, conditions, negative, settings, progress, mesh)
         with timings.stage("decode"):
@@ -212,9 +210,7 @@ def run(
     return Result(video, latents, timings.seconds)
 
 
-def encode(
-    model: Model, prepared: Keyframes, prompts: list[str], settings: Settings
-) -> tuple[Conditions, jax.Array]:
+def encode(model: Model, prepared: Keyframes, prompts: list[str], settings: Settings) -> tuple[Conditions, jax.Array]:
     """Conditions of B samples, and the text [B, L, text_dim] of the pass without the prompt."""
     config, params = model.config, model.params
     # Both prompts in one call: the text encoder is large, and reads its weights once.
@@ -294,9 +290,7 @@ def _encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> jax.Ar
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="frames")
-def _encode_keyframes(
-    config: VAEConfig, params: Any, first: jax.Array, last: jax.Array, *, frames: int
-) -> jax.Array:
+def _encode_keyframes(config: VAEConfig, params: Any, first: jax.Array, last: jax.Array, *, frames: int) -> jax.Array:
     latent = vae.encode(config, params, conditioning.pixel_condition(first, last, frames))
     return conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride))
 
@@ -306,7 +300,8 @@ def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
     return vae.decode(config, params, latents)
 
 
-def _place(conditions: Conditions, negative: jax.Array, mesh: Mesh | None) -> tuple[Conditions, jax.Array]:
+def place(conditions: Conditions, negative: jax.Array, mesh: Mesh | None) -> tuple[Conditions, jax.Array]:
+    """Puts encoded conditions on the mesh: the latent as `sharding.shard_video`, the rest on every device."""
     if mesh is None:
         return conditions, negative
     latent = sharding.shard_video(conditions.latent, mesh)
