@@ -1,0 +1,41 @@
+"""Figures of the evaluation, on arrays whose answers are known."""
+
+import numpy as np
+import pytest
+
+from wanjax.tiny import evaluate
+from wanjax.tiny.clips import clip
+
+
+def test_psnr_of_known_errors():
+    truth = np.full((2, 3, 4, 4, 3), 100, np.uint8)
+    made = truth.copy()
+    made[0] += 10
+    made[1, :, :2] += 20
+    np.testing.assert_allclose(evaluate.psnr(made, truth)[0], 20 * np.log10(25.5), rtol=1e-9)
+    np.testing.assert_allclose(evaluate.psnr(made, truth)[1], 10 * np.log10(255**2 / 200), rtol=1e-9)
+    region = np.zeros((2, 4, 4), bool)
+    region[:, :1] = True
+    np.testing.assert_allclose(evaluate.psnr(made, truth, region)[1], 20 * np.log10(255 / 20), rtol=1e-9)
+
+
+def test_equal_videos_have_a_finite_psnr():
+    truth = np.zeros((1, 2, 4, 4, 3), np.uint8)
+    assert 70 < evaluate.psnr(truth, truth)[0] < 100
+
+
+def test_baselines_keep_the_keyframes():
+    truth = np.stack([clip(seed).video for seed in range(2)])
+    simple = evaluate.baselines(truth)
+    for made in simple.values():
+        np.testing.assert_array_equal(made[:, [0, -1]], truth[:, [0, -1]])
+    np.testing.assert_array_equal(simple["nearest"][:, 11], truth[:, 0])
+    np.testing.assert_array_equal(simple["nearest"][:, 13], truth[:, -1])
+    middle = (truth[:, 0].astype(float) + truth[:, -1]) / 2
+    assert np.abs(simple["crossfade"][:, 12] - middle).max() <= 0.5
+
+
+def test_held_out_clips_are_the_held_out_ones():
+    assert evaluate.heldout(3)[2].caption == clip(2, "heldout").caption
+    with pytest.raises(ValueError, match="split"):
+        clip(0, "valid")

@@ -1,0 +1,163 @@
+"""Training of the tiny transformer on a model smaller still: conditions, batches, learning, resume, the result."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from nano import NANO
+from reference import relative_error
+
+from samplers import pipeline
+from samplers.pipeline import Keyframes, Settings
+from wanjax import checkpoint, keyframes, vae
+from wanjax.tiny import build_tokenizer, evaluate, latents, train_dit, train_vae
+from wanjax.tiny.clips import clip
+from wanjax.tokenizer import Tokenizer
+
+CLIPS, SIZE, FRAMES = 8, 16, 9
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    """A random VAE of nano's sizes in the diffusers layout, as train_vae writes it."""
+    torch.manual_seed(0)
+    sizes = {"base_dim": NANO.vae.base_dim, "dim_mult": list(NANO.vae.dim_mult)}
+    stats = {"latents_mean": [0.1 * i for i in range(16)], "latents_std": [1.0 + 0.1 * i for i in range(16)]}
+    folder = tmp_path_factory.mktemp("vae")
+    train_vae.AutoencoderKLWan(**train_vae.CONFIG | sizes | stats).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(vae_folder, tmp_path_factory):
+    """Config, VAE parameters, tokenizer and data of a few short, small clips."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(latents, "SHARD", CLIPS)
+    patch.setattr(latents, "IMAGE_SHARE", 2)
+    patch.setattr(train_vae, "_fused_norm_silu", lambda: train_vae.norm_silu)
+
+    def small(seed, split="train", rich=False):
+        return clip(seed, split, FRAMES, SIZE, rich)
+
+    patch.setattr(latents, "clip", small)
+    folder = tmp_path_factory.mktemp("run")
+    build_tokenizer.main([str(folder / "tokenizer.json")])
+    vae_config, vae_params = latents.load_vae(vae_folder, NANO.vae)
+    dit = dataclasses.replace(NANO.dit, text_length=32)
+    umt5 = dataclasses.replace(NANO.umt5, vocab_size=768)
+    config = dataclasses.replace(NANO, vae=vae_config, dit=dit, umt5=umt5)
+    encode = latents.encoder(vae_folder, vae_config, vae_params)
+    data = latents.build(vae_folder, encode, folder / "latents", CLIPS, 0.0)
+    yield config, vae_params, Tokenizer(folder / "tokenizer.json"), data, folder
+    patch.undo()
+
+
+def test_latents_are_those_of_the_jax_vae(setup):
+    config, vae_params, _, data, _ = setup
+    videos = np.stack([clip(seed, "train", FRAMES, SIZE).video for seed in range(CLIPS)])
+    expected = jax.jit(lambda x: vae.encode(config.vae, vae_params, x))(keyframes.to_unit(videos))
+    assert relative_error(data.latents.astype(np.float32), expected) < 1e-3  # kept in float16
+    np.testing.assert_array_equal(data.last, videos[:, -1])
+
+
+def test_latents_are_read_again_and_guarded(setup, vae_folder):
+    *_, data, folder = setup
+    again = latents.build(vae_folder, None, folder / "latents", CLIPS, 0.0)
+    np.testing.assert_array_equal(again.condition, data.condition)
+    with pytest.raises(ValueError, match="another VAE or --rich-share"):
+        latents.build(vae_folder, None, folder / "latents", CLIPS, 0.5)
+
+
+def test_training_sees_what_sampling_sees(setup):
+    """The conditions of a batch equal those that the pipeline makes from keyframes and caption."""
+    config, vae_params, tokenizer, data, _ = setup
+    state = train_dit.new_state(config, 0)
+    batches = train_dit.Batches(data, tokenizer, config, 16, seed=0)
+    batch = batches.draw(0)
+    kept = [row for row in range(16) if batch.keep_last[row] and batch.ids[row, 1] != 0]
+    conditions = jax.jit(lambda p, b: train_dit.encode_conditions(config, p, b))(state.params, batch)
+    model = checkpoint.Model(config, {**state.params, "vae": vae_params}, tokenizer)
+    settings = Settings.of(config, frames=FRAMES, size=(SIZE, SIZE))
+    pairs = [(batch.first[row], batch.last[row]) for row in kept]
+    row_of = {data.first[i].tobytes() + data.last[i].tobytes(): i for i in range(CLIPS)}
+    captions = [data.captions[row_of[first.tobytes() + last.tobytes()]] for first, last in pairs]
+    expected, _ = pipeline.encode(model, Keyframes.prepare(pairs, config, settings), captions, settings)
+    for name in ("text", "first", "last", "latent"):
+        found = np.asarray(getattr(conditions, name))[kept]
+        assert relative_error(found, getattr(expected, name)) < 1e-3, name
+
+
+def test_dropped_last_keyframe_leaves_no_trace(setup):
+    config, _, tokenizer, data, _ = setup
+    batch = train_dit.Batches(data, tokenizer, config, 64, seed=1).draw(0)
+    dropped = batch.keep_last == 0
+    assert 0 < dropped.sum() < 32
+    assert (batch.given[dropped][:, -1] == 0).all() and (batch.given[~dropped][:, -1, -1] == 1).all()
+    altered = batch.replace(last=255 - batch.last)
+    params = train_dit.new_state(config, 0).params
+    run = jax.jit(lambda p, b: train_dit.encode_conditions(config, p, b))
+    plain, other = run(params, batch), run(params, altered)
+    np.testing.assert_array_equal(plain.last[dropped], other.last[dropped])
+    assert not np.array_equal(plain.last[~dropped], other.last[~dropped])
+    assert (batch.attention_mask.sum(1) == 1).any(), "some captions are dropped"
+
+
+def test_batches_depend_on_seed_and_step_alone(setup):
+    config, _, tokenizer, data, _ = setup
+    one, two = (train_dit.Batches(data, tokenizer, config, 4, seed=5) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one.draw(7), two.draw(7))
+    assert not np.array_equal(one.draw(7).latents, one.draw(8).latents)
+
+
+def test_steps_lower_the_loss(setup):
+    config, _, tokenizer, data, _ = setup
+    state = train_dit.new_state(config, 0)
+    batches = train_dit.Batches(data, tokenizer, config, 8, seed=0)
+    losses = []
+    for step in range(120):
+        state, loss = train_dit.update(config, state, batches.draw(step), np.float32(3e-3), np.uint32(0))
+        losses.append(float(loss))
+    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:5])
+    assert int(state.step) == 120
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), train_dit.new_state(config, 0).params, state.params)
+    assert all(jax.tree.leaves(moved)), "every parameter of all three models learns"
+
+
+def test_rate():
+    rates = [train_dit.rate_at(1000, share) for share in (0.0, 0.35, 0.675, 1.0)]
+    np.testing.assert_allclose(rates, [1e-3, 1e-3, 0.505e-3, 1e-5], rtol=1e-6)
+    assert train_dit.rate_at(0, 0.0) == pytest.approx(1e-5)
+
+
+def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
+    """The command, from latents to a model folder that loads; then a refusal to overwrite it."""
+    config, _, _, _, folder = setup
+    monkeypatch.setattr(train_dit, "preset", lambda name: config)
+    monkeypatch.setattr(evaluate, "heldout", lambda count: [clip(seed, "heldout", FRAMES, SIZE) for seed in range(2)])
+    quick = Settings(frames=FRAMES, size=(SIZE, SIZE), steps=2, guidance=1.0)
+    monkeypatch.setattr(evaluate.Settings, "of", classmethod(lambda cls, config, **changes: quick))
+    arguments = ["--vae", str(vae_folder), "--out", str(folder), "--clips", str(CLIPS), "--batch", "2"]
+    train_dit.main([*arguments, "--minutes", "0.001"])
+    model = checkpoint.load(folder / "model")
+    assert model.config.vae.latent_std == config.vae.latent_std
+    first = (folder / "log.jsonl").read_text().splitlines()
+    assert (folder / "sheet.png").stat().st_size > 0
+
+    with pytest.raises(SystemExit):
+        train_dit.main(arguments)
+    assert "exists already" in capsys.readouterr().err
+    (folder / "model").rename(folder / "first")
+    with pytest.raises(ValueError, match="holds checkpoints; add --resume"):
+        train_dit.main([*arguments, "--minutes", "0.002"])
+    train_dit.main([*arguments, "--minutes", "0.002", "--resume"])
+    second = (folder / "log.jsonl").read_text().splitlines()
+    assert len(second) > len(first)
+    steps = [int(line.split('"step": ')[1].split(",")[0]) for line in second]
+    assert steps == sorted(set(steps))
+
+
+def test_missing_vae(tmp_path):
+    with pytest.raises(ValueError, match="run wanjax.tiny.train_vae first"):
+        latents.load_vae(tmp_path, NANO.vae)

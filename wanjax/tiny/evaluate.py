@@ -1,0 +1,146 @@
+"""Measure a model on held-out procedural clips, against simple baselines and against its own VAE.
+
+    python -m wanjax.tiny.evaluate --model tiny --clips 64 --guidance 1 2
+
+PSNR is of each clip's mean squared error (8-bit, peak 255), averaged over clips. "Interior" leaves out the first
+and last frame; "motion" counts only pixels that an object covers at some time; an "ambiguous" clip moves along an
+arc that its keyframes do not tell. Axis letters: N clips, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from samplers.pipeline import Keyframes, Settings, run
+from wanjax import keyframes, vae
+from wanjax.checkpoint import Model, load
+from wanjax.tiny.clips import Clip, clip
+
+BATCH = 16
+
+
+def heldout(count: int, rich: bool = False) -> list[Clip]:
+    """The first `count` held-out clips."""
+    return [clip(seed, "heldout", rich=rich) for seed in range(count)]
+
+
+def psnr(made: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
+    """PSNR in dB [N] of uint8 videos [N, T, H, W, 3], over the pixels of `region` bool [N, H, W] if given."""
+    error = np.square(made.astype(np.float64) - truth).mean(axis=(1, 4))
+    weight = np.ones(error.shape) if region is None else region.astype(np.float64)
+    mean = (error * weight).sum(axis=(1, 2)) / weight.sum(axis=(1, 2))
+    return -10 * np.log10(np.maximum(mean, 1e-3) / 255**2)
+
+
+def baselines(truth: np.ndarray) -> dict[str, np.ndarray]:
+    """What can be done without a model: the nearer keyframe, and a linear cross-fade; uint8 [N, T, H, W, 3]."""
+    share = np.linspace(0, 1, truth.shape[1])[None, :, None, None, None]
+    first, last = truth[:, :1].astype(np.float64), truth[:, -1:].astype(np.float64)
+    fade = np.round(first + (last - first) * share).astype(np.uint8)
+    return {"nearest": np.where(share < 0.5, truth[:, :1], truth[:, -1:]), "crossfade": fade}
+
+
+def reconstruct(model: Model, truth: np.ndarray) -> np.ndarray:
+    """The clips through the VAE and back: the best that any latents of its encoder could give."""
+    config, params = model.config.vae, model.params["vae"]
+    encode = jax.jit(lambda p, x: vae.encode(config, p, x))
+    decode = jax.jit(lambda p, z: vae.decode(config, p, z))
+    parts = [truth[i : i + BATCH] for i in range(0, len(truth), BATCH)]
+    return np.concatenate(
+        [keyframes.from_unit(decode(params, encode(params, keyframes.to_unit(part)))) for part in parts]
+    )
+
+
+def generate(model: Model, clips: Sequence[Clip], captions: Sequence[str], settings: Settings) -> np.ndarray:
+    """Videos uint8 [N, T, H, W, 3] between the keyframes of `clips`, told `captions`."""
+    videos = []
+    for start in range(0, len(clips), BATCH):
+        part = clips[start : start + BATCH]
+        pairs = [(one.video[0], one.video[-1]) for one in part]
+        prepared = Keyframes.prepare(pairs, model.config, settings)
+        videos.append(run(model, prepared, list(captions[start : start + BATCH]), settings).video)
+    return np.concatenate(videos)
+
+
+def measure(
+    model: Model,
+    clips: Sequence[Clip],
+    guidance: Sequence[float] = (1.0, 2.0),
+    steps: int = 15,
+    solver: str = "unipc",
+    sheet: Path | None = None,
+) -> dict[str, float]:
+    """All figures, in dB but for shares.
+
+    Args:
+      clips: held-out clips, best a multiple of 16.
+      guidance: scales to try.
+      steps, solver: of the sampler.
+      sheet: PNG to write: truth, cross-fade and model (last guidance) of the first clips.
+
+    Raises:
+      ValueError: settings that the model cannot run.
+    """
+    truth = np.stack([one.video for one in clips])
+    region = np.stack([one.motion_mask for one in clips])
+    ambiguous = np.array([one.ambiguous for one in clips])
+    inside = slice(1, -1)
+    figures: dict[str, float] = {}
+
+    def add(name: str, made: np.ndarray) -> np.ndarray:
+        interior = psnr(made[:, inside], truth[:, inside])
+        figures[f"{name}_interior"] = float(interior.mean())
+        figures[f"{name}_motion"] = float(psnr(made[:, inside], truth[:, inside], region).mean())
+        return interior
+
+    simple = {name: add(name, made) for name, made in baselines(truth).items()}
+    add("vae", reconstruct(model, truth))
+    for scale in guidance:
+        settings = Settings.of(model.config, guidance=scale, steps=steps, solver=solver)
+        made = generate(model, clips, [one.caption for one in clips], settings)
+        blind = generate(model, clips, [""] * len(clips), settings)
+        name = f"guidance_{scale:g}"
+        told, untold = add(name, made), add(f"{name}_empty", blind)
+        figures[f"{name}_wins"] = float((told > simple["crossfade"]).mean())
+        figures[f"{name}_ends"] = float(psnr(made[:, [0, -1]], truth[:, [0, -1]]).mean())
+        figures[f"{name}_caption_gain"] = float((told - untold)[ambiguous].mean()) if ambiguous.any() else 0.0
+    if sheet is not None and guidance:
+        save_sheet([truth, baselines(truth)["crossfade"], made], sheet)
+    return figures
+
+
+def save_sheet(videos: Sequence[np.ndarray], path: Path, clips: int = 10, scale: int = 3) -> None:
+    """A PNG: for each clip one row of every third frame from each of `videos`."""
+    rows = [np.concatenate(list(video[n, ::3]), axis=1) for n in range(min(clips, len(videos[0]))) for video in videos]
+    Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)).save(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Measure a model on held-out procedural clips.")
+    parser.add_argument("--model", default="tiny", help="'tiny' or a model folder (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=64, help="held-out clips (default %(default)s)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0], help="scales (default 1 2)")
+    parser.add_argument("--steps", type=int, default=15, help="sampling steps (default %(default)s)")
+    parser.add_argument("--solver", default="unipc", help="sampler (default %(default)s)")
+    parser.add_argument("--rich", action="store_true", help="clips that also turn, grow, change colour, come in pairs")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--sheet", type=Path, help="PNG: truth, cross-fade and model in turn")
+    options = parser.parse_args(arguments)
+    clips = heldout(options.clips, options.rich)
+    figures = measure(load(options.model), clips, options.guidance, options.steps, options.solver, options.sheet)
+    for name, value in figures.items():
+        print(f"{name:32s} {value:7.2f}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""Train the tiny diffusion transformer with its text and image encoders, by flow matching, on one device.
+
+The three learn together from random weights; the VAE is fixed. The result is a model folder that
+`samplers.inbetween --model` and `wanjax.checkpoint.load` read.
+
+    python -m wanjax.tiny.train_dit --vae runs/vae/vae --out runs/dit --minutes 40
+
+Axis letters as in `wanjax.types`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import struct
+
+from samplers.schedule import TRAIN_TIMESTEPS, shifted
+from wanjax import checkpoint, conditioning, rope
+from wanjax.clip import CLIPVision
+from wanjax.config import BFLOAT16, ModelConfig, preset
+from wanjax.dit import WanDiT
+from wanjax.keyframes import CLIP_MEAN, CLIP_STD
+from wanjax.tiny import build_tokenizer, evaluate
+from wanjax.tiny.latents import LatentSet, build, encoder, load_vae
+from wanjax.tokenizer import Tokenizer
+from wanjax.types import Conditions
+from wanjax.umt5 import UMT5Encoder
+
+PEAK_RATE = 1e-3
+WARMUP_STEPS = 100
+FLAT_SHARE = 0.35  # of the run, before the cosine decay
+SHIFT = 3.0
+CAPTION_DROP = 0.10
+LAST_KEYFRAME_DROP = 0.15
+TRAINED = ("dit", "umt5", "clip")
+
+
+@struct.dataclass
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+      latents, condition: [B, F, h, w, 16] normalised.
+      given: [B, F, temporal_stride] mask channels.
+      ids, attention_mask: int32 [B, L] with L at most the model's text length.
+      first, last: uint8 [B, H, W, 3].
+      keep_last: float32 [B], 0 where the last keyframe is withheld.
+    """
+
+    latents: jax.Array
+    condition: jax.Array
+    given: jax.Array
+    ids: jax.Array
+    attention_mask: jax.Array
+    first: jax.Array
+    last: jax.Array
+    keep_last: jax.Array
+
+
+@struct.dataclass
+class State:
+    """A run between two steps.
+
+    Attributes:
+      step: int32 [].
+      seconds: float32 [], time spent in steps so far.
+      params: {"dit", "umt5", "clip"}.
+      average: exponential moving average of params.
+      moments: optax state.
+    """
+
+    step: jax.Array
+    seconds: jax.Array
+    params: Any
+    average: Any
+    moments: Any
+
+
+def optimiser() -> optax.GradientTransformation:
+    """AdamW up to the learning rate, which follows the clock and is multiplied in by `update`."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.98),
+        optax.add_decayed_weights(0.01, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+    )
+
+
+def new_state(config: ModelConfig, seed: int) -> State:
+    """Random weights in float32."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    d, c = config.dit, config.clip
+    image = jnp.zeros((1, d.image_tokens, d.image_dim))
+    grid = (1, *d.patch_size[1:])
+    conditions = Conditions(
+        jnp.zeros((1, d.text_length, d.text_dim)), image, image, jnp.zeros((1, *grid, d.condition_channels))
+    )
+    table = rope.table((1, 1, 1), d.head_dim)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    params = {
+        "dit": jax.jit(WanDiT(d).init)(keys[0], jnp.zeros((1, *grid, d.out_channels)), jnp.zeros(1), conditions, table)[
+            "params"
+        ],
+        "umt5": jax.jit(UMT5Encoder(config.umt5).init)(keys[1], ids, ids)["params"],
+        "clip": jax.jit(CLIPVision(c).init)(keys[2], jnp.zeros((1, c.image_size, c.image_size, 3)))["params"],
+    }
+    # T5's attention logits are not scaled, its initial query weights are.
+    query = params["umt5"]["blocks"]["attn"]["q"]
+    query["kernel"] = query["kernel"] * config.umt5.head_dim**-0.5
+    average = jax.tree.map(jnp.copy, params)
+    return State(jnp.int32(0), jnp.float32(0), params, average, optimiser().init(params))
+
+
+def encode_conditions(config: ModelConfig, params: Any, batch: Batch) -> Conditions:
+    """Runs both trainable encoders; differentiable."""
+    mask = batch.attention_mask
+    text = UMT5Encoder(config.umt5).apply({"params": params["umt5"]}, batch.ids, mask)
+    text = conditioning.pad_text(text, mask)
+    text = jnp.pad(text, ((0, 0), (0, config.dit.text_length - text.shape[1]), (0, 0)))
+    pixels = jnp.concatenate([batch.first, batch.last]).astype(jnp.float32) / 255
+    pixels = (pixels - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+    first, last = jnp.split(CLIPVision(config.clip).apply({"params": params["clip"]}, pixels), 2)
+    last = last * batch.keep_last[:, None, None]
+    shape = (*batch.condition.shape[:-1], batch.given.shape[-1])
+    given = jnp.broadcast_to(batch.given[:, :, None, None], shape)
+    return Conditions(text, first, last, jnp.concatenate([given, batch.condition], -1))
+
+
+def loss_of(config: ModelConfig, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+    """Mean squared error of the velocity (noise - data) at shifted, stratified uniform noise levels."""
+    time_key, order_key, noise_key = jax.random.split(key, 3)
+    size = batch.latents.shape[0]
+    strata = jax.random.permutation(order_key, size)
+    sigma = shifted((strata + jax.random.uniform(time_key, (size,))) / size, SHIFT)
+    noise = jax.random.normal(noise_key, batch.latents.shape)
+    level = sigma[:, None, None, None, None]
+    noisy = (1 - level) * batch.latents + level * noise
+    patch = config.dit.patch_size
+    grid = tuple(n // size for n, size in zip(noisy.shape[1:4], patch, strict=True))
+    velocity = WanDiT(config.dit).apply(
+        {"params": params["dit"]},
+        noisy,
+        TRAIN_TIMESTEPS * sigma,
+        encode_conditions(config, params, batch),
+        rope.table(grid, config.dit.head_dim),
+    )
+    return jnp.square(velocity - (noise - batch.latents)).mean()
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def update(
+    config: ModelConfig, state: State, batch: Batch, rate: jax.Array, seed: jax.Array
+) -> tuple[State, jax.Array]:
+    """One step at learning rate `rate`; returns the new state and the loss."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch = batch.replace(latents=batch.latents.astype(jnp.float32), condition=batch.condition.astype(jnp.float32))
+    loss, gradients = jax.value_and_grad(loss_of, argnums=1)(config, state.params, batch, key)
+    direction, moments = optimiser().update(gradients, state.moments, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+    k = state.step.astype(jnp.float32)
+    decay = jnp.minimum(0.999, (k + 1) / (k + 20))
+    average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, params)
+    return State(state.step + 1, state.seconds, params, average, moments), loss
+
+
+def rate_at(step: int, done: float) -> float:
+    """Learning rate: linear warm-up by steps; flat, then a cosine to 1% by the share of the run's time."""
+    decay = max(0.0, min(1.0, (done - FLAT_SHARE) / (1 - FLAT_SHARE)))
+    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * decay)))
+
+
+class Batches:
+    """Draws batches; the batch of a step depends on (seed, step) alone, so that a resumed run goes on alike."""
+
+    def __init__(self, data: LatentSet, tokenizer: Tokenizer, config: ModelConfig, size: int, seed: int):
+        lengths = [len(tokenizer.tokens(text)) for text in data.captions]
+        length = min(config.dit.text_length, -(-max(lengths) // 8) * 8)
+        self._ids, self._mask = tokenizer.encode([*data.captions, ""], length)
+        self._data, self._size, self._seed = data, size, seed
+        frames = (data.latents.shape[1] - 1) * config.vae.temporal_stride + 1
+        stride = config.vae.temporal_stride
+        self._given = np.stack([np.asarray(conditioning.mask(frames, stride, last=last)) for last in (False, True)])
+
+    def draw(self, step: int) -> Batch:
+        """The batch of one step, as host arrays."""
+        rng, data, size = np.random.default_rng([self._seed, step]), self._data, self._size
+        keep = rng.random(size) >= LAST_KEYFRAME_DROP
+        rows = rng.integers(len(data.latents), size=size)
+        rows = np.where(keep, rows, rng.integers(len(data.image_condition), size=size))
+        condition = np.stack([
+            (data.condition if kept else data.image_condition)[row] for row, kept in zip(rows, keep, strict=True)
+        ])  # fmt: skip
+        words = np.where(rng.random(size) < CAPTION_DROP, len(data.latents), rows)
+        return Batch(
+            data.latents[rows], condition, self._given[keep.astype(int)], self._ids[words], self._mask[words],
+            data.first[rows], data.last[rows], keep.astype(np.float32),
+        )  # fmt: skip
+
+
+def train(config: ModelConfig, state: State, batches: Batches, vae_params: Any, options: argparse.Namespace,
+          manager: ocp.CheckpointManager) -> State:  # fmt: skip
+    """Steps until the minutes are spent, with a checkpoint and a measurement every `--every` minutes."""
+    tokenizer = options.out / "tokenizer.json"
+    held = evaluate.heldout(16)
+    total = options.minutes * 60
+    seconds, losses = float(state.seconds), []
+    # Compiled here, outside the clock, on a state of its own, which the call gives away.
+    jax.block_until_ready(
+        update(config, jax.tree.map(jnp.copy, state), batches.draw(0), np.float32(0), np.uint32(options.seed))
+    )
+    last = time.monotonic()
+    while seconds < total:
+        began = time.monotonic()
+        step = int(state.step)
+        rate = np.float32(rate_at(step, seconds / total))
+        state, loss = update(config, state, batches.draw(step), rate, np.uint32(options.seed))
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}; resume from the last checkpoint")
+        seconds += time.monotonic() - began
+        if step + 1 == 100:
+            print(f"step 100 loss {np.mean(losses[-50:]):.4f} {seconds / 100:.3f} s/step", flush=True)
+        if time.monotonic() - last > options.every * 60 or seconds >= total:
+            state = state.replace(seconds=jnp.float32(seconds))
+            manager.save(step + 1, args=ocp.args.StandardSave(state))
+            model = checkpoint.Model(config, {**state.average, "vae": vae_params}, Tokenizer(tokenizer))
+            figures = evaluate.measure(model, held, guidance=(1.0,), sheet=options.out / "sheet.png")
+            line = {"step": step + 1, "minutes": round(seconds / 60, 2), "loss": float(np.mean(losses)), **figures}
+            with open(options.out / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+            last, losses = time.monotonic(), []
+    manager.wait_until_finished()
+    return state
+
+
+def restore(manager: ocp.CheckpointManager, state: State, resume: bool) -> State:
+    """The newest checkpoint's state if `resume`, else the given one.
+
+    Raises:
+      ValueError: checkpoints are there and resume is off, or the other way round.
+    """
+    newest = manager.latest_step()
+    if newest is None and not resume:
+        return state
+    if newest is None or not resume:
+        found = "holds checkpoints; add --resume or choose another folder" if newest else "holds no checkpoint"
+        raise ValueError(f"--out: {manager.directory} {found}")
+    return manager.restore(newest, args=ocp.args.StandardRestore(jax.eval_shape(lambda: state)))
+
+
+def write_model(config: ModelConfig, state: State, vae_params: Any, out: Path) -> None:
+    """Writes OUT/model from the averaged weights, in bfloat16, which halves what the package carries."""
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), {**state.average, "vae": vae_params})
+    checkpoint.save(out / "model", config, half, out / "tokenizer.json")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the DiT, text and image encoders of the tiny model.")
+    parser.add_argument("--vae", type=Path, required=True, help="vae folder that train_vae wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
+    parser.add_argument("--minutes", type=float, default=40.0, help="time spent in steps, resumed runs included")
+    parser.add_argument("--clips", type=int, default=12000, help="training clips (default %(default)s)")
+    parser.add_argument("--rich-share", type=float, default=0.0, help="share of rich clips (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="clips a step (default %(default)s)")
+    parser.add_argument("--every", type=float, default=4.0, help="minutes between checkpoints (default %(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 (accelerators)")
+    parser.add_argument("--latents-only", action="store_true", help="compute the latents and stop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    options = parser.parse_args(arguments)
+    if (options.out / "model").exists():
+        parser.error(f"--out: {options.out / 'model'} exists already; choose another folder or move it away")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    config = preset("tiny")
+    vae_config, vae_params = load_vae(options.vae, config.vae)
+    config = dataclasses.replace(config, vae=vae_config)
+    running = config
+    if options.bfloat16:
+        running = config.with_precision(dataclasses.replace(BFLOAT16, param="float32"))
+    encode = encoder(options.vae, vae_config, vae_params)
+    data = build(options.vae, encode, options.out / "latents", options.clips, options.rich_share)
+    if options.latents_only:
+        return
+    build_tokenizer.main([str(options.out / "tokenizer.json")])
+    tokenizer = Tokenizer(options.out / "tokenizer.json")
+    batches = Batches(data, tokenizer, config, options.batch, options.seed)
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((options.out / "checkpoints").resolve(), options=keep) as manager:
+        state = restore(manager, new_state(running, options.seed), options.resume)
+        state = train(running, state, batches, vae_params, options, manager)
+    write_model(config, state, vae_params, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""Train the tiny model's causal video VAE in torch, on `diffusers`' AutoencoderKLWan.
+
+XLA trains convolutions several times slower than torch on a CPU, so this one stage uses torch; the weights are
+written in the diffusers layout and come into wanjax through `convert/`. Two stages: single frames first, which
+teaches shapes and colours quickly, then whole clips after every temporal kernel was set to pass the present
+frame through.
+
+    python -m wanjax.tiny.train_vae --out runs/vae --minutes 33
+
+Axis letters: B batch, C channels, T frames, H height, W width; torch tensors here are channels first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    WanRMS_norm,
+)
+from PIL import Image
+
+from wanjax.tiny.clips import clip
+
+CONFIG = {
+    "base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [True, True],
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 4,
+}
+FRAMES = 25
+INITIAL_LOG_VARIANCE = -6.0
+KL_WEIGHT = 3e-5
+SQUARED_WEIGHT = 10.0  # at 2 the absolute term rules, and flat background pixels with it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings of one of the two stages; lengths and batch sizes go together."""
+
+    learning_rate: float
+    lengths: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    warmup: int
+
+
+IMAGES = Stage(2e-3, (1,), (24,), 50)
+CLIPS = Stage(5e-4, (25, 17, 9), (4, 5, 8), 100)
+
+
+def conv(module: WanCausalConv3d, x: torch.Tensor) -> torch.Tensor:
+    """Causal convolution of a whole sequence; one frame needs only the last temporal tap."""
+    if x.shape[2] == 1 and module.stride[0] == 1:
+        pad = module._padding[0]
+        return F.conv2d(x[:, :, 0], module.weight[:, :, -1], module.bias, padding=pad)[:, :, None]
+    return module(x)
+
+
+def norm_silu(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """SiLU of the RMS norm over channels of [B, C, N], with gamma [C, 1]: WanRMS_norm, then F.silu."""
+    wide = x.float()
+    inverse = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+    return F.silu(wide * (inverse * x.shape[1] ** 0.5) * gamma).to(x.dtype)
+
+
+@functools.cache
+def _fused_norm_silu() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`norm_silu` as one kernel where torch finds a C++ compiler: it is a third of a step otherwise."""
+    if shutil.which("g++") is None:
+        return norm_silu
+    torch._dynamo.config.recompile_limit = 64  # one kernel for every number of channels and layout
+    return torch.compile(norm_silu, dynamic=True)
+
+
+def activate(module: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
+    """The norm and SiLU before every convolution."""
+    return _fused_norm_silu()(x.flatten(2), module.gamma.flatten(1)).view(x.shape)
+
+
+def residual(module: WanResidualBlock, x: torch.Tensor) -> torch.Tensor:
+    shortcut = conv(module.conv_shortcut, x) if isinstance(module.conv_shortcut, WanCausalConv3d) else x
+    x = conv(module.conv1, activate(module.norm1, x))
+    return conv(module.conv2, activate(module.norm2, x)) + shortcut
+
+
+def resample(module: WanResample, x: torch.Tensor) -> torch.Tensor:
+    """Resample a whole sequence.
+
+    The first frame is a group of its own in the chunked run: it skips the temporal convolution in both directions,
+    and is invisible to the upsampling one.
+    """
+    if module.mode == "upsample3d" and x.shape[2] > 1:
+        pairs = module.time_conv(x[:, :, 1:])
+        batch, channels, frames, height, width = pairs.shape
+        pairs = pairs.view(batch, 2, channels // 2, frames, height, width).permute(0, 2, 3, 1, 4, 5)
+        x = torch.cat([x[:, :, :1], pairs.reshape(batch, channels // 2, 2 * frames, height, width)], dim=2)
+    batch, frames = x.shape[0], x.shape[2]
+    x = module.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames)).transpose(1, 2)
+    if module.mode == "downsample3d" and frames > 1:
+        x = torch.cat([x[:, :, :1], module.time_conv(x)], dim=2)
+    return x
+
+
+def _run(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(layer, WanResidualBlock):
+        return residual(layer, x)
+    if isinstance(layer, WanResample):
+        return resample(layer, x)
+    if isinstance(layer, WanAttentionBlock):
+        return layer(x)
+    raise TypeError(f"no whole-sequence form of {type(layer).__name__}")
+
+
+def _middle(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = residual(block.resnets[0], x)
+    for attention, block_residual in zip(block.attentions, block.resnets[1:], strict=True):
+        x = residual(block_residual, attention(x))
+    return x
+
+
+def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents, each [B, 16, F, h, w], of video [B, 3, T, H, W] in [-1, 1].
+
+    Equal to `vae.encode` (which works in chunks of four frames), but one pass over the whole sequence: every
+    causal convolution starts from zeros either way.
+    """
+    x = conv(vae.encoder.conv_in, video)
+    for layer in vae.encoder.down_blocks:
+        x = _run(layer, x)
+    x = _middle(vae.encoder.mid_block, x)
+    x = conv(vae.encoder.conv_out, activate(vae.encoder.norm_out, x))
+    mean, log_variance = conv(vae.quant_conv, x).chunk(2, dim=1)
+    return mean, log_variance.clamp(-30.0, 20.0)
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Video [B, 3, T, H, W] of latents [B, 16, F, h, w]: `vae.decode` in one pass, and without its final clamp."""
+    x = conv(vae.decoder.conv_in, conv(vae.post_quant_conv, latents))
+    x = _middle(vae.decoder.mid_block, x)
+    for block in vae.decoder.up_blocks:
+        for layer in block.resnets:
+            x = _run(layer, x)
+        if block.upsamplers is not None:
+            x = _run(block.upsamplers[0], x)
+    return conv(vae.decoder.conv_out, activate(vae.decoder.norm_out, x))
+
+
+def new_vae() -> AutoencoderKLWan:
+    """An untrained VAE, seeded by torch's global generator.
+
+    Kernels keep the variance of a single frame, of which only the last temporal tap sees anything: with torch's own
+    initialisation the signal fades so much from end to end that training loses its first minutes. Residual branches
+    start small. The log-variance starts small too, so that the latents are not drowned in noise.
+    """
+    vae = AutoencoderKLWan(**CONFIG)
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+                fan_in = math.prod(module.weight.shape[1:]) / (module.weight.shape[2] if module.weight.ndim == 5 else 1)
+                bound = math.sqrt(3.0 / fan_in) * (0.3 if name.endswith("conv2") else 1.0)
+                module.weight.uniform_(-bound, bound)
+                module.bias.zero_()
+        vae.quant_conv.bias[CONFIG["z_dim"] :] = INITIAL_LOG_VARIANCE
+        vae.quant_conv.weight[CONFIG["z_dim"] :] *= 0.05
+    return vae
+
+
+@torch.no_grad()
+def inflate(vae: AutoencoderKLWan) -> None:
+    """Turn an image VAE into a video VAE that treats every frame alone, in place.
+
+    Convolutions keep their last temporal tap (the present frame); the strided one of a downsampler passes the last
+    frame of its window, the one of an upsampler repeats its frame.
+    """
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1:
+            module.weight[:, :, :-1] = 0.0
+    for module in vae.modules():
+        if isinstance(module, WanResample) and module.mode.endswith("3d"):
+            outputs, inputs = module.time_conv.weight.shape[:2]
+            module.time_conv.weight.zero_()
+            module.time_conv.bias.zero_()
+            module.time_conv.weight[torch.arange(outputs), torch.arange(outputs) % inputs, -1, 0, 0] = 1.0
+
+
+def to_tensor(videos: np.ndarray) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] to float32 [B, 3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+class ClipBank:
+    """Draws training batches from clips rendered once; a small share is replaced as training goes on."""
+
+    def __init__(self, size: int, rich_share: float, seed: int):
+        self._rng = np.random.default_rng(seed)
+        self._rich_share = rich_share
+        self._next = size
+        self._videos = np.stack([self._draw(i) for i in range(size)])
+
+    def _draw(self, seed: int) -> np.ndarray:
+        return clip(seed, "train", FRAMES, rich=bool(self._rng.random() < self._rich_share)).video
+
+    def batch(self, count: int, length: int) -> torch.Tensor:
+        rows = self._rng.integers(len(self._videos), size=count)
+        starts = self._rng.integers(FRAMES - length + 1, size=count)
+        picked = np.stack([self._videos[r, s : s + length] for r, s in zip(rows, starts, strict=True)])
+        if self._rng.random() < 0.5:
+            self._videos[rows[0]] = self._draw(self._next)
+            self._next += 1
+        return to_tensor(picked)
+
+
+def loss_of(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """L1 + 10 MSE + a small KL term, means over pixels and over latent elements."""
+    mean, log_variance = (part.float() for part in encode(vae, video))
+    latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+    error = decode(vae, latents).float() - video
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+    return error.abs().mean() + SQUARED_WEIGHT * error.square().mean() + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKLWan, videos: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """Reconstruct from the latent mean.
+
+    Returns:
+      PSNR in dB per frame index [T] (mean over clips of each clip's own) and the reconstructions in [-1, 1].
+    """
+    outputs, psnr = [], []
+    for start in range(0, len(videos), 8):
+        video = to_tensor(videos[start : start + 8])
+        output = decode(vae, encode(vae, video)[0]).clamp(-1, 1)
+        error = (output - video).square().mean(dim=(1, 3, 4)) / 4.0
+        psnr.append(-10.0 * torch.log10(error.clamp_min(1e-10)))
+        outputs.append(output)
+    return torch.cat(psnr).mean(0).numpy(), torch.cat(outputs)
+
+
+def save_sheet(videos: np.ndarray, outputs: torch.Tensor, path: Path) -> None:
+    """Originals over reconstructions, every fourth frame, enlarged three times."""
+    made = ((outputs + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+    rows = []
+    for original, copy in zip(videos[:8], made[:8], strict=True):
+        rows += [np.concatenate(list(v[::4]), axis=1) for v in (original, copy)]
+    sheet = np.concatenate(rows).repeat(3, 0).repeat(3, 1)
+    Image.fromarray(sheet).save(path)
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, clips: int = 512) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every channel of the encoder's mean over training clips."""
+    videos = np.stack([clip(i, "train", FRAMES).video for i in range(clips)])
+    means = torch.cat([encode(vae, to_tensor(videos[i : i + 8]))[0] for i in range(0, clips, 8)])
+    return means.mean(dim=(0, 2, 3, 4)).tolist(), means.std(dim=(0, 2, 3, 4)).tolist()
+
+
+@dataclass
+class Trainer:
+    """State of a run; wall-clock time, not steps, drives the schedule, so that a slow machine ends in time too."""
+
+    vae: AutoencoderKLWan
+    average: AutoencoderKLWan
+    optimiser: torch.optim.Optimizer
+    clips: Stage = CLIPS
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def new(cls) -> Trainer:
+        vae, average = new_vae(), new_vae()
+        average.load_state_dict(vae.state_dict())
+        return cls(vae, average, cls._optimiser(vae))
+
+    @staticmethod
+    def _optimiser(vae: AutoencoderKLWan) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+    def start_clips(self) -> None:
+        """Go on from images to clips with fresh optimiser moments."""
+        self.vae.load_state_dict(self.average.state_dict())
+        inflate(self.vae)
+        self.average.load_state_dict(self.vae.state_dict())
+        self.optimiser = self._optimiser(self.vae)
+        self.stage, self.step, self.seconds = 1, 0, 0.0
+
+    def update(self, bank: ClipBank, total_seconds: float, bfloat16: bool) -> float:
+        """One step; `total_seconds` is the length of the present stage, `bfloat16` that of convolutions."""
+        stage = (IMAGES, self.clips)[self.stage]
+        began = time.monotonic()
+        done = min(1.0, self.seconds / total_seconds)
+        rate = stage.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (self.step + 1) / stage.warmup)
+        pick = (0, 1, 0, 2)[self.step % 4] if self.stage else 0
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(self.vae, bank.batch(stage.batch_sizes[pick], stage.lengths[pick]))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimiser.step()
+        decay = min(0.995, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.vae.parameters()), 1.0 - decay)
+        self.step += 1
+        self.seconds += time.monotonic() - began
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint beside its final name, then rename."""
+        state = {
+            "vae": self.vae.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "progress": [self.stage, self.step, self.seconds],
+        }
+        beside = path.with_suffix(".part")
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint written by `save`."""
+        if not path.is_file():
+            raise ValueError(f"--resume: there is no checkpoint at {path}; leave --resume out to start anew")
+        state = torch.load(path, weights_only=True)
+        self.vae.load_state_dict(state["vae"])
+        self.average.load_state_dict(state["average"])
+        self.stage, self.step, self.seconds = state["progress"]
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def train(trainer: Trainer, out: Path, minutes: float, image_minutes: float, bank: ClipBank, bfloat16: bool) -> None:
+    """Run both stages to their end, with a checkpoint, a measurement and a sheet every two minutes."""
+    heldout = np.stack([clip(i, "heldout", FRAMES).video for i in range(48)])
+    durations = (image_minutes * 60, (minutes - image_minutes) * 60)
+    last, recent = time.monotonic(), []
+    while True:
+        if trainer.seconds >= durations[trainer.stage]:
+            if trainer.stage == 1:
+                break
+            trainer.start_clips()
+        recent.append(trainer.update(bank, durations[trainer.stage], bfloat16))
+        if not math.isfinite(recent[-1]):
+            raise FloatingPointError(f"the loss is {recent[-1]} at step {trainer.step}; resume with a lower rate")
+        if time.monotonic() - last > 120 or len(recent) == 20 and trainer.step == 20:
+            length = FRAMES if trainer.stage else 1
+            psnr, outputs = evaluate(trainer.average, heldout[:, :length])
+            save_sheet(heldout[:, :length], outputs, out / "sheet.png")
+            trainer.save(out / "checkpoint.pt")
+            print(
+                f"stage {trainer.stage} step {trainer.step} {trainer.seconds / 60:.1f} min loss "
+                f"{np.mean(recent):.4f} held-out PSNR {psnr.mean():.2f} dB, worst frame {psnr.min():.2f} dB",
+                flush=True,
+            )
+            last, recent = time.monotonic(), []
+    trainer.save(out / "checkpoint.pt")
+
+
+def finish(vae: AutoencoderKLWan, out: Path) -> None:
+    """Write DIR/vae in the diffusers layout with its latent statistics, and DIR/vae.json with the held-out PSNR."""
+    mean, std = latent_statistics(vae)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    heldout = np.stack([clip(i, "heldout", FRAMES).video for i in range(256)])
+    psnr, outputs = evaluate(vae, heldout)
+    save_sheet(heldout, outputs, out / "sheet.png")
+    vae.save_pretrained(out / "vae.part", safe_serialization=True)
+    if (out / "vae").exists():
+        raise ValueError(f"{out / 'vae'} exists; the new weights are in {out / 'vae.part'}, move one of them away")
+    os.replace(out / "vae.part", out / "vae")
+    figures = {"psnr_mean": float(psnr.mean()), "psnr_worst_frame": float(psnr.min()), "psnr": psnr.tolist()}
+    (out / "vae.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"256 held-out clips: PSNR {psnr.mean():.2f} dB, worst frame {psnr.min():.2f} dB", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the VAE of the tiny model.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and results")
+    parser.add_argument("--minutes", type=float, default=33.0, help="length of both stages (default %(default)s)")
+    parser.add_argument("--image-minutes", type=float, default=7.0, help="of which images (default %(default)s)")
+    parser.add_argument("--rich-share", type=float, default=0.25, help="share of rich clips (default %(default)s)")
+    parser.add_argument("--clip-rate", type=float, default=CLIPS.learning_rate, help="peak learning rate on clips "
+                        "(default %(default)s)")  # fmt: skip
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 in training: for older processors")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    options = parser.parse_args(arguments)
+    if (options.out / "vae").exists():
+        parser.error(f"--out: {options.out / 'vae'} exists already; choose another folder or move it away")
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    trainer = Trainer.new()
+    trainer.clips = dataclasses.replace(CLIPS, learning_rate=options.clip_rate)
+    if options.resume:
+        if not (options.out / "checkpoint.pt").is_file():
+            parser.error(f"--resume: there is no checkpoint.pt in {options.out}")
+        if torch.load(options.out / "checkpoint.pt", weights_only=True)["progress"][0] == 1:
+            trainer.start_clips()
+        trainer.load(options.out / "checkpoint.pt")
+    bank = ClipBank(4096, options.rich_share, seed=trainer.step + 1)
+    train(trainer, options.out, options.minutes, options.image_minutes, bank, not options.float32)
+    finish(trainer.average, options.out)
+
+
+if __name__ == "__main__":
+    main()
