@@ -83,7 +83,7 @@ def against_cpu(checks: Checks) -> None:
     params = random_model.params(random_model.dit_shapes(model.dit))
     both = [dit(model.dit, FLOAT32, jax.device_put(params, device), (7, 8, 8)) for device in (here, cpu)]
     checks.add("tiny transformer", kind, *both)
-    params, latents = _vae_inputs(model.vae, (3, 8, 8))
+    params, latents = _vae_inputs(model.vae, (3, 4, 4))
     both = [decode(model.vae, FLOAT32, jax.device_put(params, device), latents) for device in (here, cpu)]
     checks.add("tiny vae decode", kind, *both)
 
@@ -100,7 +100,7 @@ def policies(checks: Checks, model: ModelConfig, grid: tuple[int, int, int]) -> 
 def autoencoder(checks: Checks, model: ModelConfig) -> None:
     """The preset's autoencoder, a small video, in both forms of the convolution and both policies."""
     config, results = model.vae, {}
-    params, latents = _vae_inputs(config, (3, 8, 8))
+    params, latents = _vae_inputs(config, (3, 4, 4))
     for form in ("conv3d", "taps"):
         with measure.forced(conv3d=form):
             results[form] = decode(config, FLOAT32, params, latents)

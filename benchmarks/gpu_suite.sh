@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Everything worth measuring on one GPU, in one call of under nine minutes:
+#
+#   benchmarks/gpu_suite.sh [FOLDER]             results to FOLDER (default benchmarks/results/gpu)
+#   DRY_RUN=1 benchmarks/gpu_suite.sh FOLDER     the same programs on the CPU, tiny: do they work
+#
+# PYTHON names the interpreter (default python3); the package need not be installed. Each part has its time
+# limit, writes its JSON as it goes, and cannot stop the others; suite.jsonl has a line for every part that
+# ran, suite.log all output. The exit code is the number of parts that failed.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 70
+
+out=${1:-benchmarks/results/gpu}
+python=${PYTHON:-python3}
+dry=${DRY_RUN:-0}
+total=530
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+
+mkdir -p "$out" || exit 73
+log=$out/suite.log
+: >"$log"
+: >"$out/suite.jsonl"
+failed=0
+
+# part NAME SECONDS COMMAND...: runs the command within its limit and what is left of the whole time.
+part() {
+  local name=$1 limit=$2 start=$SECONDS code status
+  shift 2
+  ((dry == 1 || limit > total - SECONDS)) && limit=$((total - SECONDS))
+  echo "== $name (at most $limit s): $*" | tee -a "$log"
+  if ((limit < 1)); then
+    code=124
+  else
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log"
+    code=${PIPESTATUS[0]}
+  fi
+  case $code in 0) status=ok ;; 124 | 137) status=timeout ;; *) status=failed ;; esac
+  ((code == 0)) || failed=$((failed + 1))
+  printf '{"part": "%s", "status": "%s", "exit": %d, "seconds": %d}\n' \
+    "$name" "$status" "$code" $((SECONDS - start)) | tee -a "$out/suite.jsonl" "$log"
+}
+
+check_device='import sys, jax
+from benchmarks.measure import environment, write_json
+write_json(sys.argv[1], environment())
+print(jax.devices(), jax.__version__)
+sys.exit(0 if sys.argv[2] == "1" or jax.default_backend() == "gpu" else "no GPU: use DRY_RUN=1 on a CPU")'
+
+if [ "$dry" = 1 ]; then
+  # Compiled for the test's sake alone: quickly, not well.
+  export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0"
+  parity=(--preset tiny --layers 1 --size 16x16 --frames 5)
+  throughput=(--preset tiny --layers 1 --size 16x16 --frames 5 --steps 2 --matmul 128)
+  attention=(--preset tiny --size 16x16 --frames 9 --repeats 2 --matmul 128 --chunk-mib 1)
+  vae=(--preset tiny --size 16x16 --frames 5 --steps 1 --matmul 128 --conv3d auto)
+  diffusers=(--preset tiny --layers 1 --size 32x32 --frames 5 --repeats 2
+    --vae-base 4 --vae-size 16x16 --vae-frames 5)
+  tests=(--collect-only -q)
+else
+  parity=(--preset flf2v_14b --layers 2 --size 480x864 --frames 9)
+  throughput=(--preset flf2v_14b --size 480x864 --frames 81 --steps 3)
+  attention=(--preset flf2v_14b --size 480x864 --frames 81 --repeats 5)
+  # The autoencoder's time is linear in frames.
+  vae=(--preset flf2v_14b --size 480x864 --frames 33 --steps 2 --conv3d taps conv3d)
+  diffusers=(--preset flf2v_14b --layers 2 --size 480x864 --frames 33
+    --vae-base 96 --vae-size 240x432 --vae-frames 17 --repeats 5)
+  tests=(-q)
+fi
+
+part device 30 "$python" -c "$check_device" "$out/device.json" "$dry"
+((failed == 0)) || exit 1
+part parity 85 "$python" -m benchmarks.gpu_parity "${parity[@]}" --out "$out/parity.json"
+part throughput 190 "$python" -m benchmarks.throughput "${throughput[@]}" --dtype bfloat16 \
+  --guidance sequential batched --out "$out/throughput.json"
+part attention 75 "$python" -m benchmarks.attention "${attention[@]}" --out "$out/attention.json"
+part vae 90 "$python" -m benchmarks.throughput "${vae[@]}" --no-dit --vae --out "$out/vae.json"
+# Only files that have such tests are collected: the others may need packages that a GPU machine lacks.
+mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
+if ((${#files[@]})); then
+  part tests 45 "$python" -m pytest -m gpu "${tests[@]}" "${files[@]}"
+else
+  echo "== tests: none has the mark gpu, skipped" | tee -a "$log"
+fi
+part diffusers 75 "$python" -m benchmarks.vs_diffusers "${diffusers[@]}" --dtype bfloat16 \
+  --out "$out/diffusers.json"
+
+echo "== $failed of $(wc -l <"$out/suite.jsonl") parts failed; results in $out" | tee -a "$log"
+exit "$failed"
