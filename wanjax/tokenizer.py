@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import ftfy
 import numpy as np
 import tokenizers
 
@@ -19,6 +18,9 @@ class PromptCut(UserWarning):
 
 def clean(text: str) -> str:
     """Repairs broken Unicode, resolves HTML entities (twice) and folds whitespace into single spaces."""
+    # Imported here: everything but cleaning a prompt (benchmarks, training on latents) does without it.
+    import ftfy
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
