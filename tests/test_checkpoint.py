@@ -1,13 +1,15 @@
 """The model folder: round trip, precision, and every way it can be damaged."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from nano import NANO, WORDS, edit_config, random_params, write_model
+from nano import NANO, WORDS, edit_config, random_params, write_model, write_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from wanjax import checkpoint
+from wanjax import checkpoint, sharding
 from wanjax.checkpoint import CheckpointError
 
 
@@ -30,12 +32,42 @@ def test_round_trip(folder):
 
 def test_dtype_is_a_policy_of_transformer_and_encoders(folder):
     model = checkpoint.load(folder, "bfloat16")
-    dtypes = {
-        part: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for part, tree in model.params.items()
-    }
+    dtypes = {part: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for part, tree in model.params.items()}
     assert dtypes == {"dit": {"bfloat16"}, "umt5": {"bfloat16"}, "clip": {"bfloat16"}, "vae": {"float32"}}
     with pytest.raises(ValueError, match="dtype 'float8'"):
         checkpoint.load(folder, "float8")
+
+
+def test_transposed_views_are_written_as_they_read(tmp_path):
+    """safetensors takes the buffer as it lies; a view in another order would come back scrambled."""
+    params = random_params(NANO)
+    kernel = params["dit"]["head"]["kernel"]
+    params["dit"]["head"]["kernel"] = np.asfortranarray(kernel)
+    checkpoint.save(tmp_path / "nano", NANO, params, write_tokenizer(tmp_path / "tokenizer.json"))
+    assert np.array_equal(checkpoint.load(tmp_path / "nano").params["dit"]["head"]["kernel"], kernel)
+
+
+def test_params_go_straight_to_the_mesh(folder):
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    params = checkpoint.load(folder, mesh=mesh).params
+    plain = checkpoint.load(folder).params
+    expected = {part: sharding.shard_params(tree, mesh) for part, tree in plain.items()}
+    same = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), params, expected)
+    assert all(jax.tree.leaves(same))
+    assert not params["dit"]["blocks"]["ffn_in"]["kernel"].sharding.is_fully_replicated
+
+
+def test_unreachable_folder_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read .*name too long"):
+        checkpoint.read_config(tmp_path / ("x" * 300))
+
+
+def test_config_without_heads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["dit"]["num_heads"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config.json"):
+        checkpoint.read_config(folder)
 
 
 def test_existing_folder_is_kept(folder):

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from wanjax import config as configs
-from wanjax import rope, vae
+from wanjax import rope, sharding, vae
 from wanjax.clip import CLIPVision
 from wanjax.config import BFLOAT16, FLOAT32, ModelConfig
 from wanjax.dit import WanDiT
@@ -80,9 +81,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     return shapes
 
 
-def save(
-    folder: str | os.PathLike[str], config: ModelConfig, params: dict[str, Any], tokenizer: Path
-) -> None:
+def save(folder: str | os.PathLike[str], config: ModelConfig, params: dict[str, Any], tokenizer: Path) -> None:
     """Writes a model folder beside its final place and renames it at the end.
 
     Args:
@@ -102,7 +101,8 @@ def save(
         new = Path(hidden) / "new"
         new.mkdir()
         for part, tree in params.items():
-            flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+            # safetensors writes the buffer as it lies: a transposed view would be read back scrambled.
+            flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
             save_file(flat, new / f"{part}.safetensors")
         (new / CONFIG).write_text(configs.to_json(config) + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer, new / TOKENIZER)
@@ -121,32 +121,36 @@ def read_config(model: str | os.PathLike[str]) -> tuple[Path, ModelConfig]:
       CheckpointError: no such model, or not a model folder.
     """
     folder = bundled() if str(model) == "tiny" else Path(model)
+    try:
+        return _read_config(folder, str(model))
+    except OSError as error:  # no permission, a name too long, a broken disk
+        raise CheckpointError(f"model {str(model)!r}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _read_config(folder: Path, model: str) -> tuple[Path, ModelConfig]:
     if not folder.is_dir():
-        raise CheckpointError(f"model {str(model)!r}: no such folder; give 'tiny' or a wanjax model folder")
+        raise CheckpointError(f"model {model!r}: no such folder; give 'tiny' or a wanjax model folder")
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            f"model {folder}: no {CONFIG} in it; convert the weights to a wanjax model folder"
-        )
+        raise CheckpointError(f"model {folder}: no {CONFIG} in it; convert the weights to a wanjax model folder")
     try:
         config = configs.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:  # such as no heads to divide the width by
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     parts = ["dit", "vae", "umt5"] + (["clip"] if config.clip else [])
-    lacking = [
-        name for name in (*(f"{p}.safetensors" for p in parts), TOKENIZER) if not (folder / name).is_file()
-    ]
+    lacking = [name for name in (*(f"{p}.safetensors" for p in parts), TOKENIZER) if not (folder / name).is_file()]
     if lacking:
         raise CheckpointError(f"model {folder}: {', '.join(lacking)} missing; convert the weights again")
     return folder, config
 
 
-def load(model: str | os.PathLike[str] = "tiny", dtype: str | None = None) -> Model:
-    """Loads a model.
+def load(model: str | os.PathLike[str] = "tiny", dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+    """Loads a model, one tensor at a time: the host never holds more than the largest one twice.
 
     Args:
       model: "tiny" for the bundled one, or a model folder.
       dtype: "float32" or "bfloat16" policy for transformer and encoders; None takes the folder's own.
         The VAE stays as it is stored in the config.
+      mesh: where the params are put, by `sharding.RULES`; None puts them on the default device.
 
     Raises:
       CheckpointError: no such folder, damaged files, or tensors that are not the config's.
@@ -160,7 +164,7 @@ def load(model: str | os.PathLike[str] = "tiny", dtype: str | None = None) -> Mo
             f"{folder / TOKENIZER}: {tokenizer.vocab_size} tokens, the text encoder has {config.umt5.vocab_size}"
         )
     shapes = param_shapes(config)
-    params = {part: _read(folder / f"{part}.safetensors", expected) for part, expected in shapes.items()}
+    params = {part: _read(folder / f"{part}.safetensors", tree, mesh) for part, tree in shapes.items()}
     return Model(config, params, tokenizer)
 
 
@@ -172,20 +176,33 @@ def policy(dtype: str) -> configs.Precision:
     return policies[dtype]
 
 
-def _read(file: Path, expected: Any) -> Any:
+def _read(file: Path, expected: Any, mesh: Mesh | None) -> Any:
+    """Params of one file on the device or mesh, in the dtypes of `expected`; shapes are compared first."""
+    leaves = flatten_dict(expected, sep="/")
+    specs = flatten_dict(sharding.specs(expected, mesh=mesh), sep="/")
+    places = {name: mesh and NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = {}
     try:
-        params = unflatten_dict(load_file(file), sep="/")
+        with safe_open(file, framework="np") as tensors:
+            names = list(tensors.keys())
+            _compare_shapes(file, expected, {name: tuple(tensors.get_slice(name).get_shape()) for name in names})
+            for name, leaf in leaves.items():
+                array = tensors.get_tensor(name).astype(leaf.dtype, copy=False)
+                params[name] = jax.device_put(array, places[name])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); get it again") from error
-    _compare(file, expected, params)
-    cast = jax.tree.map(lambda x, leaf: np.asarray(x).astype(leaf.dtype), params, expected)
-    return jax.device_put(cast)
+    return unflatten_dict(params, sep="/")
 
 
 def _compare(file: Path, expected: Any, params: Any) -> None:
+    """As `_compare_shapes`, for a tree of arrays."""
+    found = {name: tuple(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()}
+    _compare_shapes(file, expected, found)
+
+
+def _compare_shapes(file: Path, expected: Any, found: dict[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError listing every parameter that is missing, extra or of another shape."""
     wanted = {name: tuple(leaf.shape) for name, leaf in flatten_dict(expected, sep="/").items()}
-    found = {name: tuple(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()}
     differences = [
         f"{name}: {found.get(name, 'missing')}, config wants {wanted.get(name, 'none')}"
         for name in sorted(wanted.keys() | found.keys())
