@@ -114,6 +114,7 @@ def prepare(
     if mesh:
         sharding.make_mesh(mesh)
     outputs = video.check_output(out, overwrite)
+    video.check_sides(out, *(side * scale for side in chosen.size))
     return Job(
         model,
         config,
@@ -129,9 +130,7 @@ def prepare(
     )
 
 
-def _read_keyframes(
-    paths: tuple[str | Path, str | Path], matte: Sequence[int]
-) -> tuple[list[Image.Image], list[str]]:
+def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) -> tuple[list[Image.Image], list[str]]:
     """The images, and what there is to say of them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", keyframes.KeyframeWarning)
@@ -148,7 +147,7 @@ def _cut_prompts(tokenizer: Tokenizer, settings: Settings, length: int) -> list[
 
 
 def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
-    """Runs a job and writes its three outputs, the video last.
+    """Runs a job and writes its three outputs, all or none of them.
 
     Returns:
       The report, as it is written to the JSON file.
@@ -158,22 +157,20 @@ def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     """
     start = time.perf_counter()
     mesh = sharding.make_mesh(job.mesh) if job.mesh else None
-    model = checkpoint.load(job.model, job.dtype)
-    if mesh is not None:
-        params = {name: sharding.shard_params(tree, mesh) for name, tree in model.params.items()}
-        model = dataclasses.replace(model, params=params)
+    model = checkpoint.load(job.model, job.dtype, mesh)
     loaded = time.perf_counter() - start
     result = pipeline.inbetween(model, job.first, job.last, job.settings, progress, mesh)
     frames = result.video[0]
     fitted = [keyframes.fit(image, *job.settings.size, job.settings.fit) for image in (job.first, job.last)]
     sheet = video.contact_sheet(frames, fitted)
     begun = time.perf_counter()
-    video.write_png(job.outputs.sheet, sheet)
-    video.write(job.outputs.video, frames, job.fps, job.scale)
-    seconds = {"load": loaded, **result.seconds, "write": time.perf_counter() - begun}
-    seconds["total"] = time.perf_counter() - start
-    report = _report(job, model.config, seconds)
-    video.write_json(job.outputs.settings, report)
+    with video.staged(job.outputs) as outputs:
+        video.write_png(outputs.sheet, sheet)
+        video.write(outputs.video, frames, job.fps, job.scale)
+        seconds = {"load": loaded, **result.seconds, "write": time.perf_counter() - begun}
+        seconds["total"] = time.perf_counter() - start
+        report = _report(job, model.config, seconds)
+        video.write_json(outputs.settings, report)
     return report
 
 

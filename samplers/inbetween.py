@@ -5,6 +5,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import jax
+
 from samplers import files, schedule, solvers
 from samplers.pipeline import FITS
 from samplers.sample import Progress
@@ -25,12 +27,8 @@ def parser() -> argparse.ArgumentParser:
         "Defaults that depend on the model:\n" + _model_defaults(),
     )
     keyframes = p.add_argument_group("keyframes and text")
-    keyframes.add_argument(
-        "--first", metavar="IMAGE", help="first keyframe, any image file (default: the example)"
-    )
-    keyframes.add_argument(
-        "--last", metavar="IMAGE", help="last keyframe, any image file (default: the example)"
-    )
+    keyframes.add_argument("--first", metavar="IMAGE", help="first keyframe, any image file (default: the example)")
+    keyframes.add_argument("--last", metavar="IMAGE", help="last keyframe, any image file (default: the example)")
     keyframes.add_argument("--prompt", help="what happens between them (default: empty, or the example's)")
     keyframes.add_argument("--negative-prompt", help="what guidance steers away from (default: the model's)")
     keyframes.add_argument(
@@ -48,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     clip = p.add_argument_group("clip")
-    clip.add_argument(
-        "--frames", type=int, metavar="N", help="4n+1, such as 25, 33, 65, 81 (default: the model's)"
-    )
+    clip.add_argument("--frames", type=int, metavar="N", help="4n+1, such as 25, 33, 65, 81 (default: the model's)")
     clip.add_argument(
         "--size",
         type=_size,
@@ -62,9 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    sampling.add_argument(
-        "--guidance", type=float, help="guidance scale; 1 switches it off (default: the model's)"
-    )
+    sampling.add_argument("--guidance", type=float, help="guidance scale; 1 switches it off (default: the model's)")
     sampling.add_argument("--shift", type=float, help="timestep shift (default: the model's)")
     sampling.add_argument("--solver", choices=solvers.SOLVERS, help="(default: the model's)")
     sampling.add_argument(
@@ -84,9 +78,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="tiny|PATH",
         help="the bundled tiny model or a model folder (default: %(default)s)",
     )
-    model.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)"
-    )
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")
     model.add_argument(
         "--mesh",
         type=_mesh,
@@ -128,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options |= {"first": example["first"], "last": example["last"]}
             options["prompt"] = example["prompt"] if options["prompt"] is None else options["prompt"]
         job = files.prepare(**options)
-    except ValueError as error:
+    except KeyboardInterrupt:
+        return _fail(p.prog, "interrupted; nothing was written", INTERRUPTED)
+    except (ValueError, OSError) as error:
         return _fail(p.prog, error, BAD_INPUT)
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -140,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(p.prog, "interrupted; nothing was written under the final name", INTERRUPTED)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(p.prog, error, FAILED)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        return _fail(p.prog, f"{reason}; if memory ran out, try fewer frames, a smaller size or bfloat16", FAILED)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
     print(f"{job.outputs.video}  ({seconds})")
     print(f"{job.outputs.sheet}\n{job.outputs.settings}")

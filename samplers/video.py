@@ -28,6 +28,8 @@ CODECS = {
     ".webm": ("libvpx-vp9", {"crf": "10", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}),
 }
 SUFFIXES = (*CODECS, ".gif", ".webp")
+# Longest side that each format or its encoder takes; a folder of PNG frames has no practical limit.
+MAX_SIDE = {".mp4": 16384, ".webm": 16384, ".gif": 65535, ".webp": 16383}
 
 _HIDDEN = ".wanjax-"
 _FRAME_FILE = re.compile(r"\d{5,}\.png")
@@ -78,6 +80,29 @@ def check_fps(fps: float) -> None:
     """Raises ValueError unless the frames per second are within what every format holds, 0.1 to 1000."""
     if not 0.1 <= fps <= 1000:
         raise ValueError(f"fps {fps}: must be from 0.1 to 1000")
+
+
+def check_sides(path: str | os.PathLike[str], height: int, width: int) -> None:
+    """Raises OutputError when a video of this size, in pixels after scaling, does not fit the format."""
+    limit = MAX_SIDE.get(Path(path).suffix.lower())
+    if limit is not None and max(height, width) > limit:
+        raise OutputError(
+            f"output {path}: {height}x{width} pixels after scaling, the format holds {limit} a side; use a smaller "
+            f"scale or a folder of PNG frames"
+        )
+
+
+@contextlib.contextmanager
+def staged(outputs: Outputs) -> Iterator[Outputs]:
+    """Names to write all three outputs to; they appear under their own names together when the block ends well.
+
+    On any exception, KeyboardInterrupt included, none of them does, and what was there before stays.
+    """
+    with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=outputs.video.parent) as hidden:
+        pairs = [(Path(hidden) / path.name, path) for path in (outputs.video, outputs.sheet, outputs.settings)]
+        yield Outputs(*(part for part, _ in pairs))
+        for part, path in reversed(pairs):  # the video last: where it is, the others are
+            _move(part, path, Path(hidden))
 
 
 def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: int = 1) -> None:
@@ -182,21 +207,23 @@ def _replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=path.parent) as hidden:
         part = Path(hidden) / f"new{path.suffix}"
         yield part
-        if not part.is_dir():
-            os.replace(part, path)
-            return
-        # A folder that holds something cannot be renamed over: the old one steps aside, and back on failure.
-        if path.exists():
-            _check_frame_folder(path)
-            old = Path(hidden) / "old"
-            os.replace(path, old)
-            try:
-                os.replace(part, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-        else:
-            os.replace(part, path)
+        _move(part, path, Path(hidden))
+
+
+def _move(part: Path, path: Path, hidden: Path) -> None:
+    """Renames a finished file or folder to its final name."""
+    if not part.is_dir() or not path.exists():
+        os.replace(part, path)
+        return
+    # A folder that holds something cannot be renamed over: the old one steps aside, and back on failure.
+    _check_frame_folder(path)
+    old = hidden / "old"
+    os.replace(path, old)
+    try:
+        os.replace(part, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
 
 
 def _check_folder(path: Path) -> None:
@@ -226,14 +253,10 @@ def _check_target(target: Path, folder: bool, overwrite: bool) -> None:
         raise OutputError(f"output {target}: not a usable name ({error}); choose another") from error
     if folder:
         if not stat.S_ISDIR(mode) or target.is_symlink():
-            raise OutputError(
-                f"output {target}: exists and is not a folder; add a suffix or choose another name"
-            )
+            raise OutputError(f"output {target}: exists and is not a folder; add a suffix or choose another name")
         _check_frame_folder(target)
         if any(target.iterdir()) and not overwrite:
-            raise OutputError(
-                f"output {target}: the folder holds frames; pass --overwrite or choose another name"
-            )
+            raise OutputError(f"output {target}: the folder holds frames; pass --overwrite or choose another name")
         return
     if stat.S_ISDIR(mode):
         raise OutputError(f"output {target}: exists and is a folder; choose another name")
@@ -247,9 +270,7 @@ def _check_frame_folder(path: Path) -> None:
     """Refuses a folder that holds anything but frames, so that overwriting never loses other files."""
     foreign = [entry.name for entry in path.iterdir() if not _FRAME_FILE.fullmatch(entry.name)]
     if foreign:
-        raise OutputError(
-            f"output {path}: the folder holds {min(foreign)!r}, not only frames; choose another name"
-        )
+        raise OutputError(f"output {path}: the folder holds {min(foreign)!r}, not only frames; choose another name")
 
 
 def _encode(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int) -> None:

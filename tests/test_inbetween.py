@@ -9,12 +9,13 @@ import sys
 import time
 
 import imageio.v3 as iio
+import jax
 import numpy as np
 import pytest
 from nano import edit_config, write_model
 from PIL import Image
 
-from samplers import files, inbetween
+from samplers import files, inbetween, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,7 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--seed", -1], "seed -1"),
         (["--fps", 0], "fps 0"),
         (["--scale", 0], "scale 0"),
+        (["--scale", 1000], "16000x24000 pixels after scaling, the format holds 16384 a side"),
         (["--mesh", "rows=8"], "mesh axis rows"),
         (["--mesh", "data=3"], "3 places for"),
     ],
@@ -157,9 +159,7 @@ def test_bad_settings(job, capsys, no_compute, extra, message):
     assert "\n" not in error and message in error
 
 
-@pytest.mark.parametrize(
-    "extra", [["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"]]
-)
+@pytest.mark.parametrize("extra", [["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"]])
 def test_bad_syntax_exits_with_2(job, extra):
     with pytest.raises(SystemExit) as stop:
         inbetween.main(arguments(job, *extra))
@@ -211,8 +211,55 @@ def test_ctrl_c_leaves_nothing(job, tmp_path):
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (MemoryError(), 1, "out of memory"),
+    ],
+)
+@pytest.mark.parametrize("writer", ["write_png", "write", "write_json"])
+def test_failure_while_writing_leaves_nothing_new(job, tmp_path, capsys, monkeypatch, writer, error, code, message):
+    """At each of the three outputs; what was there before --overwrite stays."""
+    frames = np.zeros((1, 5, 16, 24, 3), np.uint8)
+    made = pipeline.Result(frames, None, dict.fromkeys(("encode", "compile", "denoise", "decode"), 0.0))
+    monkeypatch.setattr(files.pipeline, "inbetween", lambda *_: made)
+    written = getattr(files.video, writer)
+
+    def fail(*arguments):
+        written(*arguments)
+        raise error
+
+    monkeypatch.setattr(files.video, writer, fail)
+    job["--out"].write_bytes(b"old")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert inbetween.main(arguments(job, "--overwrite")) == code
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert job["--out"].read_bytes() == b"old"
+
+
+def test_ctrl_c_while_checking(job, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "prepare", interrupt)
+    assert inbetween.main(arguments(job)) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted; nothing was written")
+
+
+def test_device_out_of_memory_is_one_line(job, capsys, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+    monkeypatch.setattr(files, "make", fail)
+    assert inbetween.main(arguments(job)) == 1
+    assert "Out of memory allocating 9 bytes.; if memory" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_help_groups_options_and_gives_defaults(capsys):

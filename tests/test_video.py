@@ -361,3 +361,33 @@ def test_png_and_json(tmp_path):
             video.write_json(tmp_path / "a.json", {"value": wrong})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == settings
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.png"]
+
+
+def test_staged_outputs_appear_together_or_not_at_all(tmp_path):
+    outputs = video.check_output(tmp_path / "clip", overwrite=True)
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+
+    def write(parts):
+        video.write(parts.video, frames, 8)
+        video.write_png(parts.sheet, frames[0])
+        assert not list(tmp_path.glob("clip*"))
+        video.write_json(parts.settings, {})
+
+    with pytest.raises(KeyboardInterrupt), video.staged(outputs) as parts:
+        write(parts)
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with video.staged(outputs) as parts:
+        write(parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "clip.json", "clip.sheet.png"]
+    assert len(list(outputs.video.iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif"])
+def test_sides_beyond_the_format_are_refused(tmp_path, suffix):
+    limit = video.MAX_SIDE[suffix]
+    video.check_sides(tmp_path / f"clip{suffix}", 16, limit)
+    with pytest.raises(video.OutputError, match=f"holds {limit} a side"):
+        video.check_sides(tmp_path / f"clip{suffix}", limit + 1, 16)
+    video.write(tmp_path / f"clip{suffix}", np.zeros((1, 2, limit, 3), np.uint8), 8)
+    assert (tmp_path / f"clip{suffix}").stat().st_size
