@@ -209,7 +209,6 @@ def test_ctrl_c_leaves_nothing(job, tmp_path):
             seen += piece
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
