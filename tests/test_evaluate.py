@@ -1,8 +1,12 @@
 """Figures of the evaluation, on arrays whose answers are known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from nano import NANO, write_model
 
+from wanjax import checkpoint
 from wanjax.tiny import evaluate
 from wanjax.tiny.clips import clip
 
@@ -39,3 +43,19 @@ def test_held_out_clips_are_the_held_out_ones():
     assert evaluate.heldout(3)[2].caption == clip(2, "heldout").caption
     with pytest.raises(ValueError, match="split"):
         clip(0, "valid")
+
+
+def test_measure_runs_the_model(tmp_path):
+    """Random weights lose to a cross-fade, and an untold model's caption gain is what the videos say."""
+    config = dataclasses.replace(NANO, dit=dataclasses.replace(NANO.dit, text_length=32))
+    model = checkpoint.load(write_model(tmp_path / "nano", config))
+    clips = [clip(seed, "heldout", frames=5, size=16) for seed in (0, 3)]
+    settings = evaluate.Settings.of(model.config, frames=5, size=(16, 16), steps=1, guidance=1.0)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(evaluate.Settings, "of", classmethod(lambda cls, config, **changes: settings))
+    with patch.context():
+        figures = evaluate.measure(model, clips, guidance=(1.0,), steps=1, sheet=tmp_path / "sheet.png")
+    patch.undo()
+    assert figures["guidance_1_wins"] == 0 and figures["guidance_1_interior"] < figures["crossfade_interior"]
+    assert all(np.isfinite(value) for value in figures.values())
+    assert (tmp_path / "sheet.png").stat().st_size > 0

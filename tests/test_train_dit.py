@@ -116,11 +116,11 @@ def test_steps_lower_the_loss(setup):
     state = train_dit.new_state(config, 0)
     batches = train_dit.Batches(data, tokenizer, config, 8, seed=0)
     losses = []
-    for step in range(120):
+    for step in range(60):
         state, loss = train_dit.update(config, state, batches.draw(step), np.float32(3e-3), np.uint32(0))
         losses.append(float(loss))
-    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:5])
-    assert int(state.step) == 120
+    assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:5])
+    assert int(state.step) == 60
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), train_dit.new_state(config, 0).params, state.params)
     assert all(jax.tree.leaves(moved)), "every parameter of all three models learns"
 
@@ -135,15 +135,21 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
     """The command, from latents to a model folder that loads; then a refusal to overwrite it."""
     config, _, _, _, folder = setup
     monkeypatch.setattr(train_dit, "preset", lambda name: config)
-    monkeypatch.setattr(evaluate, "heldout", lambda count: [clip(seed, "heldout", FRAMES, SIZE) for seed in range(2)])
-    quick = Settings(frames=FRAMES, size=(SIZE, SIZE), steps=2, guidance=1.0)
-    monkeypatch.setattr(evaluate.Settings, "of", classmethod(lambda cls, config, **changes: quick))
-    arguments = ["--vae", str(vae_folder), "--out", str(folder), "--clips", str(CLIPS), "--batch", "2"]
+    measured = []
+
+    def measure(model, clips, guidance, sheet):
+        shapes = checkpoint.param_shapes(config)
+        assert jax.tree.map(lambda leaf: leaf.shape, model.params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+        measured.append(sheet)
+        return {"interior": 20.0}
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    arguments = ["--vae", str(vae_folder), "--out", str(folder), "--clips", str(CLIPS), "--batch", "8"]
     train_dit.main([*arguments, "--minutes", "0.001"])
     model = checkpoint.load(folder / "model")
     assert model.config.vae.latent_std == config.vae.latent_std
     first = (folder / "log.jsonl").read_text().splitlines()
-    assert (folder / "sheet.png").stat().st_size > 0
+    assert measured == [folder / "sheet.png"]
 
     with pytest.raises(SystemExit):
         train_dit.main(arguments)

@@ -75,9 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     path = parser.parse_args(arguments).path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
-    build().save(str(beside))
+    tokenizer = build()
+    tokenizer.save(str(beside))
     os.replace(beside, path)
-    print(f"{path}: {len(vocabulary())} pieces")
+    print(f"{path}: {tokenizer.get_vocab_size()} pieces")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from PIL import Image
 from samplers.pipeline import Keyframes, Settings, run
 from wanjax import keyframes, vae
 from wanjax.checkpoint import Model, load
+from wanjax.config import VAEConfig
 from wanjax.tiny.clips import Clip, clip
 
 BATCH = 16
@@ -47,15 +50,22 @@ def baselines(truth: np.ndarray) -> dict[str, np.ndarray]:
     return {"nearest": np.where(share < 0.5, truth[:, :1], truth[:, -1:]), "crossfade": fade}
 
 
+@partial(jax.jit, static_argnums=0)
+def _encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
+    return vae.encode(config, params, video)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
+    return vae.decode(config, params, latents)
+
+
 def reconstruct(model: Model, truth: np.ndarray) -> np.ndarray:
     """The clips through the VAE and back: the best that any latents of its encoder could give."""
     config, params = model.config.vae, model.params["vae"]
-    encode = jax.jit(lambda p, x: vae.encode(config, p, x))
-    decode = jax.jit(lambda p, z: vae.decode(config, p, z))
     parts = [truth[i : i + BATCH] for i in range(0, len(truth), BATCH)]
-    return np.concatenate(
-        [keyframes.from_unit(decode(params, encode(params, keyframes.to_unit(part)))) for part in parts]
-    )
+    latents = [_encode(config, params, keyframes.to_unit(part)) for part in parts]
+    return np.concatenate([keyframes.from_unit(_decode(config, params, one)) for one in latents])
 
 
 def generate(model: Model, clips: Sequence[Clip], captions: Sequence[str], settings: Settings) -> np.ndarray:

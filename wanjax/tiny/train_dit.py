@@ -97,29 +97,27 @@ def optimiser() -> optax.GradientTransformation:
     )
 
 
-def new_state(config: ModelConfig, seed: int) -> State:
+@partial(jax.jit, static_argnums=0)
+def new_state(config: ModelConfig, seed: int | jax.Array) -> State:
     """Random weights in float32."""
     keys = jax.random.split(jax.random.key(seed), 3)
     d, c = config.dit, config.clip
     image = jnp.zeros((1, d.image_tokens, d.image_dim))
-    grid = (1, *d.patch_size[1:])
-    conditions = Conditions(
-        jnp.zeros((1, d.text_length, d.text_dim)), image, image, jnp.zeros((1, *grid, d.condition_channels))
-    )
-    table = rope.table((1, 1, 1), d.head_dim)
+    grid = (1, *d.patch_size)
+    text, latent = jnp.zeros((1, d.text_length, d.text_dim)), jnp.zeros((*grid, d.condition_channels))
+    conditions, table = Conditions(text, image, image, latent), rope.table((1, 1, 1), d.head_dim)
     ids = jnp.zeros((1, 4), jnp.int32)
+    pixels = jnp.zeros((1, c.image_size, c.image_size, 3))
+    noise = jnp.zeros((*grid, d.out_channels))
     params = {
-        "dit": jax.jit(WanDiT(d).init)(keys[0], jnp.zeros((1, *grid, d.out_channels)), jnp.zeros(1), conditions, table)[
-            "params"
-        ],
-        "umt5": jax.jit(UMT5Encoder(config.umt5).init)(keys[1], ids, ids)["params"],
-        "clip": jax.jit(CLIPVision(c).init)(keys[2], jnp.zeros((1, c.image_size, c.image_size, 3)))["params"],
+        "dit": WanDiT(d).init(keys[0], noise, jnp.zeros(1), conditions, table)["params"],
+        "umt5": UMT5Encoder(config.umt5).init(keys[1], ids, ids)["params"],
+        "clip": CLIPVision(c).init(keys[2], pixels)["params"],
     }
     # T5's attention logits are not scaled, its initial query weights are.
     query = params["umt5"]["blocks"]["attn"]["q"]
     query["kernel"] = query["kernel"] * config.umt5.head_dim**-0.5
-    average = jax.tree.map(jnp.copy, params)
-    return State(jnp.int32(0), jnp.float32(0), params, average, optimiser().init(params))
+    return State(jnp.int32(0), jnp.float32(0), params, params, optimiser().init(params))
 
 
 def encode_conditions(config: ModelConfig, params: Any, batch: Batch) -> Conditions:
