@@ -64,13 +64,12 @@ def prepare(
     last: str | Path,
     out: str | Path,
     *,
-    model: str = "tiny",
+    model: str | Path = "tiny",
     dtype: str | None = None,
     fps: float | None = None,
     scale: int | None = None,
     overwrite: bool = False,
     mesh: dict[str, int] | None = None,
-    matte: Sequence[int] = keyframes.BLACK,
     size: tuple[int, int] | str | None = None,
     **settings: Any,
 ) -> Job:
@@ -84,7 +83,6 @@ def prepare(
       fps, scale: of the file; default the model's, and what brings the shorter side to 256 pixels.
       overwrite: whether existing outputs may be replaced.
       mesh: axis -> number of devices.
-      matte: colour under transparent keyframes, 0..255.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
       settings: fields of `Settings`; what is None or absent takes the model's default.
 
@@ -94,13 +92,16 @@ def prepare(
     folder, config = checkpoint.read_config(model)
     if dtype is not None:
         checkpoint.policy(dtype)
-    images, notes = _read_keyframes((first, last), matte)
+    given = {name: value for name, value in settings.items() if value is not None}
+    if size not in (None, "auto"):
+        given["size"] = size
+    chosen = Settings.of(config, **given)
+    chosen.check(config)
+    images, notes = _read_keyframes((first, last), chosen.matte)
     if size == "auto":
         area = config.sampling.size[0] * config.sampling.size[1]
-        size = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
-    given = {name: value for name, value in settings.items() if value is not None}
-    chosen = Settings.of(config, **given, **({} if size is None else {"size": size}))
-    chosen.check(config)
+        fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
+        chosen = dataclasses.replace(chosen, size=fitting)
     for name, image in zip(("first", "last"), images, strict=True):
         if (image.height, image.width) != chosen.size:
             notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
@@ -114,9 +115,12 @@ def prepare(
     if mesh:
         sharding.make_mesh(mesh)
     outputs = video.check_output(out, overwrite)
+    for path in (first, last):
+        if any(target.exists() and target.samefile(path) for target in (outputs.video, outputs.sheet)):
+            raise ValueError(f"output {out}: is the keyframe {path}; choose another name")
     video.check_sides(out, *(side * scale for side in chosen.size))
     return Job(
-        model,
+        str(model),
         config,
         *images,
         (str(first), str(last)),
@@ -140,10 +144,13 @@ def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) 
 
 def _cut_prompts(tokenizer: Tokenizer, settings: Settings, length: int) -> list[str]:
     """A line for each prompt that the model cannot take whole."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PromptCut)
-        tokenizer.encode([settings.prompt, settings.negative_prompt], length)
-    return [str(warning.message) for warning in caught]
+    lines = []
+    for name, text in (("prompt", settings.prompt), ("negative prompt", settings.negative_prompt)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PromptCut)
+            tokenizer.encode([text], length)
+        lines += [str(warning.message).replace("prompt 1", name, 1) for warning in caught]
+    return lines
 
 
 def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
@@ -161,8 +168,7 @@ def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     result = pipeline.inbetween(model, job.first, job.last, job.settings, progress, mesh)
     frames = result.video[0]
-    fitted = [keyframes.fit(image, *job.settings.size, job.settings.fit) for image in (job.first, job.last)]
-    sheet = video.contact_sheet(frames, fitted)
+    sheet = video.contact_sheet(frames, pipeline.fitted((job.first, job.last), job.settings))
     begun = time.perf_counter()
     with video.staged(job.outputs) as outputs:
         video.write_png(outputs.sheet, sheet)

@@ -7,7 +7,7 @@ of (config, params, arrays), so that a second run with other values compiles not
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +47,7 @@ class Settings:
       solver, grid: names in `solvers.SOLVERS` and `schedule.GRIDS`.
       seed: of the noise, 0 .. 2**32 - 1.
       fit: how keyframes of another size are brought to `size`: stretch, crop or pad.
+      matte: red, green, blue in 0..255 under transparent keyframes and around padded ones.
       guidance_mode: "sequential" (least memory) or "batched" passes.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     grid: str = "wan"
     seed: int = 0
     fit: keyframes.Fit = "stretch"
+    matte: tuple[int, int, int] = keyframes.BLACK
     guidance_mode: GuidanceMode = "sequential"
 
     @classmethod
@@ -79,8 +81,10 @@ class Settings:
             )
         keyframes.check_frames(self.frames, config.vae.temporal_stride)
         keyframes.check_size(*self.size, config.size_multiple)
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"guidance {self.guidance}: give a finite number of at least 0; 1 switches it off")
+        if not (math.isfinite(self.guidance) and 0 <= self.guidance <= 1e6):
+            raise ValueError(f"guidance {self.guidance}: give a number from 0 to 1e6; 1 switches it off")
+        if len(self.matte) != 3 or not all(0 <= value <= 255 for value in self.matte):
+            raise ValueError(f"matte {self.matte}: give red, green, blue, each from 0 to 255")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
         choices = (("solver", self.solver, solvers.SOLVERS), ("fit", self.fit, FITS),
@@ -110,10 +114,15 @@ class Keyframes:
         """From B pairs of RGB images, each a Pillow image or a uint8 array [H, W, 3], of any size."""
         images = [[_image(image) for image in pair] for pair in pairs]
         size = config.clip.image_size
-        fitted = [[keyframes.fit(image, *settings.size, settings.fit) for image in pair] for pair in images]
         clip = [[keyframes.clip_input(image, size) for image in pair] for pair in images]
-        columns = [np.stack(column) for rows in (fitted, clip) for column in zip(*rows, strict=True)]
+        fit = [fitted(pair, settings) for pair in images]
+        columns = [np.stack(column) for rows in (fit, clip) for column in zip(*rows, strict=True)]
         return cls(*columns)
+
+
+def fitted(images: Sequence[Image.Image], settings: Settings) -> list[np.ndarray]:
+    """The images at the size of the video, uint8 [H, W, 3] each."""
+    return [keyframes.fit(image, *settings.size, settings.fit, settings.matte) for image in images]
 
 
 @dataclass

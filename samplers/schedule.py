@@ -50,9 +50,7 @@ def sigmas(grid: str, steps: int, shift: float) -> np.ndarray:
         raise ValueError(f"shift: got {shift!r}; give a positive finite number (Wan2.1 uses 3 to 16)")
     levels = np.append(GRIDS[grid](int(steps), float(shift)), 0.0)
     if not np.all(np.diff(levels) < 0):
-        raise ValueError(
-            f"shift: {shift!r} makes noise levels of {steps} steps coincide; use one nearer to 1"
-        )
+        raise ValueError(f"shift: {shift!r} makes noise levels of {steps} steps coincide; use one nearer to 1")
     return levels
 
 

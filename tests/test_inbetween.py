@@ -191,6 +191,40 @@ def test_long_prompt_is_cut_and_said(job, capsys):
     assert "21 tokens, the model takes 8; the last 13 are dropped" in capsys.readouterr().err
 
 
+def test_files_to_files_from_python(job, tmp_path):
+    report = files.inbetween_files(
+        job["--first"], job["--last"], tmp_path / "frames", model=job["--model"], prompt="a circle", steps=1
+    )
+    assert len(list((tmp_path / "frames").iterdir())) == 5
+    assert json.loads(json.dumps(report)) == json.loads((tmp_path / "frames.json").read_text())
+    assert report["settings"]["prompt"] == "a circle"
+
+
+def test_mesh_from_the_command_line(job, monkeypatch):
+    two = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: two)
+    assert inbetween.main(arguments(job, "--mesh", "sequence=2", "--steps", 1)) == 0
+    assert json.loads(job["--out"].with_suffix(".json").read_text())["settings"]["mesh"] == {"sequence": 2}
+
+
+def test_matte_shows_around_padded_keyframes(job, tmp_path):
+    extra = ["--fit", "pad", "--matte", "255,0,0", "--size", "16x40", "--steps", 1]
+    prepared = files.prepare(job["--first"], job["--last"], job["--out"], model=job["--model"],
+                             fit="pad", matte=(255, 0, 0), size=(16, 40))  # fmt: skip
+    first = pipeline.fitted([prepared.first], prepared.settings)[0]
+    assert (first[:, :8] == [255, 0, 0]).all() and not (first[:, 8:32] == [255, 0, 0]).all()
+    assert inbetween.main(arguments(job, *extra)) == 0
+    assert json.loads(job["--out"].with_suffix(".json").read_text())["settings"]["matte"] == [255, 0, 0]
+
+
+def test_output_that_is_a_keyframe(job, tmp_path, capsys, no_compute):
+    job["--first"] = tmp_path / "a.gif"
+    Image.new("RGB", (24, 16)).save(job["--first"])
+    job["--out"] = tmp_path / "a.gif"
+    assert inbetween.main(arguments(job, "--overwrite")) == 2
+    assert "is the keyframe" in capsys.readouterr().err
+
+
 def test_overwrite_replaces(job):
     job["--out"].write_bytes(b"old")
     assert inbetween.main(arguments(job, "--overwrite", "--steps", 1)) == 0

@@ -60,10 +60,16 @@ def attention(
 def _choose(q: jax.Array, k: jax.Array, bias: jax.Array | None, precision: Precision) -> str:
     half = precision.compute in ("bfloat16", "float16")
     # cuDNN wants head widths that are multiples of 8 up to 128, and refuses biases that broadcast over queries.
-    fused = half and bias is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    # Its partitioning rule refuses queries that are sharded along the sequence.
+    fused = half and bias is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and not _sequence_parallel()
     if jax.default_backend() == "gpu" and fused:
         return "cudnn"
     return "chunked" if _logit_bytes(q, k) > CHUNK_BYTES else "xla"
+
+
+def _sequence_parallel() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and dict(mesh.shape).get("sequence", 1) > 1
 
 
 def _logit_bytes(q: jax.Array, k: jax.Array) -> int:
@@ -72,9 +78,7 @@ def _logit_bytes(q: jax.Array, k: jax.Array) -> int:
 
 def _attend(q, k, v, bias, scale: float, precision: Precision) -> jax.Array:
     softmax = jnp.dtype(precision.softmax)
-    logits = jnp.einsum(
-        "BSND,BKND->BNSK", q, k, precision=precision.matmul, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("BSND,BKND->BNSK", q, k, precision=precision.matmul, preferred_element_type=jnp.float32)
     logits = logits.astype(softmax) * scale
     if bias is not None:
         logits = logits + bias.astype(softmax)

@@ -39,9 +39,9 @@ class CLIPBlock(nn.Module):
         """x [B, K, D] in the residual dtype -> the same, and no scan output."""
         config = self.config
         precision = config.precision
-        y = LayerNorm(config.eps, precision, name="attn_norm")(x)
+        y = LayerNorm(config.eps, name="attn_norm")(x)
         x = x + CLIPAttention(config, name="attn")(y).astype(x.dtype)
-        y = LayerNorm(config.eps, precision, name="ffn_norm")(x)
+        y = LayerNorm(config.eps, name="ffn_norm")(x)
         y = nn.gelu(Dense(config.ffn_dim, precision, name="ffn_in")(y), approximate=False)
         return x + Dense(config.dim, precision, name="ffn_out")(y).astype(x.dtype), None
 
@@ -83,8 +83,6 @@ class CLIPVision(nn.Module):
         position = self.param("position_embed", init, (config.num_tokens, config.dim), param)
         first = jnp.broadcast_to(first.astype(residual), (x.shape[0], 1, config.dim))
         x = jnp.concatenate([first, x], 1) + position.astype(residual)
-        x = LayerNorm(config.eps, precision, name="pre_norm")(x).astype(residual)
-        blocks = nn.scan(
-            CLIPBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.num_layers
-        )
+        x = LayerNorm(config.eps, name="pre_norm")(x).astype(residual)
+        blocks = nn.scan(CLIPBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.num_layers)
         return blocks(config, name="blocks")(x, None)[0]

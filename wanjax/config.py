@@ -21,7 +21,8 @@ class Precision:
       compute: inputs of matrix products and convolutions.
       residual: the stream that blocks add to.
       softmax: attention logits and probabilities.
-    Time embedding, modulation, norms and solver arithmetic are float32 under every policy.
+    Time embedding, modulation, norms, head (their parameters too) and solver arithmetic are float32 under every
+    policy.
     """
 
     param: str = "float32"
@@ -268,9 +269,7 @@ def _i2v_14b() -> ModelConfig:
 
 
 def _t2v_1_3b() -> ModelConfig:
-    dit = DiTConfig(
-        num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, in_channels=16, image_dim=None, num_images=0
-    )
+    dit = DiTConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, in_channels=16, image_dim=None, num_images=0)
     sampling = SamplingDefaults(size=(480, 832), shift=5.0, guidance=5.0)
     return ModelConfig("t2v_1_3b", dit, VAEConfig(), UMT5Config(), None, sampling)
 
@@ -283,9 +282,7 @@ def _tiny() -> ModelConfig:
         image_dim=clip.dim, image_tokens=clip.num_tokens,
     )  # fmt: skip
     vae = VAEConfig(base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True))
-    sampling = SamplingDefaults(
-        frames=25, size=(32, 32), steps=20, guidance=2.0, shift=3.0, fps=12, negative_prompt=""
-    )
+    sampling = SamplingDefaults(frames=25, size=(32, 32), steps=20, guidance=2.0, shift=3.0, fps=12, negative_prompt="")
     return ModelConfig("tiny", dit, vae, umt5, clip, sampling)
 
 

@@ -131,8 +131,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, table: RopeTable) -> jax.Array:
         c, p = self.config, self.config.precision
-        q = RMSNorm(c.eps, p, name="norm_q")(Dense(c.dim, p, name="q")(x))
-        k = RMSNorm(c.eps, p, name="norm_k")(Dense(c.dim, p, name="k")(x))
+        q = RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x))
+        k = RMSNorm(c.eps, name="norm_k")(Dense(c.dim, p, name="k")(x))
         v = Dense(c.dim, p, name="v")(x)
         q, k, v = (rearrange(a, "B S (N D) -> B S N D", N=c.num_heads) for a in (q, k, v))
         # Under sequence parallelism queries stay where they are; keys and values are gathered.
@@ -155,13 +155,13 @@ class CrossAttention(nn.Module):
         def heads(a: jax.Array) -> jax.Array:
             return rearrange(a, "B S (N D) -> B S N D", N=c.num_heads)
 
-        q = heads(RMSNorm(c.eps, p, name="norm_q")(Dense(c.dim, p, name="q")(x)))
-        k_text = heads(RMSNorm(c.eps, p, name="norm_k")(Dense(c.dim, p, name="k")(context.text)))
+        q = heads(RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x)))
+        k_text = heads(RMSNorm(c.eps, name="norm_k")(Dense(c.dim, p, name="k")(context.text)))
         keys = Context(k_text)
         values = Context(heads(Dense(c.dim, p, name="v")(context.text)))
         if c.num_images:
             project = Dense(c.dim, p, name="k_image")
-            norm = RMSNorm(c.eps, p, name="norm_k_image")
+            norm = RMSNorm(c.eps, name="norm_k_image")
             v_image = Dense(c.dim, p, name="v_image")
             keys = keys.replace(first=heads(norm(project(context.first))))
             values = values.replace(first=heads(v_image(context.first)))
@@ -188,8 +188,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         c, p = self.config, self.config.precision
         stddev = 1 / math.sqrt(c.dim)
-        own = self.param("modulation", nn.initializers.normal(stddev), (6, c.dim), jnp.dtype(p.param))
-        six = own.astype(jnp.float32) + modulation
+        own = self.param("modulation", nn.initializers.normal(stddev), (6, c.dim), jnp.float32)
+        six = own + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = (six[:, i, None] for i in range(6))
 
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ class Block(nn.Module):
 
         y = layer_norm(x, c.eps) * (1 + scale1) + shift1
         x = add(x, gate1 * SelfAttention(c, name="self_attn")(y, table).astype(jnp.float32))
-        y = LayerNorm(c.eps, p, name="cross_norm")(x)
+        y = LayerNorm(c.eps, name="cross_norm")(x)
         x = add(x, CrossAttention(c, name="cross_attn")(y, context, bias).astype(jnp.float32))
         y = layer_norm(x, c.eps) * (1 + scale2) + shift2
         y = nn.gelu(Dense(c.ffn_dim, p, name="ffn_in")(y), approximate=True)
@@ -220,9 +220,9 @@ class ImageEmbed(nn.Module):
             shape = (2 * c.image_tokens, c.image_dim)
             position = self.param("position", nn.initializers.zeros, shape, jnp.dtype(p.param))
             tokens = tokens + position.astype(jnp.float32)
-        y = LayerNorm(IMAGE_EPS, p, name="norm_in")(tokens)
+        y = LayerNorm(IMAGE_EPS, name="norm_in")(tokens)
         y = nn.gelu(Dense(c.image_dim, p, name="in")(y), approximate=False)
-        y = LayerNorm(IMAGE_EPS, p, name="norm_out")(Dense(c.dim, p, name="out")(y))
+        y = LayerNorm(IMAGE_EPS, name="norm_out")(Dense(c.dim, p, name="out")(y))
         if c.num_images == 1:
             return y, None
         return y[:, : c.image_tokens], y[:, c.image_tokens :]
@@ -278,9 +278,9 @@ class WanDiT(nn.Module):
         )
         x, _ = scan(c, name="blocks")(x, cross_bias, modulation, context, table)
 
-        own = self.param("head_modulation", nn.initializers.normal(1 / math.sqrt(c.dim)), (2, c.dim),
-                         jnp.dtype(p.param))  # fmt: skip
-        shift, scale = jnp.split(own.astype(jnp.float32) + embedding[:, None], 2, axis=1)
+        init = nn.initializers.normal(1 / math.sqrt(c.dim))
+        own = self.param("head_modulation", init, (2, c.dim), jnp.float32)
+        shift, scale = jnp.split(own + embedding[:, None], 2, axis=1)
         x = layer_norm(x, c.eps) * (1 + scale) + shift
         features = math.prod(c.patch_size) * c.out_channels
         x = Dense(features, _float32(p), kernel_init=nn.initializers.zeros, name="head")(x)
@@ -305,7 +305,8 @@ class WanDiT(nn.Module):
 
 
 def _float32(precision: Precision) -> Precision:
-    return dataclasses.replace(precision, compute="float32")
+    """The policy of what stays float32, stored and computed: time embedding and head."""
+    return dataclasses.replace(precision, param="float32", compute="float32")
 
 
 def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[int, ...]) -> None:
@@ -318,9 +319,7 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
       ValueError: a missing, superfluous or wrongly shaped condition; latents that patches do not tile.
     """
     batch, *grid, channels = latents
-    if channels != config.out_channels or any(
-        n % size for n, size in zip(grid, config.patch_size, strict=True)
-    ):
+    if channels != config.out_channels or any(n % size for n, size in zip(grid, config.patch_size, strict=True)):
         raise ValueError(
             f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
             f"of the patch {config.patch_size}"

@@ -61,29 +61,25 @@ def rms_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with parameters `scale` and `bias` [D]; float32 out."""
+    """LayerNorm with parameters `scale` and `bias` [D], float32 under every policy; float32 out."""
 
     eps: float
-    precision: Precision
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        param = jnp.dtype(self.precision.param)
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), param)
-        return layer_norm(x, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return layer_norm(x, self.eps) * scale + bias
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with parameter `scale` [D]; float32 out."""
+    """RMSNorm with parameter `scale` [D], float32 under every policy; float32 out."""
 
     eps: float
-    precision: Precision
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.precision.param))
-        return rms_norm(x, self.eps) * scale.astype(jnp.float32)
+        return rms_norm(x, self.eps) * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
 
 
 def conv3d_form() -> str:

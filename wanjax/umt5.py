@@ -72,9 +72,9 @@ class UMT5Block(nn.Module):
         """x [B, L, D] in the residual dtype -> the same, and no scan output."""
         config = self.config
         precision = config.precision
-        y = RMSNorm(config.eps, precision, name="attn_norm")(x)
+        y = RMSNorm(config.eps, name="attn_norm")(x)
         x = x + UMT5Attention(config, name="attn")(y, buckets, padding).astype(x.dtype)
-        y = RMSNorm(config.eps, precision, name="ffn_norm")(x)
+        y = RMSNorm(config.eps, name="ffn_norm")(x)
         gate = Dense(config.ffn_dim, precision, use_bias=False, name="ffn_gate")(y)
         value = Dense(config.ffn_dim, precision, use_bias=False, name="ffn_in")(y)
         y = nn.gelu(gate, approximate=True) * value
@@ -126,4 +126,4 @@ class UMT5Encoder(nn.Module):
             length=config.num_layers,
         )
         x, _ = blocks(config, name="blocks")(x, buckets, padding)
-        return RMSNorm(config.eps, precision, name="final_norm")(x).astype(x.dtype)
+        return RMSNorm(config.eps, name="final_norm")(x).astype(x.dtype)
