@@ -46,12 +46,12 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
         assert environment["backend"] == "cpu" and environment["versions"]["jax"] == jax.__version__
         assert environment["command"].startswith("python -m benchmarks.") and environment["date"]
     assert all(check["passed"] for check in reports["parity"]["checks"])
-    assert {r["kind"] for r in reports["parity"]["checks"]} == set(gpu_parity.LIMITS) - {
-        "float32, device against CPU"
-    }
+    assert {r["kind"] for r in reports["parity"]["checks"]} == set(gpu_parity.LIMITS) - {"float32, device against CPU"}
     sequential = reports["throughput"]["runs"]["step, guidance sequential"]
-    assert sequential["flops"] == sum(sequential["flops_by_part"].values()) == pytest.approx(
-        sequential["flops_per_second"] * sequential["median_seconds"]
+    assert (
+        sequential["flops"]
+        == sum(sequential["flops_by_part"].values())
+        == pytest.approx(sequential["flops_per_second"] * sequential["median_seconds"])
     )
     assert sequential["share_of_matmul"] > 0 and sequential["host_peak_bytes"] > 2**20
     assert len(sequential["seconds"]) == 2 and sequential["compile_seconds"] > 0

@@ -20,9 +20,7 @@ SIZES = [(32, 8), (28, 14), (15, 3), (6, 6)]
 
 
 def small(image_size: int, patch_size: int) -> CLIPConfig:
-    return CLIPConfig(
-        num_layers=3, dim=48, num_heads=4, ffn_dim=96, image_size=image_size, patch_size=patch_size
-    )
+    return CLIPConfig(num_layers=3, dim=48, num_heads=4, ffn_dim=96, image_size=image_size, patch_size=patch_size)
 
 
 def reference(config: CLIPConfig, seed: int) -> CLIPVisionModel:

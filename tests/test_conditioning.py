@@ -62,9 +62,7 @@ def test_condition_equals_diffusers(frames, with_last, stride):
     last = last if with_last else None
     latent = rng.standard_normal((1, (frames - 1) // stride + 1, 2, 3, 16), np.float32)
     condition, video = reference(first, last, frames, stride, latent)
-    ours = conditioning.pixel_condition(
-        jnp.asarray(first), None if last is None else jnp.asarray(last), frames
-    )
+    ours = conditioning.pixel_condition(jnp.asarray(first), None if last is None else jnp.asarray(last), frames)
     np.testing.assert_array_equal(ours, video)
     mask = conditioning.mask(frames, stride, last=with_last)
     assert mask.dtype == jnp.float32 and mask.shape == ((frames - 1) // stride + 1, stride)

@@ -102,10 +102,7 @@ def test_parity_of_one_block_at_14b_width():
     model = reference_model(config)
     params = converted(model, config)
     inputs = make_inputs(config, (2, 1, 4, 4), batch=1)
-    assert (
-        relative_error(WanDiT(config).apply({"params": params}, *inputs), run_reference(model, *inputs))
-        < 1e-5
-    )
+    assert relative_error(WanDiT(config).apply({"params": params}, *inputs), run_reference(model, *inputs)) < 1e-5
 
 
 def test_bfloat16_policy_stays_near_float32():
@@ -147,9 +144,7 @@ MUTATIONS = {
     "q and k of cross-attention swapped": lambda s: _swap(
         s, "blocks.0.attn2.to_q.weight", "blocks.0.attn2.to_k.weight"
     ),
-    "text and image keys swapped": lambda s: _swap(
-        s, "blocks.2.attn2.to_k.weight", "blocks.2.attn2.add_k_proj.weight"
-    ),
+    "text and image keys swapped": lambda s: _swap(s, "blocks.2.attn2.to_k.weight", "blocks.2.attn2.add_k_proj.weight"),
     "halves of the image position swapped": _swap_halves,
 }
 
@@ -212,9 +207,7 @@ def test_cross_attention_bias_against_oracle():
     bias = {n: rng.normal(size=(2, frames, k)) for n, k in sizes.items()}
 
     def softmax_attention(names):
-        k, v, b = (
-            np.concatenate([d[n] for n in names], axis) for d, axis in ((keys, 1), (values, 1), (bias, 2))
-        )
+        k, v, b = (np.concatenate([d[n] for n in names], axis) for d, axis in ((keys, 1), (values, 1), (bias, 2)))
         out = np.zeros_like(q)
         for batch in range(2):
             for s in range(q.shape[1]):

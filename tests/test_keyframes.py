@@ -109,9 +109,7 @@ def test_one_bit_gray_palette_and_cmyk(tmp_path):
     colours = gradient(8, 8)
     palette = Image.fromarray(colours).quantize(64)
     palette.save(tmp_path / "p.png")
-    np.testing.assert_array_equal(
-        np.asarray(keyframes.read(tmp_path / "p.png")), np.asarray(palette.convert("RGB"))
-    )
+    np.testing.assert_array_equal(np.asarray(keyframes.read(tmp_path / "p.png")), np.asarray(palette.convert("RGB")))
     cmyk = Image.fromarray(colours).convert("CMYK")
     cmyk.save(tmp_path / "c.tiff")
     cmyk.save(tmp_path / "c.jpg", quality=100, subsampling=0)

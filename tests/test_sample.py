@@ -116,9 +116,7 @@ def test_stops_at_the_step_that_fails(poison):
             assert len(evaluated) == failing + 1
             assert sorted(reported) == list(range(failing + 1))
             assert not np.isfinite(latents).all()
-            with pytest.raises(
-                FloatingPointError, match=rf"^latents: NaN or inf .* step {failing} \(from 0\)"
-            ):
+            with pytest.raises(FloatingPointError, match=rf"^latents: NaN or inf .* step {failing} \(from 0\)"):
                 sampling.check(failed)
 
 

@@ -32,9 +32,7 @@ def test_wan_grid_is_that_of_diffusers_dpm(steps, shift):
 
 @pytest.mark.parametrize(("steps", "shift"), CASES)
 def test_unipc_grid_is_that_of_diffusers(steps, shift):
-    reference = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
+    reference = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     reference.set_timesteps(steps)
     levels = schedule.sigmas("diffusers-unipc", steps, shift)
     np.testing.assert_allclose(levels, reference.sigmas.double().numpy(), rtol=1e-6, atol=0)

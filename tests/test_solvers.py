@@ -120,8 +120,7 @@ def convergence(solver, grids):
     errors = []
     for levels in grids:
         begin, end = (
-            (1 - sigma) * 0.4 + np.hypot((1 - sigma) * 0.7, sigma) * noise()
-            for sigma in (levels[0], levels[-1])
+            (1 - sigma) * 0.4 + np.hypot((1 - sigma) * 0.7, sigma) * noise() for sigma in (levels[0], levels[-1])
         )
         actual = trajectory(*solvers.coefficients(solver, levels), levels, gaussian_velocity, begin)[-1]
         errors.append(relative_error(actual, end))

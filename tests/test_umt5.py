@@ -125,9 +125,7 @@ def test_padding_is_not_attended_to(params):
     ids, mask = inputs()
     other = np.where(mask != 0, ids, 7)
     valid = mask.astype(bool)
-    np.testing.assert_array_equal(
-        ours(CONFIG, params, ids, mask)[valid], ours(CONFIG, params, other, mask)[valid]
-    )
+    np.testing.assert_array_equal(ours(CONFIG, params, ids, mask)[valid], ours(CONFIG, params, other, mask)[valid])
 
 
 def test_only_padding_stays_finite(params):

@@ -37,9 +37,7 @@ def pixel_condition(first: jax.Array, last: jax.Array | None, frames: int) -> ja
     Raises ValueError when the keyframes differ in shape or do not fit into `frames`.
     """
     if last is not None and last.shape != first.shape:
-        raise ValueError(
-            f"keyframes of shapes {first.shape} and {last.shape}: fit both to the same height and width"
-        )
+        raise ValueError(f"keyframes of shapes {first.shape} and {last.shape}: fit both to the same height and width")
     given = [first] if last is None else [first, last]
     if frames < len(given):
         raise ValueError(f"frames {frames}: {len(given)} keyframes need at least {len(given)} frames")

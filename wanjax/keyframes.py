@@ -76,9 +76,7 @@ def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Im
             # Turned before any conversion: Pillow keeps the palette and the transparent entry through it.
             upright = ImageOps.exif_transpose(image)
         except _DAMAGED as error:
-            raise KeyframeError(
-                f"{path}: truncated or damaged image ({error}); save or copy it again"
-            ) from error
+            raise KeyframeError(f"{path}: truncated or damaged image ({error}); save or copy it again") from error
         if several:
             warnings.warn(f"{path}: holds several frames; the first is used", KeyframeWarning, stacklevel=2)
         if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
@@ -86,9 +84,7 @@ def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Im
         return _to_rgb(upright, tuple(matte))
 
 
-def fit(
-    image: Image.Image, height: int, width: int, mode: Fit = "stretch", matte: Sequence[int] = BLACK
-) -> np.ndarray:
+def fit(image: Image.Image, height: int, width: int, mode: Fit = "stretch", matte: Sequence[int] = BLACK) -> np.ndarray:
     """Brings an RGB image to [height, width, 3] uint8 with Pillow's antialiased bicubic.
 
     `stretch` (the default, as the published runs do: the size rule `area_size` keeps the aspect, so that

@@ -60,9 +60,7 @@ def specs(params: Any, rules: Rules = RULES, mesh: Mesh | None = None) -> Any:
     With a mesh, axes that do not divide the dimension are left out, so that small models fit any mesh.
     """
     flat = flatten_dict(params, sep="/")
-    return unflatten_dict(
-        {path: _spec(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}, sep="/"
-    )
+    return unflatten_dict({path: _spec(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}, sep="/")
 
 
 def _spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | None) -> P:
@@ -93,9 +91,7 @@ def shard_video(x: jax.Array, mesh: Mesh) -> jax.Array:
 def video_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     """PartitionSpec of a [B, F, h, w, C] array on this mesh, see `shard_video`."""
     wanted = ("data", None, "sequence", None, None)
-    return P(
-        *(axis if axis and n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, wanted, strict=True))
-    )
+    return P(*(axis if axis and n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, wanted, strict=True)))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

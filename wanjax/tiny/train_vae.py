@@ -297,13 +297,22 @@ class Trainer:
 
     @staticmethod
     def _optimiser(vae: AutoencoderKLWan) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def start_clips(self) -> None:
         """Go on from images to clips with fresh optimiser moments."""
         self.vae.load_state_dict(self.average.state_dict())
         inflate(self.vae)
         self.average.load_state_dict(self.vae.state_dict())
+        self.optimiser = self._optimiser(self.vae)
+        self.stage, self.step, self.seconds = 1, 0, 0.0
+
+    def start_decoder(self) -> None:
+        """Go on with the decoder alone, from the average: latents, and what was trained on them, stay valid."""
+        self.vae.load_state_dict(self.average.state_dict())
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            part.requires_grad_(False)
         self.optimiser = self._optimiser(self.vae)
         self.stage, self.step, self.seconds = 1, 0, 0.0
 
@@ -346,6 +355,8 @@ class Trainer:
         if not path.is_file():
             raise ValueError(f"--resume: there is no checkpoint at {path}; leave --resume out to start anew")
         state = torch.load(path, weights_only=True)
+        if state["progress"][0] == 1 and self.stage == 0:
+            self.start_clips()
         self.vae.load_state_dict(state["vae"])
         self.average.load_state_dict(state["average"])
         self.stage, self.step, self.seconds = state["progress"]
@@ -407,6 +418,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16 in training: for older processors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--decoder-from", type=Path, metavar="CHECKPOINT", help="train only the decoder, from this "
+                        "checkpoint.pt: latents stay what they are (takes --minutes without --image-minutes)")  # fmt: skip
     options = parser.parse_args(arguments)
     if (options.out / "vae").exists():
         parser.error(f"--out: {options.out / 'vae'} exists already; choose another folder or move it away")
@@ -417,9 +430,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.resume:
         if not (options.out / "checkpoint.pt").is_file():
             parser.error(f"--resume: there is no checkpoint.pt in {options.out}")
-        if torch.load(options.out / "checkpoint.pt", weights_only=True)["progress"][0] == 1:
-            trainer.start_clips()
         trainer.load(options.out / "checkpoint.pt")
+    elif options.decoder_from is not None:
+        trainer.load(options.decoder_from)
+        trainer.start_decoder()
     bank = ClipBank(4096, options.rich_share, seed=trainer.step + 1)
     train(trainer, options.out, options.minutes, options.image_minutes, bank, not options.float32)
     finish(trainer.average, options.out)
