@@ -24,9 +24,7 @@ DIT = DiTConfig(
     image_dim=32, image_tokens=CLIP.num_tokens,
 )  # fmt: skip
 VAE = VAEConfig(base_dim=8, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
-SAMPLING = SamplingDefaults(
-    frames=5, size=(16, 24), steps=3, guidance=2.0, shift=3.0, fps=8, negative_prompt=""
-)
+SAMPLING = SamplingDefaults(frames=5, size=(16, 24), steps=3, guidance=2.0, shift=3.0, fps=8, negative_prompt="")
 NANO = ModelConfig("nano", DIT, VAE, UMT5, CLIP, SAMPLING)
 
 WORDS = [

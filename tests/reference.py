@@ -56,9 +56,7 @@ def listing(file: str) -> dict[str, tuple[int, ...]]:
     for line in (LISTINGS / file).read_text().splitlines():
         if not line.strip() or line.startswith("#"):
             continue
-        name, shape, first, last = re.fullmatch(
-            r"(\S+)\s+\[([\d, ]*)\](?:\s+i=(\d+)\.\.(\d+))?\s*", line
-        ).groups()
+        name, shape, first, last = re.fullmatch(r"(\S+)\s+\[([\d, ]*)\](?:\s+i=(\d+)\.\.(\d+))?\s*", line).groups()
         size = tuple(int(n) for n in shape.split(",") if n.strip())
         names = [name] if first is None else [
             name.replace("{i}", str(i)) for i in range(int(first), int(last) + 1)

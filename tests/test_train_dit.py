@@ -167,3 +167,15 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
 def test_missing_vae(tmp_path):
     with pytest.raises(ValueError, match="run wanjax.tiny.train_vae first"):
         latents.load_vae(tmp_path, NANO.vae)
+
+
+def test_a_better_decoder_must_share_the_encoder(setup):
+    _, params, *_ = setup
+    better = jax.tree.map(np.copy, params)
+    better["post_quant"]["bias"] = better["post_quant"]["bias"] + 1
+    joined = train_dit.with_decoder(params, better)
+    assert np.array_equal(joined["post_quant"]["bias"], params["post_quant"]["bias"] + 1)
+    assert joined["encoder"] is params["encoder"]
+    better["quant"]["bias"] = better["quant"]["bias"] + 1
+    with pytest.raises(ValueError, match="--decoder-from"):
+        train_dit.with_decoder(params, better)

@@ -92,6 +92,26 @@ def test_clips_stage_uses_every_length(uncompiled):
     assert all(moved)
 
 
+def test_decoder_alone_leaves_the_latents(uncompiled, tmp_path):
+    """The encoder stays what the average was, bit for bit, also after a resume; the decoder moves."""
+    torch.manual_seed(0)
+    trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, 0.0, seed=1)
+    trainer.update(bank, 1e9, bfloat16=False)
+    before = {name: value.clone() for name, value in trainer.average.state_dict().items()}
+    trainer.start_decoder()
+    trainer.clips = train_vae.Stage(1e-4, (5, 1, 1), (1, 1, 1), 1)
+    trainer.update(bank, 1e9, bfloat16=False)
+    trainer.save(tmp_path / "checkpoint.pt")
+    other = train_vae.Trainer.new()
+    other.load(tmp_path / "checkpoint.pt")
+    other.clips = trainer.clips
+    other.update(bank, 1e9, bfloat16=False)
+    for weights in (other.vae.state_dict(), other.average.state_dict()):
+        for name, value in weights.items():
+            encoder = name.startswith(("encoder", "quant_conv"))
+            assert torch.equal(value, before[name]) == encoder, name
+
+
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_vae.main(["--out", str(tmp_path), "--resume"])

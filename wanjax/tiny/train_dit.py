@@ -264,9 +264,23 @@ def write_model(config: ModelConfig, state: State, vae_params: Any, out: Path) -
     checkpoint.save(out / "model", config, half, out / "tokenizer.json")
 
 
+def with_decoder(vae_params: Any, better: Any) -> Any:
+    """VAE parameters with the decoder of `better`.
+
+    Raises:
+      ValueError: the two do not share their encoder, so that latents of one mean nothing to the other.
+    """
+    same = jax.tree.map(np.array_equal, *({part: tree[part] for part in ("encoder", "quant")}
+                                          for tree in (vae_params, better)))  # fmt: skip
+    if not all(jax.tree.leaves(same)):
+        raise ValueError("--decoder: its encoder is not that of --vae; make it with train_vae --decoder-from")
+    return {**vae_params, "decoder": better["decoder"], "post_quant": better["post_quant"]}
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the DiT, text and image encoders of the tiny model.")
     parser.add_argument("--vae", type=Path, required=True, help="vae folder that train_vae wrote")
+    parser.add_argument("--decoder", type=Path, help="vae folder with the same encoder and a better decoder")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
     parser.add_argument("--minutes", type=float, default=40.0, help="time spent in steps, resumed runs included")
     parser.add_argument("--clips", type=int, default=12000, help="training clips (default %(default)s)")
@@ -294,6 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.bfloat16:
         running = config.with_precision(dataclasses.replace(BFLOAT16, param="float32"))
     encode = encoder(options.vae, vae_config, vae_params)
+    if options.decoder is not None:
+        vae_params = with_decoder(vae_params, load_vae(options.decoder, config.vae)[1])
     data = build(options.vae, encode, options.out / "latents", options.clips, options.rich_share)
     if options.latents_only:
         return

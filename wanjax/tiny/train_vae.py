@@ -288,6 +288,7 @@ class Trainer:
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
+    decoder_only: bool = False
 
     @classmethod
     def new(cls) -> Trainer:
@@ -311,10 +312,14 @@ class Trainer:
     def start_decoder(self) -> None:
         """Go on with the decoder alone, from the average: latents, and what was trained on them, stay valid."""
         self.vae.load_state_dict(self.average.state_dict())
+        self._freeze_encoder()
+        self.stage, self.step, self.seconds = 1, 0, 0.0
+
+    def _freeze_encoder(self) -> None:
         for part in (self.vae.encoder, self.vae.quant_conv):
             part.requires_grad_(False)
         self.optimiser = self._optimiser(self.vae)
-        self.stage, self.step, self.seconds = 1, 0, 0.0
+        self.decoder_only = True
 
     def update(self, bank: ClipBank, total_seconds: float, bfloat16: bool) -> float:
         """One step; `total_seconds` is the length of the present stage, `bfloat16` that of convolutions."""
@@ -345,6 +350,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "progress": [self.stage, self.step, self.seconds],
+            "decoder_only": self.decoder_only,
         }
         beside = path.with_suffix(".part")
         torch.save(state, beside)
@@ -357,6 +363,8 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         if state["progress"][0] == 1 and self.stage == 0:
             self.start_clips()
+        if state.get("decoder_only", False):
+            self._freeze_encoder()
         self.vae.load_state_dict(state["vae"])
         self.average.load_state_dict(state["average"])
         self.stage, self.step, self.seconds = state["progress"]
@@ -419,7 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--decoder-from", type=Path, metavar="CHECKPOINT", help="train only the decoder, from this "
-                        "checkpoint.pt: latents stay what they are (takes --minutes without --image-minutes)")  # fmt: skip
+                        "checkpoint.pt, for --minutes less --image-minutes: latents stay what they are")  # fmt: skip
     options = parser.parse_args(arguments)
     if (options.out / "vae").exists():
         parser.error(f"--out: {options.out / 'vae'} exists already; choose another folder or move it away")
