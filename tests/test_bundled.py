@@ -1,0 +1,58 @@
+"""The bundled tiny model through the pipeline, on its own example and on held-out clips."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import wanjax
+from samplers import files
+from samplers.pipeline import Keyframes, Settings, run
+from wanjax import checkpoint
+from wanjax.tiny.clips import clip
+from wanjax.tiny.evaluate import baselines, psnr
+
+SEEDS = range(1000, 1008)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Held-out clips that neither training nor the published figures saw, and what the model makes of them."""
+    model = checkpoint.load("tiny")
+    settings = Settings.of(model.config)
+    clips = [clip(seed, "heldout") for seed in SEEDS]
+    prepared = Keyframes.prepare([(c.video[0], c.video[-1]) for c in clips], model.config, settings)
+    video = run(model, prepared, [c.caption for c in clips], settings).video
+    return np.stack([c.video for c in clips]), video
+
+
+def test_ends_are_the_keyframes(made):
+    truth, video = made
+    for frame in (0, -1):
+        assert psnr(video[:, [frame]], truth[:, [frame]]).mean() > 28
+
+
+def test_the_shape_moves_and_does_not_fade(made):
+    truth, video = made
+    inside = slice(1, -1)
+    fade = psnr(baselines(truth)["crossfade"][:, inside], truth[:, inside])
+    gain = psnr(video[:, inside], truth[:, inside]) - fade
+    assert gain.mean() > 2
+    assert (gain > 0).mean() >= 0.75
+
+
+def test_example_is_of_the_models_size():
+    example = files.example()
+    height, width = checkpoint.read_config("tiny")[1].sampling.size
+    for name in ("first", "last"):
+        with Image.open(example[name]) as image:
+            assert image.size == (width, height)
+    assert example["prompt"]
+
+
+def test_package_stays_small():
+    """What is installed, weights included, is at most 24 MB."""
+    folder = Path(wanjax.__file__).parent
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix not in (".pyc", ".pyo"))
+    assert size <= 24e6
