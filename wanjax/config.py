@@ -282,7 +282,7 @@ def _tiny() -> ModelConfig:
         image_dim=clip.dim, image_tokens=clip.num_tokens,
     )  # fmt: skip
     vae = VAEConfig(base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True))
-    sampling = SamplingDefaults(frames=25, size=(32, 32), steps=20, guidance=2.0, shift=3.0, fps=12, negative_prompt="")
+    sampling = SamplingDefaults(frames=25, size=(32, 32), steps=10, guidance=1.5, shift=3.0, fps=12, negative_prompt="")
     return ModelConfig("tiny", dit, vae, umt5, clip, sampling)
 
 
