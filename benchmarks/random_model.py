@@ -24,9 +24,7 @@ POOL = 1_048_583
 def dit_shapes(config: DiTConfig) -> Any:
     """Shape and dtype of every transformer parameter; allocates nothing."""
     grid = tuple(2 * size for size in config.patch_size)
-    table = rope.table(
-        tuple(n // size for n, size in zip(grid, config.patch_size, strict=True)), config.head_dim
-    )
+    table = rope.table(tuple(n // size for n, size in zip(grid, config.patch_size, strict=True)), config.head_dim)
 
     def init(key: jax.Array) -> Any:
         latents, conditions, _ = inputs(config, grid, 1, 0)
@@ -61,10 +59,7 @@ def params(shapes: Any, seed: int = 0) -> Any:
     @jax.jit
     def draw(key: jax.Array, starts: jax.Array) -> Any:
         pool = jax.random.normal(key, (POOL,))
-        return {
-            path: _leaf(path, leaf, pool, start)
-            for (path, leaf), start in zip(flat.items(), starts, strict=True)
-        }
+        return {path: _leaf(path, leaf, pool, start) for (path, leaf), start in zip(flat.items(), starts, strict=True)}
 
     return unflatten_dict(draw(jax.random.key(seed), starts), sep="/")
 

@@ -89,23 +89,17 @@ class DiTBenchmark:
         timing = measure.interleave({"step": lambda: compiled(*arguments)}, repeats, warmup=0)["step"]
         matmul.measure()
         passes = 1 if guidance == "none" else 2
-        parts = {
-            part: passes * n for part, n in flops.dit(self.config, self.grid, self.batch).items()
-        }
+        parts = {part: passes * n for part, n in flops.dit(self.config, self.grid, self.batch).items()}
         return report | _rates(timing, parts, matmul) | {"passes": passes} | _memory(compiled)
 
 
-def vae_run(
-    config: VAEConfig, shape: Shape, kind: str, repeats: int, matmul: measure.Matmul
-) -> dict[str, Any]:
+def vae_run(config: VAEConfig, shape: Shape, kind: str, repeats: int, matmul: measure.Matmul) -> dict[str, Any]:
     """Compiles and times "encode" or "decode" of the whole video. FloatingPointError if not finite."""
     params = random_model.params(random_model.vae_shapes(config))
     if kind == "encode":
         x = jax.random.uniform(jax.random.key(2), (shape.batch, shape.frames, *shape.size, 3), minval=-1)
     else:
-        x = jax.random.normal(
-            jax.random.key(2), (shape.batch, *shape.latent_grid(config), config.latent_channels)
-        )
+        x = jax.random.normal(jax.random.key(2), (shape.batch, *shape.latent_grid(config), config.latent_channels))
     function = {"encode": vae.encode, "decode": vae.decode}[kind]
     compiled, report = measure.compile_timed(lambda params, x: function(config, params, x), params, x)
     if not jnp.isfinite(compiled(params, x)).all():
@@ -225,17 +219,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = line.parse_args(argv)
     model = preset(arguments.preset)
     layers = arguments.layers or model.dit.num_layers
-    shape = Shape(
-        arguments.batch, arguments.frames or model.sampling.frames, arguments.size or model.sampling.size
-    )
+    shape = Shape(arguments.batch, arguments.frames or model.sampling.frames, arguments.size or model.sampling.size)
     try:
         keyframes.check_size(*shape.size, model.size_multiple)
         keyframes.check_frames(shape.frames, model.vae.temporal_stride)
     except ValueError as error:
         line.error(str(error))
-    dit = dataclasses.replace(
-        model.dit, num_layers=layers, precision=measure.POLICIES[arguments.dtype]
-    )
+    dit = dataclasses.replace(model.dit, num_layers=layers, precision=measure.POLICIES[arguments.dtype])
     autoencoder = dataclasses.replace(model.vae, precision=measure.POLICIES[arguments.vae_dtype])
     run(arguments, dataclasses.replace(model, dit=dit, vae=autoencoder), shape)
 

@@ -83,9 +83,7 @@ def norm(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
     return rules + ([Rule(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
 
 
-def check(
-    rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ignore: Iterable[str] = ()
-) -> None:
+def check(rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ignore: Iterable[str] = ()) -> None:
     """Compares foreign names and shapes with the table; reads no tensor.
 
     Args:
