@@ -104,7 +104,7 @@ def agreement(case: Case) -> list[dict[str, Any]]:
 def timing(case: Case, repeats: int, matmul: measure.Matmul, chunk_mib: list[int]) -> list[dict[str, Any]]:
     """Interleaved times of the implementations that can run, in bfloat16; several chunk sizes for "self"."""
     arrays, rows, programs = case.arrays(jnp.bfloat16), [], {}
-    module = importlib.import_module("wanjax.attention")  # `wanjax.attention` itself is the function
+    module = importlib.import_module("wanjax.attention")
     default = module.CHUNK_BYTES >> 20
     variants = [(name, default) for name in ("xla", "cudnn")]
     variants += [("chunked", mib) for mib in (chunk_mib if case.name == "self" else [default])]

@@ -1,6 +1,7 @@
 """`python -m samplers.inbetween`: two keyframes and a prompt in, a video out. No logic lives here."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -186,4 +187,11 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == INTERRUPTED:
+        # XLA cannot be cancelled: its threads go on, and call back into an interpreter that is being taken down.
+        # Everything of ours is cleaned up by now, so the process ends here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

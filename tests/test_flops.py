@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import flops, random_model
-from wanjax import rope, vae
+from wanjax import layers, rope, vae
 from wanjax.config import DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
 
@@ -47,8 +47,10 @@ def test_transformer_against_xla(shape):
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-def test_autoencoder_against_xla(kind):
+def test_autoencoder_against_xla(kind, monkeypatch):
     """A first chunk, and a first and one later one. XLA leaves out what meets the zeros at the borders."""
+    # By taps, XLA multiplies the zeros in front of a first chunk; one 3D convolution leaves them out.
+    monkeypatch.setattr(layers, "conv3d_form", lambda: "conv3d")
     config = VAEConfig(base_dim=16, num_res_blocks=1)
     params = random_model.vae_shapes(config)
     for frames in (1, 5):

@@ -3,8 +3,7 @@
 The public names; `samplers.pipeline` makes videos of them. Importing runs nothing on a device.
 """
 
-from wanjax import rope
-from wanjax.attention import attention
+from wanjax import attention, rope
 from wanjax.checkpoint import CheckpointError, Model, load, param_shapes, save
 from wanjax.clip import CLIPVision
 from wanjax.config import (
