@@ -71,7 +71,12 @@ def parser() -> argparse.ArgumentParser:
         default=MODES[0],
         help="both passes in turn or as one batch of two (default: %(default)s)",
     )
+    _add_model_and_output(p)
+    return p
 
+
+def _add_model_and_output(p: argparse.ArgumentParser) -> None:
+    """The two groups that say where to compute and where to write."""
     model = p.add_argument_group("model and devices")
     model.add_argument(
         "--model",
@@ -105,7 +110,6 @@ def parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
-    return p  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

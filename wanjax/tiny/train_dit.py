@@ -278,6 +278,7 @@ def with_decoder(vae_params: Any, better: Any) -> Any:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options; exits with 2 if the result is there already."""
     parser = argparse.ArgumentParser(description="Train the DiT, text and image encoders of the tiny model.")
     parser.add_argument("--vae", type=Path, required=True, help="vae folder that train_vae wrote")
     parser.add_argument("--decoder", type=Path, help="vae folder with the same encoder and a better decoder")

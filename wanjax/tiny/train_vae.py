@@ -101,6 +101,7 @@ def activate(module: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
 
 
 def residual(module: WanResidualBlock, x: torch.Tensor) -> torch.Tensor:
+    """A residual block over a whole sequence, [B, C, T, H, W] to [B, C', T, H, W]."""
     shortcut = conv(module.conv_shortcut, x) if isinstance(module.conv_shortcut, WanCausalConv3d) else x
     x = conv(module.conv1, activate(module.norm1, x))
     return conv(module.conv2, activate(module.norm2, x)) + shortcut
