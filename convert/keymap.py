@@ -26,23 +26,30 @@ class Transform:
 
     Attributes:
       forward: foreign array -> our array (works on numpy arrays and on JAX tracers).
+      backward: its inverse.
       foreign_shape: our shape -> the foreign shape it comes from.
     """
 
     forward: Callable[[Any], Any]
+    backward: Callable[[Any], Any]
     foreign_shape: Callable[[Shape], Shape]
 
 
-SAME = Transform(lambda x: x, lambda s: s)
-LINEAR = Transform(lambda x: x.T, lambda s: s[::-1])
-CONV2D = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda s: (s[3], s[2], s[0], s[1]))
-CONV3D = Transform(lambda x: x.transpose(2, 3, 4, 1, 0), lambda s: (s[4], s[3], *s[:3]))
-UNBATCH = Transform(lambda x: x.reshape(x.shape[1:]), lambda s: (1, *s))
+SAME = Transform(lambda x: x, lambda x: x, lambda s: s)
+LINEAR = Transform(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
+CONV2D = Transform(
+    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1), lambda s: (s[3], s[2], s[0], s[1])
+)
+CONV3D = Transform(
+    lambda x: x.transpose(2, 3, 4, 1, 0), lambda x: x.transpose(4, 3, 0, 1, 2), lambda s: (s[4], s[3], *s[:3])
+)
+UNBATCH = Transform(lambda x: x.reshape(x.shape[1:]), lambda x: x[None], lambda s: (1, *s))
 
 
 def channel(trailing: int) -> Transform:
     """A [C] vector stored as [C, 1, 1, ...] with `trailing` unit axes."""
-    return Transform(lambda x: x.reshape(-1), lambda s: (*s, *(1,) * trailing))
+    ones = (1,) * trailing
+    return Transform(lambda x: x.reshape(-1), lambda x: x.reshape(*x.shape, *ones), lambda s: (*s, *ones))
 
 
 def patch(patch_size: Shape) -> Transform:
@@ -52,10 +59,13 @@ def patch(patch_size: Shape) -> Transform:
     def forward(x: Any) -> Any:
         return x.transpose(*range(2, 2 + axes), 1, 0).reshape(-1, x.shape[0])
 
+    def backward(x: Any) -> Any:
+        return x.reshape(*patch_size, -1, x.shape[-1]).transpose(axes + 1, axes, *range(axes))
+
     def foreign_shape(shape: Shape) -> Shape:
         return (shape[1], shape[0] // int(np.prod(patch_size)), *patch_size)
 
-    return Transform(forward, foreign_shape)
+    return Transform(forward, backward, foreign_shape)
 
 
 @dataclass(frozen=True)
@@ -154,3 +164,14 @@ def _fill(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndarr
     for i in range(leaf.shape[0]):
         out[i] = rule.transform.forward(tensors[rule.theirs.replace("{i}", str(i))])
     return out
+
+
+def invert(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
+    """A parameter tree as foreign tensors: what `convert` undoes. Contiguous arrays, dtypes as in `params`."""
+    leaves, tensors = flatten_dict(params, sep="/"), {}
+    for rule in rules:
+        leaf = np.asarray(leaves[rule.ours])
+        layers = dict(enumerate(leaf)) if rule.stacked else {None: leaf}
+        for i, layer in layers.items():
+            tensors[rule.theirs.replace("{i}", str(i))] = np.ascontiguousarray(rule.transform.backward(layer))
+    return tensors

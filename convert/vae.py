@@ -1,5 +1,7 @@
 """Tensor names of the causal video autoencoder in the diffusers layout (`vae/`)."""
 
+from typing import Any
+
 from convert.keymap import CONV2D, CONV3D, Rule, Transform, channel, patch
 from wanjax.config import VAEConfig
 
@@ -15,6 +17,23 @@ def diffusers(config: VAEConfig) -> list[Rule]:
         *_conv("post_quant", "post_quant_conv", POINT3D),
         *_decoder(config),
     ]
+
+
+def diffusers_config(config: VAEConfig) -> dict[str, Any]:
+    """What stands in the `config.json` beside those tensors ("temperal" is the reference's spelling)."""
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config.base_dim,
+        "z_dim": config.latent_channels,
+        "dim_mult": list(config.dim_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_downsample),
+        "latents_mean": list(config.latent_mean),
+        "latents_std": list(config.latent_std),
+        "scale_factor_temporal": config.temporal_stride,
+        "scale_factor_spatial": config.spatial_stride,
+    }
 
 
 def _conv(ours: str, theirs: str, transform: Transform = CONV3D) -> list[Rule]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from convert import keymap
@@ -52,6 +52,14 @@ def load_vae(folder: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Any]
     )
     expected = jax.eval_shape(lambda key: vae.init(config, key), jax.random.key(0))
     return config, keymap.convert(vae_table.diffusers(config), expected, load_file(files[1]))
+
+
+def write_vae(folder: Path, config: VAEConfig, params: Any) -> None:
+    """Writes a VAE in float32 as `load_vae` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = keymap.invert(vae_table.diffusers(config), params)
+    (folder / "config.json").write_text(json.dumps(vae_table.diffusers_config(config), indent=1), encoding="utf-8")
+    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 
 @dataclass(frozen=True)

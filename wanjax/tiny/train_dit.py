@@ -4,6 +4,7 @@ The three learn together from random weights; the VAE is fixed. The result is a 
 `samplers.inbetween --model` and `wanjax.checkpoint.load` read.
 
     python -m wanjax.tiny.train_dit --vae runs/vae/vae --out runs/dit --minutes 40
+    python -m wanjax.tiny.train_dit --from-model tiny --out runs/more --minutes 60
 
 Axis letters as in `wanjax.types`.
 """
@@ -33,7 +34,7 @@ from wanjax.config import BFLOAT16, ModelConfig, preset
 from wanjax.dit import WanDiT
 from wanjax.keyframes import CLIP_MEAN, CLIP_STD
 from wanjax.tiny import build_tokenizer, evaluate
-from wanjax.tiny.latents import LatentSet, build, encoder, load_vae
+from wanjax.tiny.latents import LatentSet, build, encoder, load_vae, write_vae
 from wanjax.tokenizer import Tokenizer
 from wanjax.types import Conditions
 from wanjax.umt5 import UMT5Encoder
@@ -118,6 +119,14 @@ def new_state(config: ModelConfig, seed: int | jax.Array) -> State:
     query = params["umt5"]["blocks"]["attn"]["q"]
     query["kernel"] = query["kernel"] * config.umt5.head_dim**-0.5
     return State(jnp.int32(0), jnp.float32(0), params, params, optimiser().init(params))
+
+
+def state_of(model: checkpoint.Model) -> State:
+    """A new run from a model's weights instead of random ones: step 0, fresh moments, float32."""
+    params = {part: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model.params[part]) for part in TRAINED}
+    # The average is a copy, as `update` gives away its state and cannot give one buffer away twice.
+    average = jax.tree.map(jnp.copy, params)
+    return State(jnp.int32(0), jnp.float32(0), params, average, optimiser().init(params))
 
 
 def encode_conditions(config: ModelConfig, params: Any, batch: Batch) -> Conditions:
@@ -280,7 +289,9 @@ def with_decoder(vae_params: Any, better: Any) -> Any:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options; exits with 2 if the result is there already."""
     parser = argparse.ArgumentParser(description="Train the DiT, text and image encoders of the tiny model.")
-    parser.add_argument("--vae", type=Path, required=True, help="vae folder that train_vae wrote")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vae", type=Path, help="vae folder that train_vae wrote; the rest starts at random")
+    source.add_argument("--from-model", metavar="MODEL", help="'tiny' or a model folder: go on from all its weights")
     parser.add_argument("--decoder", type=Path, help="vae folder with the same encoder and a better decoder")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
     parser.add_argument("--minutes", type=float, default=40.0, help="time spent in steps, resumed runs included")
@@ -303,6 +314,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     config = preset("tiny")
+    model = None
+    if options.from_model is not None:
+        model = checkpoint.load(options.from_model)
+        config, options.vae = model.config, options.out / "vae"
+        write_vae(options.vae, config.vae, model.params["vae"])
     vae_config, vae_params = load_vae(options.vae, config.vae)
     config = dataclasses.replace(config, vae=vae_config)
     running = config
@@ -319,7 +335,8 @@ def main(arguments: list[str] | None = None) -> None:
     batches = Batches(data, tokenizer, config, options.batch, options.seed)
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((options.out / "checkpoints").resolve(), options=keep) as manager:
-        state = restore(manager, new_state(running, options.seed), options.resume)
+        state = new_state(running, options.seed) if model is None else state_of(model)
+        state = restore(manager, state, options.resume)
         state = train(running, state, batches, vae_params, options, manager)
     write_model(config, state, vae_params, options.out)
 
