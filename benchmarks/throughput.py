@@ -53,7 +53,7 @@ def guided_step(config: DiTConfig, mode: str) -> Callable[..., jax.Array]:
         scale: jax.Array,
         table: RopeTable,
     ) -> jax.Array:
-        def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions) -> jax.Array:
+        def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, *_: None) -> jax.Array:
             return WanDiT(config).apply({"params": params}, latents, timestep, conditions, table)
 
         return guided(model, conditions, negative, scale, mode)(latents, timestep)

@@ -21,13 +21,15 @@ from PIL import Image
 
 from samplers import schedule, solvers
 from samplers.sample import Progress, check, sample
-from wanjax import conditioning, keyframes, rope, sharding, vae
+from wanjax import conditioning, keyframes, sharding, vae
+from wanjax import method as methods
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from wanjax.dit import WanDiT
 from wanjax.guidance import MODES, GuidanceMode, guided
-from wanjax.types import Conditions, RopeTable
+from wanjax.method import Method, MethodArrays
+from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
 
 FITS = ("stretch", "crop", "pad")
@@ -49,6 +51,7 @@ class Settings:
       fit: how keyframes of another size are brought to `size`: stretch, crop or pad.
       matte: red, green, blue in 0..255 under transparent keyframes and around padded ones.
       guidance_mode: "sequential" (least memory) or "batched" passes.
+      method: what is changed of Wan2.1's attention (`wanjax.method`); the default changes nothing.
     """
 
     prompt: str = ""
@@ -64,6 +67,7 @@ class Settings:
     fit: keyframes.Fit = "stretch"
     matte: tuple[int, int, int] = keyframes.BLACK
     guidance_mode: GuidanceMode = "sequential"
+    method: Method = Method()
 
     @classmethod
     def of(cls, config: ModelConfig, **overrides: Any) -> "Settings":
@@ -93,6 +97,11 @@ class Settings:
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: choose {', '.join(allowed)}")
         schedule.sigmas(self.grid, self.steps, self.shift)
+        self.method_arrays(config)
+
+    def method_arrays(self, config: ModelConfig) -> MethodArrays:
+        """The method as inputs of the sampler. ValueError, naming the setting, for what this model cannot have."""
+        return methods.arrays(self.method, config, self.frames, self.size, self.steps)
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,7 @@ def inbetween(
     settings: Settings,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    cross_bias: CrossBias | None = None,
 ) -> Result:
     """Makes the video between two keyframes.
 
@@ -185,6 +195,8 @@ def inbetween(
       settings: see `Settings`; the prompt is in it.
       progress: draws a bar while denoising. Pass the same object to every run: it is part of the program.
       mesh: from `sharding.make_mesh`; the model's params should lie on it (`sharding.shard_params`).
+      cross_bias: a bias of your own on cross-attention, leaves [layers, 1, F, keys], in every step of the
+        conditional pass; KAB's is added to it. See docs/method.md for an example.
 
     Returns:
       A `Result` of batch 1.
@@ -195,7 +207,7 @@ def inbetween(
     """
     settings.check(model.config)
     prepared = Keyframes.prepare([(first, last)], model.config, settings)
-    return run(model, prepared, [settings.prompt], settings, progress, mesh)
+    return run(model, prepared, [settings.prompt], settings, progress, mesh, cross_bias)
 
 
 def run(
@@ -205,6 +217,7 @@ def run(
     settings: Settings,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    cross_bias: CrossBias | None = None,
 ) -> Result:
     """`inbetween` for B pairs of keyframes and B prompts at once: encode, denoise, decode."""
     timings = Timings()
@@ -213,7 +226,7 @@ def run(
             conditions, negative = encode(model, prepared, prompts, settings)
             conditions, negative = jax.block_until_ready(place(conditions, negative, mesh))
         with timings.stage("denoise"):
-            latents = denoise(model, conditions, negative, settings, progress, mesh)
+            latents = denoise(model, conditions, negative, settings, progress, mesh, cross_bias)
         with timings.stage("decode"):
             video = keyframes.from_unit(_decode(model.config.vae, model.params["vae"], latents))
     return Result(video, latents, timings.seconds)
@@ -242,6 +255,7 @@ def denoise(
     settings: Settings,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    cross_bias: CrossBias | None = None,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B samples, from seeded noise. FloatingPointError on NaN or inf."""
     config = model.config
@@ -250,7 +264,6 @@ def denoise(
     noise = jax.random.normal(jax.random.key(settings.seed), shape, jnp.float32)
     if mesh is not None:
         noise = sharding.shard_video(noise, mesh)
-    grid = tuple(n // size for n, size in zip(shape[1:4], config.dit.patch_size, strict=True))
     with progress.open(settings.steps) if progress is not None else nullcontext():
         latents, failed_step = _denoise(
             config.dit,
@@ -259,8 +272,9 @@ def denoise(
             conditions,
             negative_text,
             np.float32(settings.guidance),
-            rope.table(grid, config.dit.head_dim),
             table,
+            settings.method_arrays(config),
+            cross_bias,
             guidance_mode=settings.guidance_mode,
             on_step=progress,
         )
@@ -276,16 +290,18 @@ def _denoise(
     conditions: Conditions,
     negative_text: jax.Array,
     guidance: jax.Array,
-    table: RopeTable,
     steps: solvers.StepTable,
+    method: MethodArrays,
+    cross_bias: CrossBias | None,
     *,
     guidance_mode: GuidanceMode,
     on_step: Progress | None,
 ) -> tuple[jax.Array, jax.Array]:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions) -> jax.Array:
-        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, table)
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
+        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
 
-    return sample(guided(model, conditions, negative_text, guidance, guidance_mode), noise, steps, on_step)
+    denoise = guided(model, conditions, negative_text, guidance, guidance_mode, method.control, cross_bias)
+    return sample(denoise, noise, steps, on_step, method.strength)
 
 
 @partial(jax.jit, static_argnums=0)

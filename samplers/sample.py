@@ -6,7 +6,7 @@ communication beyond one boolean.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -21,11 +21,11 @@ from samplers.solvers import StepTable
 class Denoise(Protocol):
     """The model as the sampler sees it."""
 
-    def __call__(self, latents: jax.Array, timestep: jax.Array) -> jax.Array:
+    def __call__(self, latents: jax.Array, timestep: jax.Array, *per_step: Any) -> jax.Array:
         """Velocity (noise - data), shape of ``latents``, any float dtype.
 
         Given float32 latents and a float32 scalar timestep [], ``1000 * sigma``; broadcasting over the batch
-        is the model's side.
+        is the model's side. Where `sample` has a ``per_step``, its row of this step follows.
         """
         ...
 
@@ -54,6 +54,7 @@ def sample(
     noise: jax.Array,
     table: StepTable,
     on_step: Callable[[int], None] | None = None,
+    per_step: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates the flow from noise to data. Pure: jit it, both functions static or closed over.
 
@@ -69,6 +70,8 @@ def sample(
       on_step: host function called with each executed step's index once its latents exist (order is not
         guaranteed). It is part of the compiled program: pass the same object every time, such as one
         `Progress`.
+      per_step: pytree of arrays [steps, ...] whose row of a step ``denoise`` gets as a third argument (KAB's
+        strength); traced. None: it is called with two.
 
     Returns:
       (latents float32 in the shape of ``noise``, failed_step int32 []). After a failure the latents are those
@@ -80,8 +83,8 @@ def sample(
     if not jnp.issubdtype(noise.dtype, jnp.floating):
         raise ValueError(f"noise: got dtype {noise.dtype}; give floating point latents")
 
-    def run(carry: Carry, step: jax.Array, row: StepTable) -> Carry:
-        velocity = denoise(carry.sample, row.timestep)
+    def run(carry: Carry, step: jax.Array, row: StepTable, extra: tuple) -> Carry:
+        velocity = denoise(carry.sample, row.timestep, *extra)
         if velocity.shape != carry.sample.shape:
             raise ValueError(f"denoise: returned shape {velocity.shape} for latents {carry.sample.shape}")
         carry = advance(carry, velocity, row)
@@ -90,11 +93,12 @@ def sample(
             _tell(on_step, step, finite)
         return carry.replace(failed_step=jnp.where(finite, carry.failed_step, step))
 
-    def scan_body(carry: Carry, step_and_row: tuple[jax.Array, StepTable]) -> tuple[Carry, None]:
-        return lax.cond(carry.failed_step < 0, run, lambda carry, *_: carry, carry, *step_and_row), None
+    def scan_body(carry: Carry, inputs: tuple[jax.Array, StepTable, tuple]) -> tuple[Carry, None]:
+        return lax.cond(carry.failed_step < 0, run, lambda carry, *_: carry, carry, *inputs), None
 
     steps = jnp.arange(len(table.sigma), dtype=jnp.int32)
-    carry, _ = lax.scan(scan_body, start(noise), (steps, table))
+    extra = () if per_step is None else (per_step,)
+    carry, _ = lax.scan(scan_body, start(noise), (steps, table, extra))
     return carry.sample, carry.failed_step
 
 

@@ -14,8 +14,9 @@ from convert import dit as names
 from convert.keymap import ConversionError, check, convert
 from wanjax import rope
 from wanjax.config import BFLOAT16, DiTConfig, preset
-from wanjax.dit import Context, WanDiT, cross_attention, sinusoid
-from wanjax.types import Conditions, CrossBias
+from wanjax.cross import cross_attention
+from wanjax.dit import WanDiT, sinusoid
+from wanjax.types import Branches, Conditions, CrossBias
 
 SMALL = DiTConfig(
     num_layers=3, dim=96, num_heads=4, ffn_dim=160, text_dim=40, text_length=512, freq_dim=64,
@@ -220,7 +221,7 @@ def test_cross_attention_bias_against_oracle():
     expected = softmax_attention(["text"]) + softmax_attention(["first", "last"])
     as32 = lambda d: {n: jnp.asarray(a, jnp.float32) for n, a in d.items()}  # noqa: E731
     ours = cross_attention(
-        jnp.asarray(q, jnp.float32), Context(**as32(keys)), Context(**as32(values)), CrossBias(**as32(bias))
+        jnp.asarray(q, jnp.float32), Branches(**as32(keys)), Branches(**as32(values)), CrossBias(**as32(bias))
     )
     assert relative_error(ours, expected) < 1e-6
 

@@ -14,7 +14,7 @@ LATENTS = np.random.default_rng(2).normal(size=(2, 2, 4, 4, 16)).astype(np.float
 CONDITIONS = Conditions(TEXT, latent=np.ones((2, 2, 4, 4, 20), np.float32))
 
 
-def model(latents, timestep, conditions):
+def model(latents, timestep, conditions, control=None, bias=None):
     text = conditions.text.mean((1, 2))[:, None, None, None, None]
     return jnp.sin(latents * 3 + text) * timestep[:, None, None, None, None] + conditions.latent.mean()
 
@@ -37,7 +37,7 @@ def test_scale_one_runs_one_pass(mode, scale, rows):
     """The samples that the model really computed, counted on the host."""
     seen = []
 
-    def counting(latents, timestep, conditions):
+    def counting(latents, timestep, conditions, control, bias):
         jax.debug.callback(lambda: seen.append(latents.shape[0]))
         return model(latents, timestep, conditions)
 

@@ -12,25 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import struct
 
 from wanjax import rope
 from wanjax.attention import attention
 from wanjax.config import DiTConfig, Precision
+from wanjax.cross import CrossReport, cross_attention, report
 from wanjax.layers import Dense, LayerNorm, RMSNorm, constrain, layer_norm
-from wanjax.types import Conditions, CrossBias, RopeTable
+from wanjax.types import Branches, Conditions, CrossBias, CrossControl, RopeTable
 
 IMAGE_EPS = 1e-5
 """Epsilon of the image embedder's norms; the rest of the model uses `DiTConfig.eps`."""
-
-
-@struct.dataclass
-class Context:
-    """Embedded conditions that cross-attention reads: one [B, K, D] array a branch, None where absent."""
-
-    text: jax.Array
-    first: jax.Array | None = None
-    last: jax.Array | None = None
 
 
 def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
@@ -73,56 +64,6 @@ def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch_size: tuple[int, 
     return rearrange(x, pattern, F=frames, h=height, w=width, pt=pt, ph=ph, pw=pw)
 
 
-def _spread(bias: jax.Array | None, queries: int) -> jax.Array | None:
-    """A per-frame bias [B, F, K] for every query: [B, 1, S, K]."""
-    if bias is None:
-        return None
-    return jnp.repeat(bias, queries // bias.shape[1], axis=1)[:, None]
-
-
-def cross_attention(
-    q: jax.Array,
-    keys: Context,
-    values: Context,
-    bias: CrossBias | None = None,
-    precision: Precision | None = None,
-) -> jax.Array:
-    """Wan2.1's cross-attention: one softmax over the text, one over both keyframes together, summed.
-
-    Args:
-      q: [B, S, N, head_dim].
-      keys, values: [B, K, N, head_dim] a branch.
-      bias: additive, leaves [B, F, K] of one layer; S is a multiple of F.
-      precision: policy of the model.
-
-    Returns:
-      [B, S, N, head_dim].
-    """
-    precision = precision or Precision()
-    bias = bias or CrossBias()
-    length = q.shape[1]
-    out = attention(q, keys.text, values.text, _spread(bias.text, length), precision=precision)
-    if keys.first is None:
-        return out
-    if keys.last is None:
-        image_bias = _spread(bias.first, length)
-        return out + attention(q, keys.first, values.first, image_bias, precision=precision)
-    k = jnp.concatenate([keys.first, keys.last], 1)
-    v = jnp.concatenate([values.first, values.last], 1)
-    joint = _join(bias.first, bias.last, keys)
-    return out + attention(q, k, v, _spread(joint, length), precision=precision)
-
-
-def _join(first: jax.Array | None, last: jax.Array | None, keys: Context) -> jax.Array | None:
-    """Biases of the two image branches side by side; a missing one counts as zero."""
-    if first is None and last is None:
-        return None
-    shape = (first if first is not None else last).shape[:2]
-    first = jnp.zeros((*shape, keys.first.shape[1])) if first is None else first
-    last = jnp.zeros((*shape, keys.last.shape[1])) if last is None else last
-    return jnp.concatenate([first, last], -1)
-
-
 class SelfAttention(nn.Module):
     """Full attention over all video tokens, q and k normalised over the whole width, then rotated."""
 
@@ -147,9 +88,12 @@ class CrossAttention(nn.Module):
     """Attention to the text and to the keyframes' vision tokens, whose k and v have weights of their own."""
 
     config: DiTConfig
+    inspect: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context, bias: CrossBias | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: Branches, bias: CrossBias | None, control: CrossControl | None
+    ) -> tuple[jax.Array, CrossReport | None]:
         c, p = self.config, self.config.precision
 
         def heads(a: jax.Array) -> jax.Array:
@@ -157,8 +101,8 @@ class CrossAttention(nn.Module):
 
         q = heads(RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x)))
         k_text = heads(RMSNorm(c.eps, name="norm_k")(Dense(c.dim, p, name="k")(context.text)))
-        keys = Context(k_text)
-        values = Context(heads(Dense(c.dim, p, name="v")(context.text)))
+        keys = Branches(k_text)
+        values = Branches(heads(Dense(c.dim, p, name="v")(context.text)))
         if c.num_images:
             project = Dense(c.dim, p, name="k_image")
             norm = RMSNorm(c.eps, name="norm_k_image")
@@ -168,25 +112,31 @@ class CrossAttention(nn.Module):
             if c.num_images == 2:
                 keys = keys.replace(last=heads(norm(project(context.last))))
                 values = values.replace(last=heads(v_image(context.last)))
-        out = cross_attention(q, keys, values, bias, p)
-        return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
+        out = cross_attention(q, keys, values, bias, control, p)
+        seen = report(q, keys, bias, control, p) if self.inspect else None
+        return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)")), seen
 
 
 class Block(nn.Module):
-    """One transformer block, in the form that `nn.scan` wants: (carry, inputs...) -> (carry, None)."""
+    """One transformer block, in the form that `nn.scan` wants: (carry, inputs...) -> (carry, report or None)."""
 
     config: DiTConfig
+    inspect: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         bias: CrossBias | None,
+        strength: jax.Array | None,
         modulation: jax.Array,
-        context: Context,
+        context: Branches,
         table: RopeTable,
-    ) -> tuple[jax.Array, None]:
+        control: CrossControl | None,
+    ) -> tuple[jax.Array, CrossReport | None]:
         c, p = self.config, self.config.precision
+        if control is not None:
+            control = control.replace(strength=strength)  # this layer's
         stddev = 1 / math.sqrt(c.dim)
         own = self.param("modulation", nn.initializers.normal(stddev), (6, c.dim), jnp.float32)
         six = own + modulation
@@ -199,11 +149,12 @@ class Block(nn.Module):
         y = layer_norm(x, c.eps) * (1 + scale1) + shift1
         x = add(x, gate1 * SelfAttention(c, name="self_attn")(y, table).astype(jnp.float32))
         y = LayerNorm(c.eps, name="cross_norm")(x)
-        x = add(x, CrossAttention(c, name="cross_attn")(y, context, bias).astype(jnp.float32))
+        y, seen = CrossAttention(c, self.inspect, name="cross_attn")(y, context, bias, control)
+        x = add(x, y.astype(jnp.float32))
         y = layer_norm(x, c.eps) * (1 + scale2) + shift2
         y = nn.gelu(Dense(c.ffn_dim, p, name="ffn_in")(y), approximate=True)
         x = add(x, gate2 * Dense(c.dim, p, name="ffn_out")(y).astype(jnp.float32))
-        return x, None
+        return x, seen
 
 
 class ImageEmbed(nn.Module):
@@ -233,9 +184,11 @@ class WanDiT(nn.Module):
 
     Attributes:
       config: sizes and precision policy.
+      inspect: return (velocity, CrossReport with leaves [L, B, F, K]) instead of the velocity; needs a control.
     """
 
     config: DiTConfig
+    inspect: bool = False
 
     @nn.compact
     def __call__(
@@ -245,7 +198,8 @@ class WanDiT(nn.Module):
         conditions: Conditions,
         table: RopeTable,
         cross_bias: CrossBias | None = None,
-    ) -> jax.Array:
+        control: CrossControl | None = None,
+    ) -> jax.Array | tuple[jax.Array, CrossReport]:
         """One evaluation.
 
         Args:
@@ -253,17 +207,21 @@ class WanDiT(nn.Module):
           timestep: [B] float32 in 0..1000 (1000 * sigma); never rounded.
           conditions: see `Conditions`; text is [B, text_length, text_dim].
           table: rotary factors of the token grid (F, h/2, w/2), from `rope.table`.
-          cross_bias: additive cross-attention bias, leaves [L, B, F, K]; None adds nothing.
+          cross_bias: a caller's additive cross-attention bias, leaves [L, B, F, K]; None adds nothing. Frames F
+            are token frames.
+          control: KAB's strength and isolation, see `CrossControl`; None is plain Wan2.1. KAB's bias and the
+            caller's are added.
 
         Returns:
           [B, F, h, w, out_channels] float32 velocity.
 
         Raises:
-          ValueError: conditions that are not this model's.
+          ValueError: conditions, bias or control that are not this model's.
         """
         c, p = self.config, self.config.precision
         check_conditions(c, conditions, latents.shape)
         grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
+        check_cross(c, (latents.shape[0], grid[0]), cross_bias, control)
         if conditions.latent is not None:
             latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
         x = Dense(c.dim, p, name="patch_embed")(patchify(latents, c.patch_size))
@@ -272,11 +230,14 @@ class WanDiT(nn.Module):
         context = self._embed_conditions(conditions)
 
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
+        strength = None
+        if control is not None:
+            strength, control = control.strength, control.replace(strength=None)
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
         )
-        x, _ = scan(c, name="blocks")(x, cross_bias, modulation, context, table)
+        x, seen = scan(c, self.inspect, name="blocks")(x, cross_bias, strength, modulation, context, table, control)
 
         init = nn.initializers.normal(1 / math.sqrt(c.dim))
         own = self.param("head_modulation", init, (2, c.dim), jnp.float32)
@@ -284,7 +245,8 @@ class WanDiT(nn.Module):
         x = layer_norm(x, c.eps) * (1 + scale) + shift
         features = math.prod(c.patch_size) * c.out_channels
         x = Dense(features, _float32(p), kernel_init=nn.initializers.zeros, name="head")(x)
-        return unpatchify(x, grid, c.patch_size)
+        velocity = unpatchify(x, grid, c.patch_size)
+        return (velocity, seen) if self.inspect else velocity
 
     def _embed_time(self, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B] -> embedding [B, D] and block modulation [B, 6, D], float32 under every policy."""
@@ -294,14 +256,14 @@ class WanDiT(nn.Module):
         six = Dense(6 * c.dim, p, name="time_modulation")(nn.silu(embedding))
         return embedding, rearrange(six, "B (six D) -> B six D", six=6)
 
-    def _embed_conditions(self, conditions: Conditions) -> Context:
+    def _embed_conditions(self, conditions: Conditions) -> Branches:
         c, p = self.config, self.config.precision
         text = nn.gelu(Dense(c.dim, p, name="text_in")(conditions.text), approximate=True)
         text = Dense(c.dim, p, name="text_out")(text)
         if not c.num_images:
-            return Context(text)
+            return Branches(text)
         first, last = ImageEmbed(c, name="image_embed")(conditions.first, conditions.last)
-        return Context(text, first, last)
+        return Branches(text, first, last)
 
 
 def _float32(precision: Precision) -> Precision:
@@ -336,6 +298,34 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
         found = None if value is None else tuple(value.shape)
         if found != shape:
             raise ValueError(f"conditions.{name} is {_show(found)}; this model takes {_show(shape)}")
+
+
+def check_cross(
+    config: DiTConfig, rows: tuple[int, int], bias: CrossBias | None, control: CrossControl | None
+) -> None:
+    """Compares a caller's bias and a control with the model.
+
+    Args:
+      rows: (batch, token frames).
+
+    Raises:
+      ValueError: leaves that are not [L, B, F, K] of a branch the model has; strength not [L, B, F].
+    """
+    layers, image = config.num_layers, config.image_tokens
+    if bias is not None:
+        keys = {"text": config.text_length, "first": image if config.num_images >= 1 else None,
+                "last": image if config.num_images == 2 else None}  # fmt: skip
+        for name, size in keys.items():
+            leaf = getattr(bias, name)
+            if leaf is not None and (size is None or tuple(leaf.shape) != (layers, *rows, size)):
+                wanted = None if size is None else (layers, *rows, size)
+                raise ValueError(f"cross_bias.{name} is {_show(tuple(leaf.shape))}; this model takes {_show(wanted)}")
+    if control is not None:
+        wanted = {"strength": (layers, *rows), "curve": rows[1:], "floor": (), "isolated": (), "weights": (3,)}
+        for name, shape in wanted.items():
+            found = tuple(jnp.shape(getattr(control, name)))
+            if found != shape:
+                raise ValueError(f"control.{name} is {_show(found)}; this model takes {_show(shape)}")
 
 
 def _show(shape: tuple[int, ...] | None) -> str:

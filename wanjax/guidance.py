@@ -1,6 +1,7 @@
 """Classifier-free guidance: velocity = unconditional + scale * (conditional - unconditional).
 
-The two passes differ in the text alone; keyframes stay. Axis letters as in `types`.
+The two passes differ in the text, and in the attention biases, which the conditional pass alone gets (METHOD: KAB);
+keyframes, isolation and the rotary table are the same for both. Axis letters as in `types`.
 """
 
 from collections.abc import Callable
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from wanjax.types import Conditions
+from wanjax.types import Conditions, CrossBias, CrossControl
 
 GuidanceMode = Literal["sequential", "batched"]
 MODES: tuple[str, ...] = get_args(GuidanceMode)
 
-Model = Callable[[jax.Array, jax.Array, Conditions], jax.Array]
-"""(latents [B, F, h, w, C], timestep [B], conditions) -> velocity [B, F, h, w, C]."""
+Model = Callable[[jax.Array, jax.Array, Conditions, CrossControl | None, CrossBias | None], jax.Array]
+"""(latents [B, F, h, w, C], timestep [B], conditions, control, bias) -> velocity [B, F, h, w, C]."""
 
 
 def guided(
@@ -26,8 +27,10 @@ def guided(
     negative_text: ArrayLike,
     scale: ArrayLike,
     mode: GuidanceMode = "sequential",
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The model with guidance, as the sampler wants it: (latents, timestep []) -> velocity float32.
+    control: CrossControl | None = None,
+    cross_bias: CrossBias | None = None,
+) -> Callable[..., jax.Array]:
+    """The model with guidance, as the sampler wants it: (latents, timestep [], strength) -> velocity float32.
 
     Args:
       model: the conditional model.
@@ -37,6 +40,8 @@ def guided(
       mode: "sequential" runs the passes one after the other through one copy of the model (least memory);
         "batched" stacks them on the batch axis, positive first (fewer, larger products; the batch axis can
         be sharded).
+      control: without its strength, which the sampler gives for each step as [layers, F].
+      cross_bias: a caller's, leaves [layers, B, F, K].
 
     Raises:
       ValueError: unknown mode.
@@ -46,35 +51,50 @@ def guided(
     scale = jnp.asarray(scale, jnp.float32)
     run = _sequential if mode == "sequential" else _batched
 
-    def denoise(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-        timesteps = jnp.broadcast_to(timestep, latents.shape[:1]).astype(jnp.float32)
-        return run(model, latents, timesteps, conditions, jnp.asarray(negative_text), scale)
+    def denoise(latents: jax.Array, timestep: jax.Array, strength: jax.Array | None = None) -> jax.Array:
+        batch = latents.shape[0]
+        timesteps = jnp.broadcast_to(timestep, (batch,)).astype(jnp.float32)
+        own = control
+        if own is not None:
+            layers, frames = strength.shape
+            own = own.replace(strength=jnp.broadcast_to(strength[:, None], (layers, batch, frames)))
+        return run(model, latents, timesteps, conditions, jnp.asarray(negative_text), scale, own, cross_bias)
 
     return denoise
 
 
-def _sequential(model, latents, timesteps, conditions, negative_text, scale) -> jax.Array:
+def _sequential(model, latents, timesteps, conditions, negative_text, scale, control, bias) -> jax.Array:
     """A loop whose length is traced: one pass at scale 1, else two, weighted scale and 1 - scale."""
     texts = jnp.stack([conditions.text, negative_text])
     weights = jnp.stack([scale, 1 - scale])
 
     def add_pass(index: jax.Array, velocity: jax.Array) -> jax.Array:
-        one = model(latents, timesteps, conditions.replace(text=texts[index]))
+        def conditional_only(leaf: jax.Array) -> jax.Array:
+            return jnp.where(index == 0, leaf, 0)  # not a product: a bias may be -inf
+
+        own = None if control is None else control.replace(strength=conditional_only(control.strength))
+        own_bias = jax.tree.map(conditional_only, bias)
+        one = model(latents, timesteps, conditions.replace(text=texts[index]), own, own_bias)
         return velocity + weights[index] * one.astype(jnp.float32)
 
     passes = jnp.where(scale == 1, 1, 2)
     return lax.fori_loop(0, passes, add_pass, jnp.zeros(latents.shape, jnp.float32))
 
 
-def _batched(model, latents, timesteps, conditions, negative_text, scale) -> jax.Array:
+def _batched(model, latents, timesteps, conditions, negative_text, scale, control, bias) -> jax.Array:
+    def with_zeros(leaf: jax.Array) -> jax.Array:
+        return jnp.concatenate([leaf, jnp.zeros_like(leaf)], 1)  # [layers, 2B, ...]
+
     def both() -> jax.Array:
         negative = conditions.replace(text=negative_text)
         twice = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditions, negative)
-        out = model(jnp.concatenate([latents] * 2), jnp.concatenate([timesteps] * 2), twice)
+        own = None if control is None else control.replace(strength=with_zeros(control.strength))
+        pair = (jnp.concatenate([x] * 2) for x in (latents, timesteps))
+        out = model(*pair, twice, own, jax.tree.map(with_zeros, bias))
         conditional, unconditional = jnp.split(out.astype(jnp.float32), 2)
         return unconditional + scale * (conditional - unconditional)
 
     def one() -> jax.Array:
-        return model(latents, timesteps, conditions).astype(jnp.float32)
+        return model(latents, timesteps, conditions, control, bias).astype(jnp.float32)
 
     return lax.cond(scale == 1, one, both)

@@ -1,10 +1,15 @@
 """Rotary position embedding over (frame, height, width), Wan2.1's `rope_params` and `rope_apply`."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wanjax.types import RopeTable
+
+Mode = Literal["frequency", "magnitude", "position"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -17,6 +22,7 @@ def table(
     grid: tuple[int, int, int],
     head_dim: int,
     temporal_scale: np.ndarray | None = None,
+    mode: Mode = "frequency",
     theta: float = 10000.0,
 ) -> RopeTable:
     """Rotary factors of a token grid, computed in float64 on the host and given to the model as an input.
@@ -24,8 +30,12 @@ def table(
     Args:
       grid: (frames, height, width) in tokens.
       head_dim: width of one attention head, even.
-      temporal_scale: [frames] positive factors; frame i is rotated by `scale[i] * i * omega` in its
-        temporal pairs (ReTRo, frequency form). None, or ones, changes nothing, bit for bit.
+      temporal_scale: s [frames], positive factors of the temporal pairs (ReTRo). None, or ones, changes
+        nothing, bit for bit, in every mode.
+      mode: what they do to the factor exp(1j * i * omega) of frame i. "frequency": the angle becomes
+        s[i] * i * omega. "magnitude": the whole factor is multiplied by s[i], angles stay, so the temporal
+        part of a logit between frames i and j gains s[i] * s[j]. "position": i becomes p[i], the integral of
+        s from the first frame (trapezoids), scaled so that the last frame keeps its place.
       theta: base of the frequencies; each axis uses its own width as the base dimension.
 
     Returns:
@@ -33,25 +43,43 @@ def table(
       width; tokens in row-major order of the grid.
 
     Raises:
-      ValueError: temporal_scale of the wrong length, not finite, or not positive.
+      ValueError: temporal_scale of the wrong length, not finite, or not positive; unknown mode.
     """
     positions = [np.arange(n, dtype=np.float64) for n in grid]
-    if temporal_scale is not None:
-        scale = np.asarray(temporal_scale, np.float64)
-        if scale.shape != (grid[0],):
-            raise ValueError(f"temporal_scale has shape {scale.shape}; it needs one number for each of the "
-                             f"{grid[0]} latent frames")  # fmt: skip
-        if not (np.isfinite(scale).all() and (scale > 0).all()):
-            raise ValueError("temporal_scale must be finite and positive in every latent frame")
+    scale = np.ones(grid[0]) if temporal_scale is None else np.asarray(temporal_scale, np.float64)
+    _check_scale(scale, grid[0], mode)
+    if mode == "frequency":
         positions[0] = positions[0] * scale
+    if mode == "position" and grid[0] > 1:
+        positions[0] = _warped(scale)
     angles = []
     for axis, (position, pairs) in enumerate(zip(positions, axis_pairs(head_dim), strict=True)):
         omega = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
         shape = [1, 1, 1, pairs]
         shape[axis] = grid[axis]
         angles.append(np.broadcast_to((position[:, None] * omega).reshape(shape), (*grid, pairs)))
-    angle = np.concatenate(angles, -1).reshape(-1, head_dim // 2)
-    return RopeTable(cos=np.cos(angle).astype(np.float32), sin=np.sin(angle).astype(np.float32))
+    angle = np.concatenate(angles, -1)
+    factor = np.ones_like(angle)
+    if mode == "magnitude":
+        factor[..., : axis_pairs(head_dim)[0]] = scale[:, None, None, None]
+    rows = [(factor * wave(angle)).reshape(-1, head_dim // 2).astype(np.float32) for wave in (np.cos, np.sin)]
+    return RopeTable(cos=rows[0], sin=rows[1])
+
+
+def _check_scale(scale: np.ndarray, frames: int, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"temporal rope mode {mode!r}: choose {', '.join(MODES)}")
+    if scale.shape != (frames,):
+        raise ValueError(f"temporal_scale has shape {scale.shape}; it needs one number for each of the "
+                         f"{frames} latent frames")  # fmt: skip
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError("temporal_scale must be finite and positive in every latent frame")
+
+
+def _warped(scale: np.ndarray) -> np.ndarray:
+    """Positions whose speed is `scale` [F], from 0 to F - 1; exactly 0, 1, ..., F - 1 for equal speeds of 1."""
+    moved = np.concatenate([[0.0], np.cumsum((scale[1:] + scale[:-1]) / 2)])
+    return moved * ((len(scale) - 1) / moved[-1])
 
 
 def apply(x: jax.Array, rope: RopeTable) -> jax.Array:

@@ -28,6 +28,18 @@ class Conditions:
 
 
 @struct.dataclass
+class Branches:
+    """One array for each branch of cross-attention; None where a model lacks the branch.
+
+    Keys or values are [B, K, N, head_dim], embedded conditions [B, K, D], frame attention [B, F, K].
+    """
+
+    text: ArrayLike
+    first: ArrayLike | None = None
+    last: ArrayLike | None = None
+
+
+@struct.dataclass
 class CrossBias:
     """Additive bias on the scaled logits of cross-attention, one number per latent frame and key.
 
@@ -38,6 +50,27 @@ class CrossBias:
     text: ArrayLike | None = None
     first: ArrayLike | None = None
     last: ArrayLike | None = None
+
+
+@struct.dataclass
+class CrossControl:
+    """How one evaluation of the model changes its cross-attention (METHOD: KAB, isolation). All leaves are
+    traced: other values, or zeros, do not recompile. `wanjax.method` makes it.
+
+    Attributes:
+      strength: float32 [L, B, F] (inside a block [B, F]), KAB's beta; where a layer has none but zeros it
+        computes no bias.
+      curve: float32 [F], KAB's tau: share of the last keyframe in a frame's target, 0 at the first.
+      floor: float32 [], KAB's epsilon: attention below it counts as it.
+      isolated: bool [], whether the two keyframes have a softmax each instead of a joint one.
+      weights: float32 [3], of (text, first, last) in the sum of isolated branches.
+    """
+
+    strength: ArrayLike
+    curve: ArrayLike
+    floor: ArrayLike
+    isolated: ArrayLike
+    weights: ArrayLike
 
 
 @struct.dataclass

@@ -1,0 +1,83 @@
+"""ReTRo: one scale factor a latent frame for the temporal rotary embedding, large at the keyframes.
+
+Source: "Anchoring and Rescaling Attention for Semantically Coherent Inbetweening", arXiv 2603.17651, and its
+released code for the edge rule, the rounding and the smoothing. `rope.table` applies the factors. Axis letters:
+F latent frames.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from wanjax.rope import MODES, Mode
+
+PUBLISHED_EDGE = 8 / 81
+"""Edge width over pixel frames. Rounded it gives the paper's 2, 3, 6, 8 for 25, 33, 65, 81 frames."""
+
+
+@dataclass(frozen=True)
+class ReTRo:
+    """Settings of ReTRo; the defaults are the paper's.
+
+    Attributes:
+      mode: what a factor does, see `rope.table`: "frequency" (the paper's text), "magnitude" (its released
+        code) or "position" (frames move on a monotone time axis with fixed ends).
+      s_edge, s_mid: factor near the keyframes, and between them, before smoothing.
+      w_edge: width of each edge in PIXEL frames, 1 .. frames / 2; None takes 8 for 81 frames and others in
+        proportion, at least 1.
+      smooth: half width of the box filter in latent frames, 0 for none; the ends are repeated beyond the ends.
+    """
+
+    mode: Mode = "frequency"
+    s_edge: float = 1.06
+    s_mid: float = 0.94
+    w_edge: float | None = None
+    smooth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"retro mode {self.mode!r}: choose {', '.join(MODES)}")
+        for name, value in (("s_edge", self.s_edge), ("s_mid", self.s_mid)):
+            if not (math.isfinite(value) and 0 < value <= 1e3):
+                raise ValueError(f"{name} {value}: give a number above 0, at most 1000; 1 changes nothing")
+        if isinstance(self.smooth, bool) or self.smooth != int(self.smooth) or self.smooth < 0:
+            raise ValueError(f"retro smooth {self.smooth}: give a whole number of latent frames, 0 for no smoothing")
+
+
+def edge_width(retro: ReTRo, frames: int) -> float:
+    """Edge width in pixel frames for a video of `frames`.
+
+    Raises:
+      ValueError: w_edge outside 1 .. frames / 2.
+    """
+    if retro.w_edge is None:
+        return max(1, round(frames * PUBLISHED_EDGE))
+    if not 1 <= retro.w_edge <= frames / 2:
+        raise ValueError(f"w_edge {retro.w_edge}: must be from 1 to {frames / 2:g} pixel frames, half of {frames}")
+    return retro.w_edge
+
+
+def scale_vector(retro: ReTRo, frames: int, latent_frames: int) -> np.ndarray:
+    """The factors s of every latent frame, symmetric in time.
+
+    Args:
+      retro: settings.
+      frames: pixel frames, at least 2.
+      latent_frames: F of them, at least 2.
+
+    Returns:
+      float64 [F]; exactly 1 everywhere when s_edge and s_mid are.
+
+    Raises:
+      ValueError: w_edge outside 1 .. frames / 2, or fewer than two latent frames.
+    """
+    if latent_frames < 2:
+        raise ValueError(f"frames {frames}: ReTRo needs at least two latent frames")
+    ratio = round(edge_width(retro, frames) / frames, 6)  # to 6 decimals, as the released code does
+    time = np.arange(latent_frames) / (latent_frames - 1)
+    edge = (time < ratio) | (time >= 1 - ratio)
+    # Smoothed as a share of the edge, so that s_edge = s_mid stays that number to the last bit.
+    share = np.convolve(np.pad(edge.astype(np.float64), retro.smooth, mode="edge"), np.ones(2 * retro.smooth + 1),
+                        mode="valid") / (2 * retro.smooth + 1)  # fmt: skip
+    return retro.s_mid + (retro.s_edge - retro.s_mid) * share
