@@ -300,9 +300,7 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
             raise ValueError(f"conditions.{name} is {_show(found)}; this model takes {_show(shape)}")
 
 
-def check_cross(
-    config: DiTConfig, rows: tuple[int, int], bias: CrossBias | None, control: CrossControl | None
-) -> None:
+def check_cross(config: DiTConfig, rows: tuple[int, int], bias: CrossBias | None, control: CrossControl | None) -> None:
     """Compares a caller's bias and a control with the model.
 
     Args:
