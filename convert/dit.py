@@ -1,4 +1,4 @@
-"""Tensor names of the diffusion transformer in the diffusers layout (`transformer/`)."""
+"""Tensor names of the diffusion transformer: diffusers layout (`transformer/`) and original Wan2.1 layout."""
 
 from convert.keymap import UNBATCH, Rule, linear, norm, patch
 from wanjax.config import DiTConfig
@@ -54,5 +54,52 @@ def _blocks(config: DiTConfig) -> list[Rule]:
             *linear("blocks/cross_attn/k_image", f"{block}.attn2.add_k_proj"),
             *linear("blocks/cross_attn/v_image", f"{block}.attn2.add_v_proj"),
             *norm("blocks/cross_attn/norm_k_image", f"{block}.attn2.norm_added_k", bias=False),
+        ]
+    return rules
+
+
+def original(config: DiTConfig) -> list[Rule]:
+    """Rules for `WanModel` of the original repository, also under ComfyUI's single files."""
+    rules = [
+        Rule("patch_embed/kernel", "patch_embedding.weight", patch(config.patch_size)),
+        Rule("patch_embed/bias", "patch_embedding.bias"),
+        *linear("time_in", "time_embedding.0"),
+        *linear("time_out", "time_embedding.2"),
+        *linear("time_modulation", "time_projection.1"),
+        *linear("text_in", "text_embedding.0"),
+        *linear("text_out", "text_embedding.2"),
+        Rule("head_modulation", "head.modulation", UNBATCH),
+        *linear("head", "head.head"),
+    ]
+    if config.num_images:
+        rules += [
+            *norm("image_embed/norm_in", "img_emb.proj.0"),
+            *linear("image_embed/in", "img_emb.proj.1"),
+            *linear("image_embed/out", "img_emb.proj.3"),
+            *norm("image_embed/norm_out", "img_emb.proj.4"),
+        ]
+    if config.num_images == 2:
+        rules.append(Rule("image_embed/position", "img_emb.emb_pos", UNBATCH))
+    return rules + _original_blocks(config)
+
+
+def _original_blocks(config: DiTConfig) -> list[Rule]:
+    block = "blocks.{i}"
+    rules = [
+        Rule("blocks/modulation", f"{block}.modulation", UNBATCH),
+        *norm("blocks/cross_norm", f"{block}.norm3"),
+        *linear("blocks/ffn_in", f"{block}.ffn.0"),
+        *linear("blocks/ffn_out", f"{block}.ffn.2"),
+    ]
+    for attention in ("self_attn", "cross_attn"):
+        for part in "qkvo":
+            rules += linear(f"blocks/{attention}/{part}", f"{block}.{attention}.{part}")
+        for part in ("norm_q", "norm_k"):
+            rules += norm(f"blocks/{attention}/{part}", f"{block}.{attention}.{part}", bias=False)
+    if config.num_images:
+        rules += [
+            *linear("blocks/cross_attn/k_image", f"{block}.cross_attn.k_img"),
+            *linear("blocks/cross_attn/v_image", f"{block}.cross_attn.v_img"),
+            *norm("blocks/cross_attn/norm_k_image", f"{block}.cross_attn.norm_k_img", bias=False),
         ]
     return rules

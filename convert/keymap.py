@@ -70,15 +70,31 @@ def patch(patch_size: Shape) -> Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """`theirs` (with `{i}` for the layer) becomes the parameter at path `ours` ("blocks/ffn/in/kernel")."""
+    """`theirs` (with `{i}` for the layer) becomes the parameter at path `ours` ("blocks/ffn/in/kernel").
+
+    Attributes:
+      part: (k, n) where `theirs` is n tensors of equal size joined on its first axis, and `ours` is the k-th.
+    """
 
     ours: str
     theirs: str
     transform: Transform = SAME
+    part: tuple[int, int] = (0, 1)
 
     @property
     def stacked(self) -> bool:
         return "{i}" in self.theirs
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        """Shape of the whole foreign tensor (of one layer) for our shape (of one layer)."""
+        first, *rest = self.transform.foreign_shape(shape)
+        return (first * self.part[1], *rest)
+
+    def take(self, tensor: Any) -> Any:
+        """Our array (of one layer) from the foreign tensor."""
+        k, n = self.part
+        rows = tensor.shape[0] // n if n > 1 else 0
+        return self.transform.forward(tensor[k * rows : (k + 1) * rows] if n > 1 else tensor)
 
 
 def linear(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
@@ -110,6 +126,7 @@ def check(rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ign
     if sorted(table) != sorted(ours):
         odd = sorted(set(table) ^ set(ours)) or sorted({p for p in table if table.count(p) > 1})
         raise ConversionError(f"table and model disagree on {', '.join(odd)}")
+    _check_parts(rules)
     wanted: dict[str, Shape] = {}
     for rule in rules:
         wanted |= _foreign_names(rule, ours[rule.ours])
@@ -126,10 +143,20 @@ def check(rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ign
         raise ConversionError("the file does not hold this model\n" + "\n".join(text))
 
 
+def _check_parts(rules: Sequence[Rule]) -> None:
+    """Every foreign name stands in one rule, or in one rule for each of its parts."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for rule in rules:
+        parts.setdefault(rule.theirs, []).append(rule.part)
+    odd = [name for name, found in parts.items() if sorted(found) != [(k, found[0][1]) for k in range(found[0][1])]]
+    if odd:
+        raise ConversionError(f"table does not use every part of {', '.join(odd)} exactly once")
+
+
 def _foreign_names(rule: Rule, shape: Shape) -> dict[str, Shape]:
     if not rule.stacked:
-        return {rule.theirs: rule.transform.foreign_shape(shape)}
-    one = rule.transform.foreign_shape(shape[1:])
+        return {rule.theirs: rule.foreign_shape(shape)}
+    one = rule.foreign_shape(shape[1:])
     return {rule.theirs.replace("{i}", str(i)): one for i in range(shape[0])}
 
 
@@ -159,19 +186,19 @@ def convert(
 def _fill(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     out = np.empty(leaf.shape, leaf.dtype)
     if not rule.stacked:
-        out[...] = rule.transform.forward(tensors[rule.theirs])
+        out[...] = rule.take(tensors[rule.theirs])
         return out
     for i in range(leaf.shape[0]):
-        out[i] = rule.transform.forward(tensors[rule.theirs.replace("{i}", str(i))])
+        out[i] = rule.take(tensors[rule.theirs.replace("{i}", str(i))])
     return out
 
 
 def invert(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
     """A parameter tree as foreign tensors: what `convert` undoes. Contiguous arrays, dtypes as in `params`."""
-    leaves, tensors = flatten_dict(params, sep="/"), {}
-    for rule in rules:
+    leaves = flatten_dict(params, sep="/")
+    parts: dict[str, list[np.ndarray]] = {}
+    for rule in sorted(rules, key=lambda rule: rule.part):
         leaf = np.asarray(leaves[rule.ours])
-        layers = dict(enumerate(leaf)) if rule.stacked else {None: leaf}
-        for i, layer in layers.items():
-            tensors[rule.theirs.replace("{i}", str(i))] = np.ascontiguousarray(rule.transform.backward(layer))
-    return tensors
+        for i, layer in enumerate(leaf if rule.stacked else leaf[None]):
+            parts.setdefault(rule.theirs.replace("{i}", str(i)), []).append(rule.transform.backward(layer))
+    return {name: np.ascontiguousarray(np.concatenate(p) if len(p) > 1 else p[0]) for name, p in parts.items()}

@@ -1,4 +1,4 @@
-"""Tensor names of the UMT5 encoder in the diffusers layout (`text_encoder/`)."""
+"""Tensor names of the UMT5 encoder: diffusers layout (`text_encoder/`) and original Wan2.1 layout."""
 
 from convert.keymap import Rule, linear, norm
 from wanjax.config import UMT5Config
@@ -22,4 +22,21 @@ def diffusers(config: UMT5Config) -> list[Rule]:
         rules += linear(f"blocks/attn/{part}", f"{attention}.SelfAttention.{part}", bias=False)
     for ours, theirs in (("ffn_gate", "wi_0"), ("ffn_in", "wi_1"), ("ffn_out", "wo")):
         rules += linear(f"blocks/{ours}", f"{ffn}.DenseReluDense.{theirs}", bias=False)
+    return rules
+
+
+def original(config: UMT5Config) -> list[Rule]:
+    """Rules for `models_t5_umt5-xxl-enc-bf16.pth`; the same for every size, so `config` is not read."""
+    block = "blocks.{i}"
+    rules = [
+        Rule("token_embed", "token_embedding.weight"),
+        *norm("final_norm", "norm", bias=False),
+        *norm("blocks/attn_norm", f"{block}.norm1", bias=False),
+        Rule("blocks/attn/position_bias", f"{block}.pos_embedding.embedding.weight"),
+        *norm("blocks/ffn_norm", f"{block}.norm2", bias=False),
+    ]
+    for part in "qkvo":
+        rules += linear(f"blocks/attn/{part}", f"{block}.attn.{part}", bias=False)
+    for ours, theirs in (("ffn_gate", "gate.0"), ("ffn_in", "fc1"), ("ffn_out", "fc2")):
+        rules += linear(f"blocks/{ours}", f"{block}.ffn.{theirs}", bias=False)
     return rules

@@ -1,4 +1,4 @@
-"""Tensor names of the causal video autoencoder in the diffusers layout (`vae/`)."""
+"""Tensor names of the causal video autoencoder: diffusers layout (`vae/`) and original Wan2.1 layout."""
 
 from typing import Any
 
@@ -96,4 +96,68 @@ def _decoder(config: VAEConfig) -> list[Rule]:
             temporal = config.temporal_downsample[::-1][i]
             rules += _resample(f"{level}/resample", f"{theirs}.upsamplers.0", temporal)
             width //= 2
+    return rules
+
+
+def original(config: VAEConfig) -> list[Rule]:
+    """Rules for `Wan2.1_VAE.pth`, where the layers of each side are counted in one list."""
+    return [
+        *_conv("quant", "conv1", POINT3D),
+        *_conv("post_quant", "conv2", POINT3D),
+        *_original_ends("encoder"),
+        *_original_encoder(config),
+        *_original_ends("decoder"),
+        *_original_decoder(config),
+    ]
+
+
+def _original_res_block(ours: str, theirs: str, shortcut: bool = False) -> list[Rule]:
+    rules = []
+    for i, (norm, conv) in enumerate(((0, 2), (3, 6)), 1):
+        rules.append(Rule(f"{ours}/norm{i}/gamma", f"{theirs}.residual.{norm}.gamma", channel(3)))
+        rules += _conv(f"{ours}/conv{i}", f"{theirs}.residual.{conv}")
+    return rules + (_conv(f"{ours}/shortcut", f"{theirs}.shortcut", POINT3D) if shortcut else [])
+
+
+def _original_ends(side: str) -> list[Rule]:
+    middle = f"{side}.middle"
+    return [
+        *_conv(f"{side}/conv_in", f"{side}.conv1"),
+        *_original_res_block(f"{side}/middle/res_0", f"{middle}.0"),
+        Rule(f"{side}/middle/attention/norm/gamma", f"{middle}.1.norm.gamma", channel(2)),
+        *_conv(f"{side}/middle/attention/qkv", f"{middle}.1.to_qkv", POINT2D),
+        *_conv(f"{side}/middle/attention/proj", f"{middle}.1.proj", POINT2D),
+        *_original_res_block(f"{side}/middle/res_1", f"{middle}.2"),
+        Rule(f"{side}/head/norm/gamma", f"{side}.head.0.gamma", channel(3)),
+        *_conv(f"{side}/head/conv", f"{side}.head.2"),
+    ]
+
+
+def _original_encoder(config: VAEConfig) -> list[Rule]:
+    rules, width, index = [], config.base_dim, 0
+    for i, mult in enumerate(config.dim_mult):
+        level = f"encoder/level_{i}"
+        for j in range(config.num_res_blocks):
+            shortcut = width != config.base_dim * mult
+            rules += _original_res_block(f"{level}/res_{j}", f"encoder.downsamples.{index}", shortcut)
+            width, index = config.base_dim * mult, index + 1
+        if i < len(config.temporal_downsample):
+            temporal = config.temporal_downsample[i]
+            rules += _resample(f"{level}/resample", f"encoder.downsamples.{index}", temporal)
+            index += 1
+    return rules
+
+
+def _original_decoder(config: VAEConfig) -> list[Rule]:
+    rules, width, index = [], config.base_dim * config.dim_mult[-1], 0
+    for i, mult in enumerate(config.dim_mult[::-1]):
+        level = f"decoder/level_{i}"
+        for j in range(config.num_res_blocks + 1):
+            shortcut = width != config.base_dim * mult
+            rules += _original_res_block(f"{level}/res_{j}", f"decoder.upsamples.{index}", shortcut)
+            width, index = config.base_dim * mult, index + 1
+        if i < len(config.temporal_downsample):
+            temporal = config.temporal_downsample[::-1][i]
+            rules += _resample(f"{level}/resample", f"decoder.upsamples.{index}", temporal)
+            width, index = width // 2, index + 1
     return rules
