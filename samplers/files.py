@@ -17,10 +17,12 @@ from typing import Any
 import jax
 from PIL import Image
 
+from samplers import explain as explaining
 from samplers import pipeline, video
 from samplers.pipeline import Settings
 from samplers.sample import Progress
 from wanjax import checkpoint, keyframes, sharding
+from wanjax import method as methods
 from wanjax.config import ModelConfig
 from wanjax.tokenizer import PromptCut, Tokenizer
 
@@ -43,6 +45,7 @@ class Job:
       outputs: where to write; fps, scale: of the video file, scale a whole factor.
       mesh: axis -> devices, empty for one device.
       notes: lines that the user should see.
+      explain: folder, layer and step of the plots; None for none.
     """
 
     model: str
@@ -57,6 +60,7 @@ class Job:
     scale: int
     mesh: dict[str, int]
     notes: tuple[str, ...]
+    explain: tuple[Path, int, int] | None = None
 
 
 def prepare(
@@ -71,6 +75,9 @@ def prepare(
     overwrite: bool = False,
     mesh: dict[str, int] | None = None,
     size: tuple[int, int] | str | None = None,
+    explain: str | Path | None = None,
+    explain_layer: int | None = None,
+    explain_step: int | None = None,
     **settings: Any,
 ) -> Job:
     """Reads and checks everything a run needs; computes nothing.
@@ -84,6 +91,8 @@ def prepare(
       overwrite: whether existing outputs may be replaced.
       mesh: axis -> number of devices.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
+      explain: folder for plots of the method, see `samplers.explain`.
+      explain_layer, explain_step: whose attention is plotted, from 0; None takes one that KAB acts on.
       settings: fields of `Settings`; what is None or absent takes the model's default.
 
     Raises:
@@ -119,6 +128,7 @@ def prepare(
         if any(target.exists() and target.samefile(path) for target in (outputs.video, outputs.sheet)):
             raise ValueError(f"output {out}: is the keyframe {path}; choose another name")
     video.check_sides(out, *(side * scale for side in chosen.size))
+    plots = _plots(explain, explain_layer, explain_step, chosen, config, overwrite)
     return Job(
         str(model),
         config,
@@ -131,7 +141,24 @@ def prepare(
         scale,
         mesh or {},
         tuple(notes),
+        plots,
     )
+
+
+def _plots(
+    folder: str | Path | None,
+    layer: int | None,
+    step: int | None,
+    settings: Settings,
+    config: ModelConfig,
+    overwrite: bool,
+) -> tuple[Path, int, int] | None:
+    """Where plots go and of which layer and step. ValueError as `explain.check`, or for a layer without a folder."""
+    if folder is None:
+        if layer is not None or step is not None:
+            raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
+        return None
+    return (Path(folder), *explaining.check(folder, settings, config, layer, step, overwrite))
 
 
 def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) -> tuple[list[Image.Image], list[str]]:
@@ -177,6 +204,8 @@ def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         seconds["total"] = time.perf_counter() - start
         report = _report(job, model.config, seconds)
         video.write_json(outputs.settings, report)
+    if job.explain is not None:
+        explaining.explain(model, job.first, job.last, job.settings, *job.explain, mesh=mesh)
     return report
 
 
@@ -199,6 +228,7 @@ def _report(job: Job, config: ModelConfig, seconds: dict[str, float]) -> dict[st
         "video": str(job.outputs.video),
         "model": {"name": config.name, "source": job.model,
                   "precision": dataclasses.asdict(config.dit.precision)},
+        "method": methods.describe(job.settings.method, config, job.settings.frames),
         "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
         "notes": list(job.notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

@@ -4,14 +4,15 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from samplers import files, schedule, solvers
 from samplers.pipeline import FITS
 from samplers.sample import Progress
-from wanjax import config
+from wanjax import config, kab, method, rope
 from wanjax.guidance import MODES
 from wanjax.tokenizer import PromptCut
 
@@ -71,8 +72,46 @@ def parser() -> argparse.ArgumentParser:
         default=MODES[0],
         help="both passes in turn or as one batch of two (default: %(default)s)",
     )
+    _add_method(p)
     _add_model_and_output(p)
     return p
+
+
+def _add_method(p: argparse.ArgumentParser) -> None:
+    """The group of KAB, isolation and ReTRo; every option is a single change of --method."""
+    group = p.add_argument_group(
+        "method", "How attention differs from Wan2.1's. The options below change single settings of --method."
+    )
+    add = group.add_argument
+    add(
+        "--method",
+        choices=tuple(method.METHODS),
+        default="wan",
+        help="wan: no change; paper: isolated branches, KAB, ReTRo by frequency; release: the paper's code, the "
+        "same with ReTRo by magnitude (default: %(default)s)",
+    )
+    switch = argparse.BooleanOptionalAction
+    add("--isolation", action=switch, help="a softmax each for text, first and last keyframe")
+    add("--branch-weights", type=_numbers, metavar="T,F,L", help="of isolated branches (1,1,1)")
+    add("--kab", action=switch, help="bias middle frames' cross-attention towards the keyframes'")
+    add("--kab-layers", type=_span(int), metavar="A-B", help="from 0 (5-12 of 40, other depths in proportion)")
+    add("--kab-steps", type=_span(float), metavar="A-B", help="active where A < step / steps <= B (0-0.4)")
+    add("--beta-end", type=float, help="strength near the keyframes (0.7)")
+    add("--beta-mid", type=float, help="strength half-way (0.3)")
+    add("--kab-eps", type=float, help="attention below it counts as it (0.0005)")
+    curves = ", ".join(kab.CURVES)
+    add(
+        "--anchor-curve", type=_curve, metavar="CURVE", help=f"{curves}, or a number a latent frame: 0,0.2,... (linear)"
+    )
+    add("--retro", action=switch, help="rescale the temporal rotary embedding")
+    add("--retro-mode", choices=rope.MODES, help="what the scale does")
+    add("--s-edge", type=float, help="scale near the keyframes (1.06)")
+    add("--s-mid", type=float, help="scale between them (0.94)")
+    add("--w-edge", type=float, help="edge width in pixel frames (8 of 81, other lengths in proportion)")
+    add("--retro-smooth", type=int, metavar="N", help="half width of the smoothing in latent frames (2)")
+    add("--explain", metavar="DIR", help="also write plots of scale, strength and attention there (needs matplotlib)")
+    add("--explain-layer", type=int, metavar="L", help="whose attention (the middle of KAB's window)")
+    add("--explain-step", type=int, metavar="K", help="from 0 (the first of KAB's window)")
 
 
 def _add_model_and_output(p: argparse.ArgumentParser) -> None:
@@ -118,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(p.parse_args(arguments))
     progress = None if options.pop("quiet") else Progress()
     try:
+        options["method"] = _method(options)
         if (options["first"] is None) != (options["last"] is None):
             raise ValueError("keyframes: give both --first and --last, or neither for the bundled example")
         if options["first"] is None:
@@ -146,6 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{job.outputs.video}  ({seconds})")
     print(f"{job.outputs.sheet}\n{job.outputs.settings}")
     return 0
+
+
+def _method(options: dict[str, Any]) -> method.Method:
+    """Takes the method's options out of `options` and makes one value of them."""
+    switches = {name: options.pop(name) for name in ("isolation", "kab", "retro")}
+    overrides = {name: options.pop(name) for name in method.OVERRIDES}
+    return method.override(method.named(options["method"]), overrides, **switches)
 
 
 def _fail(program: str, error: object, code: int) -> int:
@@ -181,6 +228,28 @@ def _colour(text: str) -> tuple[int, ...]:
     if len(values) != 3 or not all(0 <= value <= 255 for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B with numbers from 0 to 255")
     return values
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.5,1") from error
+
+
+def _curve(text: str) -> str | tuple[float, ...]:
+    return text if text in kab.CURVES or "," not in text else _numbers(text)
+
+
+def _span(kind: type) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        try:
+            low, high = (kind(part) for part in text.split("-"))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not A-B, such as 5-12 or 0-0.4") from error
+        return low, high
+
+    return parse
 
 
 def _mesh(text: str) -> dict[str, int]:

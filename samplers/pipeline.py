@@ -256,15 +256,23 @@ def denoise(
     progress: Progress | None = None,
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
+    until: int | None = None,
 ) -> jax.Array:
-    """Latents [B, F, h, w, 16] of B samples, from seeded noise. FloatingPointError on NaN or inf."""
+    """Latents [B, F, h, w, 16] of B samples, from seeded noise. FloatingPointError on NaN or inf.
+
+    `until` stops before that step, 0 .. steps, and gives the latents that enter it.
+    """
     config = model.config
     table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
+    method = settings.method_arrays(config)
+    if until is not None:
+        table = jax.tree.map(lambda rows: rows[:until], table)
+        method = method.replace(strength=method.strength[:until])
     shape = (*conditions.latent.shape[:-1], config.dit.out_channels)
     noise = jax.random.normal(jax.random.key(settings.seed), shape, jnp.float32)
     if mesh is not None:
         noise = sharding.shard_video(noise, mesh)
-    with progress.open(settings.steps) if progress is not None else nullcontext():
+    with progress.open(len(table.sigma)) if progress is not None else nullcontext():
         latents, failed_step = _denoise(
             config.dit,
             model.params["dit"],
@@ -273,7 +281,7 @@ def denoise(
             negative_text,
             np.float32(settings.guidance),
             table,
-            settings.method_arrays(config),
+            method,
             cross_bias,
             guidance_mode=settings.guidance_mode,
             on_step=progress,

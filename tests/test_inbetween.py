@@ -65,6 +65,17 @@ def test_makes_video_sheet_and_settings(job, capsys):
     ]  # fmt: skip
 
 
+def test_method_by_name_with_single_changes(job, tmp_path):
+    extra = ["--method", "release", "--no-kab", "--s-mid", 0.9, "--branch-weights", "1,0.5,0.5", "--frames", 25]
+    assert inbetween.main(arguments(job, *extra, "--explain", tmp_path / "plots")) == 0
+    report = json.loads(job["--out"].with_suffix(".json").read_text())
+    method = report["settings"]["method"]
+    assert method["kab"] is None and method["isolation"] == {"weights": [1.0, 0.5, 0.5]}
+    assert method["retro"]["mode"] == "magnitude" and method["retro"]["s_mid"] == 0.9
+    assert report["method"]["w_edge"] == 2 and len(report["method"]["retro_scale"]) == 7
+    assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".json"}
+
+
 def test_same_seed_same_frames(job, tmp_path):
     videos = []
     for name in ("one", "two"):
@@ -151,6 +162,26 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--scale", 1000], "16000x24000 pixels after scaling, the format holds 16384 a side"),
         (["--mesh", "rows=8"], "mesh axis rows"),
         (["--mesh", "data=3"], "3 places for"),
+        (["--beta-end", 0.5], "beta_end 0.5: kab is off; switch it on (--kab, or --method paper)"),
+        (["--no-retro", "--s-mid", 0.9, "--method", "paper"], "s_mid 0.9: retro is off"),
+        (["--kab", "--beta-end", -0.1], "beta_end -0.1: give a number from 0"),
+        (["--kab", "--beta-mid", "nan"], "beta_mid nan"),
+        (["--kab", "--kab-layers", "5-12"], "kab layers 5-12: the model has layers 0 to 1"),
+        (["--kab", "--kab-steps", "0.4-0.1"], "kab steps 0.4-0.1"),
+        (["--kab", "--kab-eps", 0], "kab eps 0"),
+        (["--kab", "--anchor-curve", "0,1,1"], "anchor curve of 3 numbers: give one for each of the 2 latent frames"),
+        (["--kab", "--anchor-curve", "0,1.5"], "anchor curve: every number must lie within 0..1"),
+        (["--kab", "--anchor-curve", "bend"], "anchor curve 'bend': choose linear"),
+        (["--isolation", "--branch-weights", "1,1"], "branch weights 1,1: give three numbers"),
+        (["--isolation", "--branch-weights", "1,-1,1"], "branch weights 1,-1,1"),
+        (["--retro", "--s-mid", 0], "s_mid 0.0: give a number above 0"),
+        (["--retro", "--s-edge", "inf"], "s_edge inf"),
+        (["--retro", "--w-edge", 4], "w_edge 4.0: must be from 1 to 2.5 pixel frames"),
+        (["--retro", "--retro-smooth", -1], "retro smooth -1"),
+        (["--explain-layer", 1], "give a folder"),
+        (["--explain", "plots", "--explain-layer", 2], "layer 2"),
+        (["--explain", "plots", "--explain-step", 3], "step 3"),
+        (["--explain", "/proc/plots"], "/proc"),
     ],
 )
 def test_bad_settings(job, capsys, no_compute, extra, message):
@@ -159,7 +190,14 @@ def test_bad_settings(job, capsys, no_compute, extra, message):
     assert "\n" not in error and message in error
 
 
-@pytest.mark.parametrize("extra", [["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"]])
+SYNTAX = [
+    ["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"], ["--method", "ours"],
+    ["--retro-mode", "twist"], ["--kab-layers", "5"], ["--kab-steps", "a-b"], ["--branch-weights", "1,x,1"],
+    ["--anchor-curve", "0,x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", SYNTAX, ids=str)
 def test_bad_syntax_exits_with_2(job, extra):
     with pytest.raises(SystemExit) as stop:
         inbetween.main(arguments(job, *extra))

@@ -13,6 +13,7 @@ from samplers import pipeline
 from samplers.pipeline import Keyframes, Settings
 from samplers.sample import Progress
 from wanjax import checkpoint, sharding
+from wanjax.method import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +129,9 @@ CASES = [
 
 @pytest.mark.parametrize("sizes, mode", CASES, ids=str)
 def test_sharded_denoising_is_the_same(model, sizes, mode):
-    """Batch or guidance axis, token axis (18 tokens do not divide by 4 or 8) and weights."""
-    chosen = settings(frames=9, guidance_mode=mode)
+    """Batch or guidance axis, token axis (18 tokens do not divide by 4 or 8, frames straddle devices) and weights,
+    with isolation, KAB and ReTRo at work."""
+    chosen = settings(frames=9, guidance_mode=mode, method=METHODS["paper"])
     prepared = Keyframes.prepare([tuple(images(seed)) for seed in range(2)], NANO, chosen)
     encoded = pipeline.encode(model, prepared, ["a red circle", "a blue square"], chosen)
     plain = pipeline.denoise(model, *encoded, chosen)

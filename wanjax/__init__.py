@@ -19,9 +19,12 @@ from wanjax.config import (
     preset,
 )
 from wanjax.dit import WanDiT
+from wanjax.kab import KAB
 from wanjax.keyframes import KeyframeError
+from wanjax.method import METHODS, Isolation, Method
+from wanjax.retro import ReTRo
 from wanjax.tokenizer import PromptCut, Tokenizer
-from wanjax.types import Conditions, CrossBias, RopeTable
+from wanjax.types import Conditions, CrossBias, CrossControl, RopeTable
 from wanjax.umt5 import UMT5Encoder
 from wanjax.vae import WanVAE
 
@@ -30,17 +33,23 @@ __version__ = "0.1.0"
 __all__ = [
     "BFLOAT16",
     "FLOAT32",
+    "KAB",
+    "METHODS",
     "CLIPConfig",
     "CLIPVision",
     "CheckpointError",
     "Conditions",
     "CrossBias",
+    "CrossControl",
     "DiTConfig",
+    "Isolation",
     "KeyframeError",
+    "Method",
     "Model",
     "ModelConfig",
     "Precision",
     "PromptCut",
+    "ReTRo",
     "RopeTable",
     "SamplingDefaults",
     "Tokenizer",

@@ -6,10 +6,12 @@ host: what it makes are inputs of the compiled sampler, so that no setting recom
 frames, L layers.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from flax import struct
@@ -76,6 +78,59 @@ def named(name: str) -> Method:
     return METHODS[name]
 
 
+OVERRIDES: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
+    {
+        "branch_weights": ("isolation", "weights"),
+        "kab_layers": ("kab", "layers"),
+        "kab_steps": ("kab", "steps"),
+        "beta_end": ("kab", "beta_end"),
+        "beta_mid": ("kab", "beta_mid"),
+        "kab_eps": ("kab", "eps"),
+        "anchor_curve": ("kab", "curve"),
+        "retro_mode": ("retro", "mode"),
+        "s_edge": ("retro", "s_edge"),
+        "s_mid": ("retro", "s_mid"),
+        "w_edge": ("retro", "w_edge"),
+        "retro_smooth": ("retro", "smooth"),
+    }
+)
+"""Single settings by the name of their command line option: which part, which field."""
+
+_PARTS: MappingProxyType[str, type] = MappingProxyType({"isolation": Isolation, "kab": KAB, "retro": ReTRo})
+
+
+def override(
+    method: Method,
+    overrides: Mapping[str, Any],
+    *,
+    isolation: bool | None = None,
+    kab: bool | None = None,
+    retro: bool | None = None,
+) -> Method:
+    """A method with parts switched and single settings replaced.
+
+    Args:
+      method: to start from.
+      overrides: by the names in OVERRIDES; None leaves a setting as it is.
+      isolation, kab, retro: True switches a part on (with its defaults if it was off), False off, None neither.
+
+    Raises:
+      ValueError: a bad value, or a setting of a part that is off.
+    """
+    parts: dict[str, Any] = {}
+    for name, switch in (("isolation", isolation), ("kab", kab), ("retro", retro)):
+        part = getattr(method, name)
+        parts[name] = None if switch is False else part or (_PARTS[name]() if switch else None)
+    for option, value in overrides.items():
+        if value is None:
+            continue
+        name, field = OVERRIDES[option]
+        if parts[name] is None:
+            raise ValueError(f"{option} {value}: {name} is off; switch it on (--{name}, or --method paper)")
+        parts[name] = dataclasses.replace(parts[name], **{field: value})
+    return Method(**parts)
+
+
 @struct.dataclass
 class MethodArrays:
     """A method for one model, clip length and step count, as inputs of the compiled sampler.
@@ -120,3 +175,14 @@ def arrays(method: Method, config: ModelConfig, frames: int, size: Sequence[int]
         weights=np.asarray((method.isolation or Isolation()).weights, np.float32),
     )
     return MethodArrays(table, kabs.strength(kab, steps, dit.num_layers, latent_frames), control)
+
+
+def describe(method: Method, config: ModelConfig, frames: int) -> dict[str, Any]:
+    """What the defaults came to for this model and clip length, for a report: KAB's layers, ReTRo's edge and scale."""
+    found: dict[str, Any] = {}
+    if method.kab is not None:
+        found["kab_layers"] = list(kabs.layer_window(method.kab, config.dit.num_layers))
+    if method.retro is not None:
+        scale = retros.scale_vector(method.retro, frames, config.vae.latent_frames(frames))
+        found |= {"w_edge": retros.edge_width(method.retro, frames), "retro_scale": scale.round(6).tolist()}
+    return found

@@ -41,8 +41,8 @@ class ReTRo:
         for name, value in (("s_edge", self.s_edge), ("s_mid", self.s_mid)):
             if not (math.isfinite(value) and 0 < value <= 1e3):
                 raise ValueError(f"{name} {value}: give a number above 0, at most 1000; 1 changes nothing")
-        if isinstance(self.smooth, bool) or self.smooth != int(self.smooth) or self.smooth < 0:
-            raise ValueError(f"retro smooth {self.smooth}: give a whole number of latent frames, 0 for no smoothing")
+        if isinstance(self.smooth, bool) or not isinstance(self.smooth, int) or not 0 <= self.smooth <= 1000:
+            raise ValueError(f"retro smooth {self.smooth}: give a whole number from 0 (none) to 1000 latent frames")
 
 
 def edge_width(retro: ReTRo, frames: int) -> float:

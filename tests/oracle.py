@@ -1,0 +1,134 @@
+"""The method in float64 and plain loops, written from its description alone and not from `wanjax`.
+
+Branches are lists [text], [text, first] or [text, first, last] of [B, K, N, D] arrays. Axis letters as in `wanjax`:
+B batch, F latent frames, S queries (F equal frames, one after the other), K keys, N heads, D head width.
+"""
+
+import math
+
+import numpy as np
+
+
+def strength(steps, layers, frames, window, beta_end=0.7, beta_mid=0.3, low=0.0, high=0.4):
+    """beta [steps, layers, F]; `window` is the first and the last active layer."""
+    beta = np.zeros((steps, layers, frames))
+    for step in range(steps):
+        for layer in range(layers):
+            for i in range(1, frames - 1):
+                if low < step / steps <= high and window[0] <= layer <= window[1]:
+                    nearest = min(i, frames - 1 - i)
+                    u = 1 - nearest / max(1, (frames - 1) // 2)
+                    u = (1 + math.cos(math.pi * (1 - u))) / 2
+                    beta[step, layer, i] = beta_mid + (beta_end - beta_mid) * u
+    return beta
+
+
+def scale_vector(frames, latent_frames, width, s_edge=1.06, s_mid=0.94, smooth=2):
+    """ReTRo's s [F]; `width` of an edge in pixel frames."""
+    ratio = round(width / frames, 6)
+    raw = []
+    for i in range(latent_frames):
+        t = i / (latent_frames - 1)
+        raw.append(s_edge if t < ratio or t >= 1 - ratio else s_mid)
+    out = []
+    for i in range(latent_frames):
+        window = [raw[min(max(j, 0), latent_frames - 1)] for j in range(i - smooth, i + smooth + 1)]
+        out.append(math.fsum(window) / len(window))
+    return np.array(out)
+
+
+def rope_factors(grid, head_dim, scale, mode, theta=10000.0):
+    """Complex factor of every token and pair, [F * h * w, head_dim / 2]; mode None is without ReTRo."""
+    frames, height, width = grid
+    spatial = head_dim // 6
+    temporal = head_dim // 2 - 2 * spatial
+    place = [0.0]
+    for i in range(1, frames):
+        place.append(place[-1] + (scale[i] + scale[i - 1]) / 2)
+    rows = []
+    for i in range(frames):
+        position = {"frequency": scale[i] * i, "position": place[i] * (frames - 1) / place[-1]}.get(mode, i)
+        gain = scale[i] if mode == "magnitude" else 1.0
+        for y in range(height):
+            for x in range(width):
+                row = [gain * np.exp(1j * position * theta ** (-m / temporal)) for m in range(temporal)]
+                for p in (y, x):
+                    row += [np.exp(1j * p * theta ** (-m / spatial)) for m in range(spatial)]
+                rows.append(row)
+    return np.array(rows)
+
+
+def probabilities(q, k, frames, bias=None):
+    """softmax(q k^T / sqrt(D) + bias), [B, N, S, K]; bias [B, F, K]."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    batch, length, heads, width = q.shape
+    out = np.zeros((batch, heads, length, k.shape[1]))
+    for b in range(batch):
+        for n in range(heads):
+            for s in range(length):
+                logits = k[b, :, n] @ q[b, s, n] / math.sqrt(width)
+                if bias is not None:
+                    logits = logits + np.asarray(bias, np.float64)[b, s // (length // frames)]
+                weights = np.exp(logits - logits.max())
+                out[b, n, s] = weights / weights.sum()
+    return out
+
+
+def frame_attention(q, k, frames, bias=None):
+    """A [B, F, K]: the mean over heads and over the queries of a frame."""
+    p = probabilities(q, k, frames, bias)
+    size = p.shape[2] // frames
+    return np.stack([p[:, :, i * size : (i + 1) * size].mean((1, 2)) for i in range(frames)], 1)
+
+
+def anchor_bias(attention, beta, tau=None, eps=5e-4):
+    """B [B, F, K] from A [B, F, K], beta [B, F] and tau [F] (default linear)."""
+    out = np.zeros(attention.shape)
+    batch, frames, _ = attention.shape
+    for b in range(batch):
+        for i in range(frames):
+            t = i / (frames - 1) if tau is None else tau[i]
+            target = (1 - t) * attention[b, 0] + t * attention[b, frames - 1]
+            out[b, i] = beta[b, i] * (np.log(np.maximum(target, eps)) - np.log(np.maximum(attention[b, i], eps)))
+    return out
+
+
+def groups(branches, isolated):
+    """Which branches share a softmax."""
+    return [[i] for i in range(len(branches))] if isolated or len(branches) < 3 else [[0], [1, 2]]
+
+
+def bias(q, keys, beta, isolated, tau=None, eps=5e-4):
+    """KAB's bias, a list of [B, F, K], one for each branch."""
+    out = []
+    for group in groups(keys, isolated):
+        joint = np.concatenate([keys[i] for i in group], 1)
+        b = anchor_bias(frame_attention(q, joint, beta.shape[1]), beta, tau, eps)
+        out += np.split(b, np.cumsum([keys[i].shape[1] for i in group])[:-1], -1)
+    return out
+
+
+def looks(q, keys, frames, isolated, added=None):
+    """Frame attention of each branch, a list of [B, F, K]; `added` is a bias for each branch."""
+    out = []
+    for group in groups(keys, isolated):
+        joint = np.concatenate([keys[i] for i in group], 1)
+        b = None if added is None else np.concatenate([added[i] for i in group], -1)
+        out += np.split(frame_attention(q, joint, frames, b), np.cumsum([keys[i].shape[1] for i in group])[:-1], -1)
+    return out
+
+
+def cross_attention(q, keys, values, beta, isolated, weights=(1, 1, 1), added=None, tau=None, eps=5e-4):
+    """[B, S, N, D]; beta [B, F]; `added` is the caller's bias, a list of [B, F, K] (None is zero)."""
+    frames = beta.shape[1]
+    total = bias(q, keys, beta, isolated, tau, eps)
+    if added is not None:
+        total = [b if a is None else b + np.asarray(a, np.float64) for b, a in zip(total, added, strict=True)]
+    out = 0.0
+    for group in groups(keys, isolated):
+        k = np.concatenate([keys[i] for i in group], 1)
+        v = np.concatenate([np.asarray(values[i], np.float64) for i in group], 1)
+        p = probabilities(q, k, frames, np.concatenate([total[i] for i in group], -1))
+        weight = weights[group[0]] if isolated else 1
+        out = out + weight * np.einsum("BNSK,BKND->BSND", p, v)
+    return out

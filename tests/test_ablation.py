@@ -1,0 +1,155 @@
+"""The methods end to end: one compiled sampler serves every setting, and what must be equal is equal."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nano import NANO, write_model
+from PIL import Image
+from reference import relative_error
+from test_pipeline import count_compilations, images
+
+from samplers import files, pipeline
+from samplers.pipeline import Settings
+from wanjax import checkpoint
+from wanjax.kab import KAB
+from wanjax.method import METHODS, Isolation, Method, override
+from wanjax.retro import ReTRo
+from wanjax.types import CrossBias
+
+WAN = Method()
+ALWAYS = KAB(layers=(0, 1), steps=(0.0, 1.0))
+"""KAB in every layer of the nano model and every step but the first."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoint.load(write_model(tmp_path_factory.mktemp("models") / "nano"))
+
+
+def settings(method=WAN, **changes):
+    return Settings.of(NANO, prompt="a red circle moves left", frames=9, method=method, **changes)
+
+
+def latents(model, chosen, cross_bias=None):
+    return np.asarray(pipeline.inbetween(model, *images(), chosen, cross_bias=cross_bias).latents)
+
+
+def change(model, method, against=WAN, **changes):
+    """Relative difference that one method makes to another."""
+    return relative_error(*(latents(model, settings(one, **changes)) for one in (method, against)))
+
+
+def test_no_setting_recompiles_and_each_does_something(model):
+    base = Method(Isolation(), ALWAYS, ReTRo())
+    variants = {
+        "none": Method(), "wan": METHODS["wan"], "paper": METHODS["paper"], "release": METHODS["release"],
+        "no kab": dataclasses.replace(base, kab=None), "no retro": dataclasses.replace(base, retro=None),
+        "no isolation": dataclasses.replace(base, isolation=None),
+    }  # fmt: skip
+    overrides = {
+        "beta_end": 0.5, "beta_mid": 0.1, "kab_eps": 0.1, "kab_layers": (1, 1), "kab_steps": (0.0, 0.4),
+        "anchor_curve": "ease-in", "branch_weights": (1.0, 0.5, 2.0), "retro_mode": "position", "s_edge": 1.1,
+        "s_mid": 0.9, "w_edge": 2.0, "retro_smooth": 0,
+    }  # fmt: skip
+    variants |= {name: override(base, {name: value}) for name, value in overrides.items()}
+    plain = latents(model, settings(base))
+    with count_compilations() as compiled:
+        runs = {name: latents(model, settings(variant)) for name, variant in variants.items()}
+    assert compiled == []
+    for name, run in runs.items():
+        # Three latent frames leave one unbiased end each side of a single middle one, at strength beta_mid.
+        same = {"beta_end": True, "w_edge": True}.get(name, False)
+        assert (relative_error(run, plain) > 1e-6) != same, name
+    np.testing.assert_array_equal(runs["none"], runs["wan"])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_kab_acts_on_the_conditional_pass_alone(model, mode):
+    """Guidance 0 is the unconditional pass: neither KAB nor a caller's bias reaches it, isolation does."""
+    chosen = {"guidance": 0.0, "guidance_mode": mode}
+    # A batch of both passes takes one path through cross-attention, where the unconditional bias is all zeros.
+    assert change(model, Method(kab=ALWAYS), **chosen) <= (0 if mode == "sequential" else 1e-6)
+    assert change(model, Method(isolation=Isolation()), **chosen) > 1e-4
+    assert change(model, Method(retro=ReTRo()), **chosen) > 1e-6
+    assert change(model, Method(kab=ALWAYS), guidance=1.0, guidance_mode=mode) > 1e-5
+
+
+def test_guidance_modes_agree_with_the_method_on(model):
+    method = Method(Isolation(), ALWAYS, ReTRo("magnitude"))
+    modes = [latents(model, settings(method, guidance=3.0, guidance_mode=m)) for m in ("sequential", "batched")]
+    plain = latents(model, settings(guidance=3.0))
+    assert relative_error(modes[0] - plain, modes[1] - plain) < 1e-4
+
+
+def random_bias(batch=1, frames=3):
+    rng, d = np.random.default_rng(5), NANO.dit
+    keys = {"text": d.text_length, "first": d.image_tokens, "last": d.image_tokens}
+    shape = (d.num_layers, batch, frames)
+    return CrossBias(**{name: jnp.asarray(rng.normal(size=(*shape, size)), jnp.float32) for name, size in keys.items()})
+
+
+def test_a_callers_bias_is_added_to_kabs(model):
+    method, bias = Method(Isolation(), ALWAYS), random_bias()
+    zero = CrossBias(*(jnp.zeros_like(leaf) for leaf in (bias.text, bias.first, bias.last)))
+    kab, both = latents(model, settings(method)), latents(model, settings(method), bias)
+    assert relative_error(both, kab) > 1e-3
+    assert relative_error(latents(model, settings(method), zero), kab) < 1e-6
+    alone = latents(model, settings(Method(Isolation())), bias)
+    assert relative_error(both, alone) > 1e-5
+    only_text = CrossBias(text=bias.text)
+    assert relative_error(latents(model, settings(method), only_text), both) > 1e-4
+
+
+def test_a_callers_bias_of_another_model_is_refused(model):
+    bias = random_bias(frames=4)
+    with pytest.raises(ValueError, match=r"cross_bias.text is \[2, 1, 4, 8\]; this model takes \[2, 1, 3, 8\]"):
+        latents(model, settings(), bias)
+
+
+def test_the_six_settings_of_the_paper_from_one_program():
+    """On the bundled model: one compilation; a uniform scale of 1 and a strength of 0 are exactly their baselines."""
+    model, example = checkpoint.load("tiny"), files.example()
+    pair = [np.asarray(Image.open(example[name]).convert("RGB")) for name in ("first", "last")]
+    one = ReTRo(s_edge=1.0, s_mid=1.0)
+    arms = {
+        "baseline": Method(Isolation()),
+        "kab": Method(Isolation(), KAB()),
+        "retro": Method(Isolation(), None, ReTRo()),
+        "both": METHODS["paper"],
+        "kab without isolation": Method(None, KAB()),
+        "uniform": Method(Isolation(), None, one),
+    }
+    equal = {f"uniform {mode}": Method(retro=dataclasses.replace(one, mode=mode)) for mode in
+             ("frequency", "magnitude", "position")}  # fmt: skip
+    equal["strength 0"] = Method(kab=KAB(beta_end=0.0, beta_mid=0.0))
+
+    def make(method):
+        chosen = Settings.of(model.config, prompt=example["prompt"], steps=5, method=method)
+        return np.asarray(pipeline.inbetween(model, *pair, chosen).latents)
+
+    wan = make(Method())
+    with count_compilations() as compiled:
+        made = {name: make(method) for name, method in (arms | equal).items()}
+    assert compiled == []
+    for name in equal:
+        assert np.array_equal(made[name], wan), name
+    assert np.array_equal(made["uniform"], made["baseline"])
+    different = [wan, *(made[name] for name in arms if name != "uniform")]
+    for i, a in enumerate(different):
+        for b in different[:i]:
+            assert relative_error(a, b) > 1e-4
+
+
+def test_the_documented_example_moves_attention_between_words():
+    """The code block of docs/method.md, run as it stands."""
+    text = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
+    code = text.split("<!-- example -->")[1].split("```python\n")[1].split("```")[0]
+    first, last = images(shape=(32, 32, 3))
+    names = {"first": first, "last": last}
+    exec(compile(code, "docs/method.md", "exec"), names)
+    assert names["result"].video.shape == (1, 25, 32, 32, 3)
+    plain = pipeline.inbetween(names["model"], first, last, names["settings"])
+    assert relative_error(names["result"].latents, plain.latents) > 1e-3

@@ -1,0 +1,402 @@
+"""Cross-attention with isolation and KAB: against the float64 oracle, what it costs, and on a mesh."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from reference import relative_error
+
+import wanjax.attention
+from wanjax import cross, kab
+from wanjax.config import BFLOAT16, FLOAT32
+from wanjax.layers import constrain
+from wanjax.sharding import make_mesh
+from wanjax.types import Branches, CrossBias, CrossControl
+
+SIZES = (11, 6, 6)
+BOTH = pytest.mark.parametrize("isolated", [False, True], ids=["joint", "isolated"])
+
+attend = jax.jit(cross.cross_attention, static_argnames="precision")
+bias_of = jax.jit(kab.bias, static_argnames="precision")
+report_of = jax.jit(cross.report, static_argnames="precision")
+
+
+@dataclasses.dataclass
+class Case:
+    """Random queries, keys and values; logits have a standard deviation of 3, so that attention is peaked."""
+
+    frames: int
+    queries: int = 4
+    heads: int = 3
+    sizes: tuple[int, ...] = SIZES
+    batch: int = 2
+
+    def __post_init__(self):
+        rng = np.random.default_rng(self.frames)
+
+        def draw(length, std=1.0):
+            return std * rng.standard_normal((self.batch, length, self.heads, 8), np.float32)
+
+        self.q = draw(self.frames * self.queries, 2.0)
+        self.k = [draw(n, 1.5) for n in self.sizes]
+        self.v = [draw(n) for n in self.sizes]
+        self.added = [rng.standard_normal((self.batch, self.frames, n), np.float32) for n in self.sizes]
+
+    @property
+    def branches(self):
+        return self.q, Branches(*self.k), Branches(*self.v)
+
+    @property
+    def total(self):
+        """Elements of all probabilities of the text branch."""
+        return self.batch * self.heads * self.frames * self.queries * self.sizes[0]
+
+    def beta(self, *rows):
+        """The schedule's strength, times a number for each batch row."""
+        schedule = oracle.strength(50, 40, self.frames, (5, 12))[10, 8]
+        return np.float32(np.multiply.outer(rows or (1.0,) * self.batch, schedule))
+
+
+def control(beta, isolated, weights=(1, 1, 1), tau=None, eps=5e-4):
+    tau = np.linspace(0, 1, beta.shape[-1]) if tau is None else tau
+    return CrossControl(beta, np.float32(tau), np.float32(eps), np.bool_(isolated), np.float32(weights))
+
+
+def leaves(branches):
+    return [x for x in (branches.text, branches.first, branches.last) if x is not None]
+
+
+def check(case, isolated, beta, added=None, weights=(1, 1, 1), tolerance=1e-4, **target):
+    """What KAB changes of the output, and its bias, are the oracle's."""
+    bias = None if added is None else CrossBias(*added)
+    betas = (beta, 0 * beta)
+    ours = [np.float64(attend(*case.branches, bias, control(b, isolated, weights, **target))) for b in betas]
+    exact = [oracle.cross_attention(case.q, case.k, case.v, b, isolated, weights, added, **target) for b in betas]
+    assert relative_error(ours[1], exact[1]) <= 1e-6
+    change = exact[0] - exact[1]
+    assert np.linalg.norm(change) > 0.03 * np.linalg.norm(exact[1])
+    assert relative_error(ours[0] - ours[1], change) <= tolerance
+    made = leaves(bias_of(case.q, Branches(*case.k), control(beta, isolated, **target)))
+    for a, b in zip(made, oracle.bias(case.q, case.k, beta, isolated, **target), strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("frames", [3, 7, 9, 17, 21])
+def test_change_against_float64(frames):
+    case = Case(frames)
+    for isolated in (False, True):
+        check(case, isolated, case.beta(1.0, 0.0))
+    check(case, True, case.beta(0.4, 1.3))
+
+
+@BOTH
+def test_unequal_keyframes_two_heads_callers_bias_and_weights(isolated):
+    case = Case(7, queries=5, heads=2, sizes=(11, 9, 4))
+    check(case, isolated, case.beta(1.0, 0.5), case.added, weights=(0.5, 2.0, 1.25))
+
+
+@BOTH
+def test_curve_and_floor_are_inputs(isolated):
+    case = Case(7)
+    tau = np.array([0, 0.1, 0.1, 0.5, 0.6, 0.95, 1])
+    check(case, isolated, case.beta(), tau=tau, eps=0.03)
+    made = [bias_of(case.q, Branches(*case.k), control(case.beta(), isolated, **x)) for x in
+            ({"tau": tau, "eps": 0.03}, {"tau": tau}, {"eps": 0.03})]  # fmt: skip
+    assert relative_error(made[1].text, made[0].text) > 0.1
+    assert relative_error(made[2].text, made[0].text) > 0.1
+
+
+@BOTH
+def test_callers_bias_of_some_branches(isolated):
+    case = Case(7)
+    check(case, isolated, case.beta(1.0, 0.5), [None, case.added[1], None])
+
+
+@pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
+def test_models_with_fewer_branches(sizes):
+    """They have nothing to isolate, whatever the control says."""
+    case = Case(7, sizes=sizes)
+    check(case, False, case.beta(1.0, 0.5))
+    outs = [attend(*case.branches, None, control(case.beta(), isolated)) for isolated in (False, True)]
+    assert np.array_equal(*outs)
+
+
+@BOTH
+def test_two_frames_are_both_anchors(isolated):
+    """Whatever the strength, their own attention is their target."""
+    case = Case(2)
+    strong = control(np.full((2, 2), 0.7, np.float32), isolated)
+    for leaf in leaves(bias_of(case.q, Branches(*case.k), strong)):
+        assert not leaf.any()
+    exact = oracle.cross_attention(case.q, case.k, case.v, np.zeros((2, 2)), isolated)
+    assert relative_error(attend(*case.branches, None, strong), exact) <= 1e-6
+
+
+@BOTH
+def test_ends_have_exactly_no_bias(isolated):
+    """The schedule's strength is zero there; and any other strength finds attention equal to its target."""
+    case = Case(7)
+    for beta in (case.beta(), np.full((2, 7), 0.7, np.float32)):
+        for leaf in leaves(bias_of(case.q, Branches(*case.k), control(beta, isolated))):
+            assert not leaf[:, [0, -1]].any()
+            assert (np.abs(leaf[:, 1:-1]).max((0, 2)) > 0.1).all()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no bias", "caller's bias"])
+def test_zero_strength_is_the_unbiased_model_bit_for_bit(given):
+    case = Case(7)
+    bias = CrossBias(*case.added) if given else None
+    none = np.zeros((2, 7), np.float32)
+    plain = attend(*case.branches, bias)
+    assert np.array_equal(attend(*case.branches, bias, control(none, False)), plain)
+    assert not np.array_equal(attend(*case.branches, bias, control(case.beta(), False)), plain)
+    isolated = attend(*case.branches, bias, control(none, True))
+    only = [Branches(case.k[0]), Branches(case.v[0]), CrossBias(case.added[0]) if given else None]
+    first, last = (
+        [Branches(case.k[i]), Branches(case.v[i]), CrossBias(case.added[i]) if given else None] for i in (1, 2)
+    )
+    # One branch at a time, each as the only one of its model.
+    sum_of_three = sum(attend(case.q, *branch) for branch in (only, first, last))
+    assert np.array_equal(isolated, sum_of_three)
+    assert relative_error(isolated, plain) > 0.1
+
+
+def test_a_row_of_zero_strength_is_left_alone():
+    case = Case(7)
+    mixed, both = (attend(*case.branches, None, control(case.beta(1.0, x), True)) for x in (0.0, 0.5))
+    plain = attend(*case.branches, None, control(0 * case.beta(), True))
+    assert relative_error(mixed[1], plain[1]) <= 1e-6
+    assert relative_error(mixed[0], both[0]) <= 1e-6
+    assert relative_error(both[1], plain[1]) > 1e-2
+    for leaf in leaves(bias_of(case.q, Branches(*case.k), control(case.beta(1.0, 0.0), True))):
+        assert not leaf[1].any() and leaf[0].any()
+
+
+@BOTH
+def test_bias_serves_all_heads_and_queries(isolated):
+    """Given explicitly, one number a frame and key, it has the whole effect."""
+    case = Case(7)
+    active = control(case.beta(1.0, 0.5), isolated)
+    made = bias_of(case.q, Branches(*case.k), active)
+    assert [x.shape for x in leaves(made)] == [(2, 7, n) for n in SIZES]
+    explicit = attend(*case.branches, made, control(0 * case.beta(), isolated))
+    out, plain = (attend(*case.branches, None, control(b, isolated)) for b in (case.beta(1.0, 0.5), 0 * case.beta()))
+    assert relative_error(explicit, out) <= 1e-6
+    assert relative_error(out, plain) > 1e-2
+
+
+@BOTH
+def test_a_constant_of_a_frame_changes_nothing(isolated):
+    """Softmax knows no constant; the joint one needs the same for both keyframes."""
+    case = Case(7)
+    rng = np.random.default_rng(1)
+    text, first, last = (rng.normal(size=(2, 7, 1)).astype(np.float32) for _ in range(3))
+    shifts = (text, first, last if isolated else first)
+    active = control(case.beta(), isolated)
+    out = attend(*case.branches, CrossBias(*case.added), active)
+    moved = CrossBias(*(x + shift for x, shift in zip(case.added, shifts, strict=True)))
+    assert relative_error(attend(*case.branches, moved, active), out) <= 1e-6
+    if not isolated:
+        uneven = CrossBias(case.added[0], case.added[1] + first, case.added[2] + last)
+        assert relative_error(attend(*case.branches, uneven, active), out) > 1e-2
+
+
+@BOTH
+def test_time_reversed_with_keyframes_swapped(isolated):
+    case = Case(7)
+    q = case.q.reshape(2, 7, 4, 3, 8)[:, ::-1].reshape(case.q.shape)
+    active = control(case.beta(1.0, 0.5), isolated)
+    plain = bias_of(case.q, Branches(*case.k), active)
+    mirrored = bias_of(q, Branches(case.k[0], case.k[2], case.k[1]), active)
+    pairs = [(mirrored.text, plain.text), (mirrored.first, plain.last), (mirrored.last, plain.first)]
+    for a, b in pairs:
+        assert relative_error(a[:, ::-1], b) <= 1e-5
+        assert relative_error(a, b) > 0.1
+
+
+@BOTH
+def test_saturated_logits(isolated):
+    """Each logit is 1e4, 0 or -1e4, exactly: attention is shared among ties, and all the rest is below the floor.
+
+    float32 has steps of 1e-3 at 1e4, and the bias is added there."""
+    case = Case(7)
+    rng = np.random.default_rng(0)
+    size = np.float32(math.sqrt(1e4 * math.sqrt(8)))
+    case.q = size * rng.choice([-1, 0, 1], case.q.shape).astype(np.float32)
+    case.k = [size * np.eye(8, dtype=np.float32)[rng.integers(0, 8, k.shape[:3])] for k in case.k]
+    logits = np.einsum("BSND,BKND->BNSK", case.q, case.k[0]) / math.sqrt(8)
+    assert np.allclose(np.unique(np.round(logits)), [-1e4, 0, 1e4])
+    check(case, isolated, case.beta(1.0, 0.5), tolerance=5e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("strong", [False, True], ids=["plain", "kab"])
+def test_minus_infinity_hides_a_key(isolated, strong):
+    """Even from an output that its value would wreck; every other weight is what it is without the key."""
+    case = Case(7)
+    beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
+    bias = [np.zeros_like(x) for x in case.added]
+    bias[0][..., 3] = bias[1][..., 2] = -np.inf
+    out = attend(*case.branches, CrossBias(*bias), control(beta, isolated))
+    case.v[0][:, 3] = case.v[1][:, 2] = 1e6
+    assert np.isfinite(out).all()
+    assert np.array_equal(attend(*case.branches, CrossBias(*bias), control(beta, isolated)), out)
+    exact = oracle.cross_attention(case.q, case.k, case.v, beta, isolated, added=bias)
+    assert relative_error(out, exact) <= 1e-5
+    seen = report_of(case.q, Branches(*case.k), CrossBias(*bias), control(beta, isolated)).biased
+    assert not seen.text[..., 3].any() and not seen.first[..., 2].any()
+    assert np.isfinite(seen.text).all() and seen.text[..., 4].all()
+
+
+@BOTH
+def test_bfloat16_policy(isolated):
+    case = Case(7)
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.branches)
+    full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    outs = []
+    for branches, precision in ((half, BFLOAT16), (full, FLOAT32)):
+        active = control(case.beta(1.0, 0.5), isolated)
+        out = attend(*branches, None, active, precision=precision)
+        outs.append((out, leaves(bias_of(*branches[:2], active, precision=precision))))
+    assert outs[0][0].dtype == jnp.bfloat16
+    assert relative_error(outs[0][0].astype(jnp.float32), outs[1][0]) <= 2e-2
+    for a, b in zip(outs[0][1], outs[1][1], strict=True):
+        assert a.dtype == jnp.float32
+        assert relative_error(a, b) <= 2e-2
+
+
+@BOTH
+def test_report(isolated):
+    case = Case(7, sizes=(11, 9, 4))
+    beta = case.beta(1.0, 0.5)
+    ours = report_of(case.q, Branches(*case.k), CrossBias(*case.added), control(beta, isolated))
+    made = oracle.bias(case.q, case.k, beta, isolated)
+    total = [a + b for a, b in zip(made, case.added, strict=True)]
+    wanted = {
+        "plain": oracle.looks(case.q, case.k, 7, isolated),
+        "biased": oracle.looks(case.q, case.k, 7, isolated, total),
+        "bias": total,
+    }
+    for name, branches in wanted.items():
+        for a, b in zip(leaves(getattr(ours, name)), branches, strict=True):
+            assert relative_error(a, b) <= 1e-5, name
+    for seen in (ours.plain, ours.biased):
+        text, first, last = (np.asarray(x, np.float64).sum(-1) for x in leaves(seen))
+        np.testing.assert_allclose(text, 1, atol=1e-6)
+        np.testing.assert_allclose(first + last, 2 if isolated else 1, atol=2e-6)
+        if isolated:
+            np.testing.assert_allclose(first, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
+def test_report_of_models_with_fewer_branches(sizes):
+    case = Case(3, sizes=sizes)
+    ours = report_of(case.q, Branches(*case.k), None, control(case.beta(), True))
+    made = oracle.bias(case.q, case.k, case.beta(), True)
+    for a, b in zip(leaves(ours.biased), oracle.looks(case.q, case.k, 3, True, made), strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+def test_what_is_off_is_not_run(monkeypatch):
+    """Calls that the compiled program really makes, counted on the host: one program for every setting."""
+    counts = {"bias": 0, "attention": 0}
+
+    def counting(name, function):
+        def add():
+            counts[name] += 1
+
+        def call(*args, **kwargs):
+            jax.debug.callback(add)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(kab, "frame_attention", counting("bias", kab.frame_attention))
+    monkeypatch.setattr(cross, "attention", counting("attention", cross.attention))
+    run = jax.jit(lambda *args: cross.cross_attention(*args))
+    case = Case(3)
+    single = np.zeros((2, 3), np.float32)
+    single[1, 1] = 0.3
+    wanted = [
+        (0 * single, False, 0, 2),
+        (0 * single, True, 0, 3),
+        # Biased attention is called once a frame.
+        (single, False, 2, 2 * 3),
+        (single, True, 3, 3 * 3),
+    ]
+    for beta, isolated, biases, attentions in wanted:
+        counts.update(bias=0, attention=0)
+        run(*case.branches, None, control(beta, isolated)).block_until_ready()
+        jax.effects_barrier()
+        assert counts == {"bias": biases, "attention": attentions}
+    assert run._cache_size() == 1
+
+
+def largest(function, *args):
+    """Elements of the largest array that a program makes, sub-programs included."""
+
+    def of(jaxpr):
+        sizes = [0]
+        for equation in jaxpr.eqns:
+            sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+            for parameter in equation.params.values():
+                for sub in parameter if isinstance(parameter, (tuple, list)) else [parameter]:
+                    inner = getattr(sub, "jaxpr", sub)
+                    if hasattr(inner, "eqns"):
+                        sizes.append(of(inner))
+        return max(sizes)
+
+    return of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def test_probabilities_of_all_frames_never_exist(monkeypatch):
+    case = Case(21, queries=8, heads=4, sizes=(40, 20, 20), batch=1)
+    q, keys, values = case.branches
+    active = control(case.beta(), False)
+    per_frame = case.total // 21
+    rows = case.q.size
+    assert per_frame < rows < case.total // 3
+    assert largest(cross.cross_attention, q, keys, values) >= case.total, "the walk sees all logits"
+    assert largest(kab.bias, q, keys, active) == rows
+    alone = partial(cross._attend_by_frame, precision=FLOAT32)
+    assert largest(alone, q, keys.text, values.text, case.added[0]) == rows
+    # With attention in blocks of about a frame the whole program, cond's branches and all, stays small.
+    monkeypatch.setattr(wanjax.attention, "CHUNK_BYTES", 4 * per_frame)
+    assert largest(cross.cross_attention, q, keys, values, None, active) < case.total // 3
+
+
+MESHES = [({"sequence": 8}, 4, False), ({"sequence": 8}, 8, True), ({"sequence": 8}, 12, False),
+          ({"sequence": 4, "tensor": 2}, 4, True), ({"tensor": 8}, 4, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes, queries, placed", MESHES, ids=str)
+def test_sharded(sizes, queries, placed):
+    """Devices' shares of the queries end within frames; 21 * 4 and 21 * 12 do not even divide by 8."""
+    case = Case(21, queries=queries, heads=8)
+    q, keys, values = case.branches
+    mesh = make_mesh(sizes)
+    beta = case.beta(1.0, 0.5)
+    plain = {
+        isolated: [np.float64(attend(q, keys, values, None, control(b, isolated))) for b in (beta, 0 * beta)]
+        for isolated in (False, True)
+    }
+
+    @jax.jit
+    def run(q, keys, values, control):
+        return cross.cross_attention(constrain(q, None, "sequence", "tensor", None), keys, values, None, control)
+
+    with jax.set_mesh(mesh):
+        if placed:
+            q = jax.device_put(q, NamedSharding(mesh, P(None, "sequence", "tensor")))
+        for isolated, (wanted, unbiased) in plain.items():
+            outs = [run(q, keys, values, control(b, isolated)) for b in (beta, 0 * beta)]
+            assert relative_error(np.float64(outs[0]) - np.float64(outs[1]), wanted - unbiased) <= 1e-5
+    assert len(outs[0].sharding.device_set) == 8
+    assert outs[0].sharding.is_fully_replicated != placed, "uneven outputs are gathered by jit"

@@ -1,0 +1,186 @@
+"""KAB: when and how strongly it acts, frame attention and the bias of it, and settings that it refuses."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from reference import relative_error
+
+from wanjax import kab
+from wanjax.kab import CURVES, KAB
+
+
+@pytest.mark.parametrize(
+    "steps, layers, frames, window",
+    [
+        (50, 40, 21, (5, 12)), (10, 6, 7, (1, 1)), (25, 30, 9, (4, 9)), (7, 40, 17, (5, 12)), (15, 2, 8, (0, 0)),
+        (5, 1, 4, (0, 0)), (6, 40, 3, (5, 12)), (1, 40, 7, (5, 12)), (50, 40, 2, (5, 12)),
+    ],
+)  # fmt: skip
+def test_strength_against_float64(steps, layers, frames, window):
+    beta = kab.strength(KAB(), steps, layers, frames)
+    assert beta.shape == (steps, layers, frames) and beta.dtype == np.float32
+    np.testing.assert_allclose(beta, oracle.strength(steps, layers, frames, window), rtol=1e-6)
+
+
+def test_strength_of_other_settings():
+    chosen = KAB(beta_end=0.1, beta_mid=1.5, layers=(3, 29), steps=(0.2, 0.7))
+    beta = kab.strength(chosen, 20, 30, 9)
+    np.testing.assert_allclose(beta, oracle.strength(20, 30, 9, (3, 29), 0.1, 1.5, 0.2, 0.7), rtol=1e-6)
+    assert [int(i) for i in np.flatnonzero(beta.any((1, 2)))] == list(range(5, 15))
+    assert not kab.strength(KAB(beta_end=0.0, beta_mid=0.0), 20, 30, 9).any()
+
+
+def test_published_run():
+    """50 steps, 40 layers, 21 latent frames: where it acts, and strengths worked out by hand."""
+    beta = kab.strength(KAB(), 50, 40, 21)
+    active = np.argwhere(beta != 0)
+    steps, layers, frames = (np.unique(column) for column in active.T)
+    assert np.array_equal(steps, np.arange(1, 21))
+    assert np.array_equal(layers, np.arange(5, 13))
+    assert np.array_equal(frames, np.arange(1, 20))
+    assert len(active) == 20 * 8 * 19
+    assert (beta[1:21, 5:13] == beta[1, 5]).all()
+    row = beta[1, 5]
+    assert np.array_equal(row, row[::-1])
+    # 0.3 + 0.4 * (1 + cos(pi * i / 10)) / 2
+    wanted = {0: 0, 1: 0.6902113, 2: 0.6618034, 4: 0.5618034, 5: 0.5, 6: 0.4381966, 9: 0.3097887, 10: 0.3}
+    np.testing.assert_allclose([row[i] for i in wanted], list(wanted.values()), rtol=1e-6)
+    assert (np.diff(row[1:11]) < 0).all() and row.max() < 0.7
+
+
+@pytest.mark.parametrize(
+    "layers, window", [(40, (5, 12)), (30, (4, 9)), (8, (1, 2)), (6, (1, 1)), (2, (0, 0)), (1, (0, 0))]
+)
+def test_default_layers_scale_with_the_depth(layers, window):
+    assert kab.layer_window(KAB(), layers) == window
+
+
+def test_given_layers_are_kept():
+    assert kab.layer_window(KAB(layers=(0, 39)), 40) == (0, 39)
+    assert kab.layer_window(KAB(layers=(5, 5)), 6) == (5, 5)
+
+
+def test_curves():
+    assert set(CURVES) == {"linear", "ease-in", "ease-out", "ease-in-out"}
+    curves = {name: kab.anchor_curve(KAB(curve=name), 9) for name in CURVES}
+    for curve in curves.values():
+        assert curve.dtype == np.float32 and curve[0] == 0 and curve[-1] == 1
+        assert (np.diff(curve) > 0).all()
+    t = np.arange(9) / 8
+    np.testing.assert_allclose(curves["linear"], t, rtol=1e-7)
+    assert (curves["ease-in"][1:-1] < t[1:-1]).all() and (curves["ease-out"][1:-1] > t[1:-1]).all()
+    np.testing.assert_allclose(curves["ease-out"], 1 - curves["ease-in"][::-1], atol=1e-7)
+    np.testing.assert_allclose(curves["ease-in-out"], 1 - curves["ease-in-out"][::-1], atol=1e-7)
+    assert curves["ease-in-out"][2] < t[2] and curves["ease-in-out"][4] == 0.5
+
+
+def test_callers_curve():
+    given = (0.0, 0.1, 0.1, 0.9, 1.0)
+    assert np.array_equal(kab.anchor_curve(KAB(curve=given), 5), np.float32(given))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"beta_end": -0.1}, "beta_end -0.1"),
+        ({"beta_end": NAN}, "beta_end nan"),
+        ({"beta_end": INF}, "beta_end inf"),
+        ({"beta_mid": -0.1}, "beta_mid -0.1"),
+        ({"beta_mid": NAN}, "beta_mid nan"),
+        ({"beta_mid": INF}, "beta_mid inf"),
+        ({"eps": 0.0}, "kab eps 0.0"),
+        ({"eps": -5e-4}, "kab eps -0.0005"),
+        ({"eps": NAN}, "kab eps nan"),
+        ({"eps": INF}, "kab eps inf"),
+        ({"layers": (5, 40)}, "kab layers 5-40: the model has layers 0 to 39"),
+        ({"layers": (-1, 3)}, "kab layers -1-3"),
+        ({"layers": (12, 5)}, "kab layers 12-5"),
+        ({"steps": (0.4, 0.2)}, "kab steps 0.4-0.2"),
+        ({"steps": (-0.1, 0.4)}, "kab steps -0.1-0.4"),
+        ({"steps": (0.0, 1.1)}, "kab steps 0-1.1"),
+        ({"steps": (0.0, NAN)}, "kab steps 0-nan"),
+        ({"curve": "cubic"}, "anchor curve 'cubic': choose linear, ease-in"),
+        ({"curve": (0.0, 0.5, 1.0)}, "anchor curve of 3 numbers: give one for each of the 21"),
+        ({"curve": ()}, "anchor curve of 0 numbers"),
+        ({"curve": (0.5,) * 20 + (1.01,)}, "anchor curve: every number"),
+        ({"curve": (-0.01,) + (0.5,) * 20}, "anchor curve: every number"),
+        ({"curve": (NAN,) + (0.5,) * 20}, "anchor curve: every number"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError) as error:
+        chosen = KAB(**changes)
+        kab.strength(chosen, 50, 40, 21)
+        kab.anchor_curve(chosen, 21)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("frames", [0, 1])
+def test_fewer_than_two_frames(frames):
+    with pytest.raises(ValueError, match=f"^latent frames {frames}: KAB needs a first and a last one$"):
+        kab.strength(KAB(), 50, 40, frames)
+
+
+def arrays(frames, queries=5, heads=3, keys=7):
+    rng = np.random.default_rng(frames)
+    q, k = (2 * rng.standard_normal((2, n, heads, 8), np.float32) for n in (frames * queries, keys))
+    return q, k, rng.standard_normal((2, frames, keys), np.float32)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_frame_attention_against_float64(frames):
+    q, k, bias = arrays(frames)
+    plain, biased = kab.frame_attention(q, k, frames), kab.frame_attention(q, k, frames, bias)
+    assert plain.shape == (2, frames, 7) and plain.dtype == jnp.float32
+    assert relative_error(plain, oracle.frame_attention(q, k, frames)) <= 1e-6
+    assert relative_error(biased, oracle.frame_attention(q, k, frames, bias)) <= 1e-6
+    assert relative_error(biased, plain) > 0.1
+    scaled = kab.frame_attention(q, k, frames, scale=1.0)
+    assert relative_error(scaled, oracle.frame_attention(q * 8**0.5, k, frames)) <= 1e-6
+
+
+def test_frames_must_divide_the_queries():
+    q, k, _ = arrays(7)
+    with pytest.raises(ValueError, match="^35 queries are not 8 frames of equal size$"):
+        kab.frame_attention(q, k, 8)
+
+
+def attention(frames=7, keys=9):
+    """Rows that sum to 1, some of them far below the floor."""
+    weights = np.exp(4 * np.random.default_rng(0).normal(size=(2, frames, keys)))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("curve", [*CURVES, (0.0, 0.2, 0.3, 0.3, 0.3, 0.9, 1.0)], ids=str)
+def test_anchor_bias_against_float64(curve):
+    rows = attention()
+    beta = np.random.default_rng(1).uniform(0, 1, (2, 7))
+    beta[1, 2] = 0
+    tau = kab.anchor_curve(KAB(curve=curve), 7)
+    bias = kab.anchor_bias(*(jnp.asarray(x, jnp.float32) for x in (rows, beta, tau, 5e-4)))
+    assert relative_error(bias, oracle.anchor_bias(rows, beta, tau)) <= 1e-6
+    assert not bias[1, 2].any() and bias[0, 2].any()
+    if curve != "linear":
+        assert relative_error(bias, oracle.anchor_bias(rows, beta)) > 1e-2
+
+
+def test_full_strength_turns_attention_into_its_target():
+    """exp(bias) * attention is the interpolation of the ends, wherever both are above the floor."""
+    rows = attention()
+    bias = kab.anchor_bias(jnp.asarray(rows, jnp.float32), jnp.ones((2, 7)), jnp.linspace(0, 1, 7), jnp.float32(1e-9))
+    share = np.linspace(0, 1, 7)[None, :, None]
+    target = (1 - share) * rows[:, :1] + share * rows[:, -1:]
+    assert min(rows.min(), target.min()) > 1e-9
+    assert relative_error(np.exp(np.float64(bias)) * rows, target) <= 1e-6
+
+
+def test_below_the_floor_there_is_nothing_to_anchor():
+    rows = jnp.asarray(attention(), jnp.float32)
+    assert not kab.anchor_bias(rows, jnp.ones((2, 7)), jnp.linspace(0, 1, 7), jnp.float32(1)).any()
+    vanished = jnp.asarray(attention() * ([1, 0] + [1] * 7), jnp.float32)
+    bias = kab.anchor_bias(vanished, jnp.ones((2, 7)), jnp.linspace(0, 1, 7), jnp.float32(5e-4))
+    assert np.isfinite(bias).all() and not bias[..., 1].any()

@@ -1,0 +1,127 @@
+"""A method as one value: the profiles, and the arrays that the sampler gets from them."""
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+from reference import relative_error
+
+from wanjax import method, rope
+from wanjax.config import preset
+from wanjax.kab import KAB
+from wanjax.method import METHODS, Isolation, Method
+from wanjax.retro import ReTRo
+
+TINY = preset("tiny")
+
+
+def test_profiles():
+    assert set(METHODS) == {"wan", "paper", "release"}
+    assert METHODS["wan"] == Method(None, None, None)
+    assert METHODS["paper"].retro.mode == "frequency"
+    assert METHODS["release"].retro.mode == "magnitude"
+    assert dataclasses.replace(METHODS["paper"], retro=None) == dataclasses.replace(METHODS["release"], retro=None)
+    for name in ("paper", "release"):
+        chosen = METHODS[name]
+        assert chosen.isolation.weights == (1, 1, 1)
+        kab, retro = chosen.kab, chosen.retro
+        assert (kab.beta_end, kab.beta_mid, kab.eps, kab.steps, kab.curve) == (0.7, 0.3, 5e-4, (0.0, 0.4), "linear")
+        assert (retro.s_edge, retro.s_mid, retro.w_edge, retro.smooth) == (1.06, 0.94, None, 2)
+    with pytest.raises(TypeError):
+        METHODS["wan"] = Method()
+
+
+def test_named():
+    assert method.named("release") is METHODS["release"]
+    with pytest.raises(ValueError, match="^unknown method 'kab': choose one of wan, paper, release$"):
+        method.named("kab")
+
+
+@pytest.mark.parametrize(
+    "weights", [(-1, 1, 1), (1, float("nan"), 1), (1, 1, float("inf")), (1, 1), (1, 1, 1, 1), ()], ids=str
+)
+def test_bad_branch_weights(weights):
+    with pytest.raises(ValueError, match="^branch weights .*give three numbers") as error:
+        Isolation(weights)
+    assert "\n" not in str(error.value)
+
+
+SHAPES = [("tiny", 25, (32, 48), 10, (7, 4, 6), 24), ("flf2v_14b", 81, (480, 864), 50, (21, 30, 54), 64)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model, frames, size, steps, grid, pairs", SHAPES, ids=[x[0] for x in SHAPES])
+def test_shapes(name, model, frames, size, steps, grid, pairs):
+    config = preset(model)
+    made = method.arrays(METHODS[name], config, frames, size, steps)
+    wanted = {
+        "cos": (made.table.cos, (np.prod(grid), pairs), np.float32),
+        "sin": (made.table.sin, (np.prod(grid), pairs), np.float32),
+        "strength": (made.strength, (steps, config.dit.num_layers, grid[0]), np.float32),
+        "curve": (made.control.curve, (grid[0],), np.float32),
+        "floor": (made.control.floor, (), np.float32),
+        "isolated": (made.control.isolated, (), np.bool_),
+        "weights": (made.control.weights, (3,), np.float32),
+    }
+    for part, (array, shape, dtype) in wanted.items():
+        assert (array.shape, array.dtype) == (shape, dtype), part
+    assert made.control.strength is None
+
+
+def arrays(chosen):
+    return method.arrays(chosen, TINY, 25, (32, 48), 10)
+
+
+def same_table(made, *args):
+    table = rope.table((7, 4, 6), 48, *args)
+    return np.array_equal(made.table.cos, table.cos) and np.array_equal(made.table.sin, table.sin)
+
+
+def test_nothing_changed_is_nothing_changed():
+    made = arrays(Method())
+    assert same_table(made)
+    assert not made.strength.any() and not made.control.isolated
+
+
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_profiles_against_float64(name):
+    made = arrays(METHODS[name])
+    np.testing.assert_allclose(made.strength, oracle.strength(10, 6, 7, (1, 1)), rtol=1e-6)
+    mode = {"paper": "frequency", "release": "magnitude"}[name]
+    exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2), mode)
+    assert relative_error(made.table.cos, exact.real) <= 1e-6
+    assert relative_error(made.table.sin, exact.imag) <= 1e-6
+    assert made.control.isolated and np.array_equal(made.control.weights, np.ones(3))
+    assert made.control.floor == np.float32(5e-4)
+    np.testing.assert_allclose(made.control.curve, np.arange(7) / 6, rtol=1e-6)
+
+
+def test_parts_are_switched_one_by_one():
+    isolation = arrays(Method(isolation=Isolation((1.0, 0.5, 2.0))))
+    assert isolation.control.isolated and same_table(isolation) and not isolation.strength.any()
+    assert np.array_equal(isolation.control.weights, np.float32([1, 0.5, 2]))
+    anchored = arrays(Method(kab=KAB(eps=1e-3, curve="ease-in", layers=(2, 5))))
+    assert not anchored.control.isolated and same_table(anchored)
+    np.testing.assert_allclose(anchored.strength, oracle.strength(10, 6, 7, (2, 5)), rtol=1e-6)
+    assert anchored.control.floor == np.float32(1e-3)
+    np.testing.assert_allclose(anchored.control.curve, (np.arange(7) / 6) ** 2, rtol=1e-6)
+    rescaled = arrays(Method(retro=ReTRo("position")))
+    assert not rescaled.control.isolated and not rescaled.strength.any() and not same_table(rescaled)
+    exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2), "position")
+    assert relative_error(rescaled.table.sin, exact.imag) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        (Method(kab=KAB(layers=(5, 12))), "kab layers 5-12: the model has layers 0 to 5"),
+        (Method(kab=KAB(curve=(0.0, 1.0))), "anchor curve of 2 numbers: give one for each of the 7"),
+        (Method(retro=ReTRo(w_edge=13)), "w_edge 13: must be from 1 to 12.5"),
+    ],
+    ids=["layers", "curve", "width"],
+)
+def test_settings_that_the_model_cannot_have(chosen, message):
+    with pytest.raises(ValueError) as error:
+        arrays(chosen)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
