@@ -7,6 +7,8 @@ other elementwise work (about one percent at full size) are not. Axis letters as
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
+
 from wanjax.config import DiTConfig, VAEConfig
 
 Count = dict[str, int]
@@ -48,6 +50,33 @@ def dit(config: DiTConfig, latent_grid: tuple[int, int, int], batch: int = 1) ->
     products = {part: c.num_layers * n for part, n in per_layer.items()}
     products |= {"embedders": embedders, "head": s * d * patch * c.out_channels}
     return {part: 2 * batch * n for part, n in products.items()}
+
+
+def kab(config: DiTConfig, latent_grid: tuple[int, int, int], layers: int = 1, batch: int = 1) -> Count:
+    """What KAB adds to one evaluation that has it in `layers` layers: the products q k^T of frame attention.
+
+    Attention with a bias has the products of attention without one, and isolated keyframes those of joint ones:
+    neither adds any.
+    """
+    a_key = 2 * batch * layers * tokens(config, latent_grid) * config.dim
+    return {
+        "frame attention to text": a_key * config.text_length,
+        "frame attention to keyframes": a_key * config.num_images * config.image_tokens,
+    }
+
+
+def kab_bytes(config: DiTConfig, latent_grid: tuple[int, int, int], layers: int = 1, batch: int = 1) -> Count:
+    """Bytes of logits and probabilities written and read for KAB where no kernel is fused across a softmax.
+
+    Both are of one frame at a time, [B, N, Q, K]; over all frames B * N * S * K numbers. "frame attention": logits
+    written by the product and read by the softmax, probabilities written and read by the mean; all in the softmax
+    dtype. "biased attention": logits the same, probabilities written and read in the compute dtype; this is extra
+    only where attention without a bias is fused (cuDNN).
+    """
+    keys = config.text_length + config.num_images * config.image_tokens
+    numbers = batch * layers * config.num_heads * tokens(config, latent_grid) * keys
+    softmax, compute = (jnp.dtype(name).itemsize for name in (config.precision.softmax, config.precision.compute))
+    return {"frame attention": 4 * softmax * numbers, "biased attention": 2 * (softmax + compute) * numbers}
 
 
 def vae_encode(config: VAEConfig, frames: int, size: tuple[int, int], batch: int = 1) -> Count:

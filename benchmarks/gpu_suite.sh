@@ -52,6 +52,7 @@ if [ "$dry" = 1 ]; then
   parity=(--preset tiny --layers 1 --size 16x16 --frames 5)
   throughput=(--preset tiny --layers 1 --size 16x16 --frames 5 --steps 2 --matmul 128)
   attention=(--preset tiny --size 16x16 --frames 9 --repeats 2 --matmul 128 --chunk-mib 1)
+  method=(--preset tiny --layers 2 --size 16x16 --frames 9 --repeats 1 --layer-repeats 1 --dtype float32)
   vae=(--preset tiny --size 16x16 --frames 5 --steps 1 --matmul 128 --conv3d auto)
   diffusers=(--preset tiny --layers 1 --size 32x32 --frames 5 --repeats 2
     --vae-base 4 --vae-size 16x16 --vae-frames 5)
@@ -60,6 +61,8 @@ else
   parity=(--preset flf2v_14b --layers 2 --size 480x864 --frames 9)
   throughput=(--preset flf2v_14b --size 480x864 --frames 81 --steps 3)
   attention=(--preset flf2v_14b --size 480x864 --frames 81 --repeats 5)
+  # A quarter of the depth, and of the layers with KAB.
+  method=(--preset flf2v_14b --layers 10 --size 480x864 --frames 81 --repeats 3 --layer-repeats 5 --dtype bfloat16)
   # The autoencoder's time is linear in frames.
   vae=(--preset flf2v_14b --size 480x864 --frames 33 --steps 2 --conv3d taps conv3d)
   diffusers=(--preset flf2v_14b --layers 2 --size 480x864 --frames 33
@@ -70,10 +73,11 @@ fi
 part device 30 "$python" -c "$check_device" "$out/device.json" "$dry"
 ((failed == 0)) || exit 1
 part parity 85 "$python" -m benchmarks.gpu_parity "${parity[@]}" --out "$out/parity.json"
-part throughput 190 "$python" -m benchmarks.throughput "${throughput[@]}" --dtype bfloat16 \
+part throughput 170 "$python" -m benchmarks.throughput "${throughput[@]}" --dtype bfloat16 \
   --guidance sequential batched --out "$out/throughput.json"
-part attention 75 "$python" -m benchmarks.attention "${attention[@]}" --out "$out/attention.json"
-part vae 90 "$python" -m benchmarks.throughput "${vae[@]}" --no-dit --vae --out "$out/vae.json"
+part attention 60 "$python" -m benchmarks.attention "${attention[@]}" --out "$out/attention.json"
+part method 100 "$python" -m benchmarks.method_cost "${method[@]}" --out "$out/method.json"
+part vae 70 "$python" -m benchmarks.throughput "${vae[@]}" --no-dit --vae --out "$out/vae.json"
 # Only files that have such tests are collected: the others may need packages that a GPU machine lacks.
 mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
 if ((${#files[@]})); then

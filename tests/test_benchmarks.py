@@ -39,9 +39,9 @@ def run_suite(folder: Path, python: str) -> tuple[int, dict[str, str], str]:
 def test_dry_run_of_the_gpu_suite(tmp_path):
     code, parts, text = run_suite(tmp_path, sys.executable)
     assert code == 0, text[-5000:]
-    assert {"device", "parity", "throughput", "attention", "vae", "diffusers"} <= parts.keys()
+    assert {"device", "parity", "throughput", "attention", "method", "vae", "diffusers"} <= parts.keys()
     reports = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    for name in ("parity", "throughput", "attention", "vae", "diffusers"):
+    for name in ("parity", "throughput", "attention", "method", "vae", "diffusers"):
         environment = reports[name]["environment"]
         assert environment["backend"] == "cpu" and environment["versions"]["jax"] == jax.__version__
         assert environment["command"].startswith("python -m benchmarks.") and environment["date"]

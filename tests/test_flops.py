@@ -10,6 +10,7 @@ from benchmarks import flops, random_model
 from wanjax import layers, rope, vae
 from wanjax.config import DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
+from wanjax.kab import frame_attention
 
 ONE_LAYER = DiTConfig(
     num_layers=1, dim=512, num_heads=4, ffn_dim=1536, text_dim=256, text_length=96, image_dim=128,
@@ -89,3 +90,26 @@ def test_batch_and_layers_scale():
     assert flops.total(flops.dit(one, grid, 3)) == 3 * flops.total(flops.dit(one, grid))
     assert flops.dit(double, grid)["ffn"] == 2 * flops.dit(one, grid)["ffn"]
     assert flops.dit(double, grid)["head"] == flops.dit(one, grid)["head"]
+
+
+def test_kab_against_xla():
+    """XLA counts the body of the loop over frames once, whatever their number: hence one frame's queries."""
+    config, grid = SHAPES["flf2v"], (1, 16, 20)
+    tokens, heads = flops.tokens(config, grid), (config.num_heads, config.head_dim)
+    q, text, image = (
+        jax.ShapeDtypeStruct((2, n, *heads), jnp.float32) for n in (tokens, config.text_length, config.image_tokens)
+    )
+    xla = sum(counted_by_xla(lambda q, k: frame_attention(q, k, 1), q, k) for k in (text, image, image))
+    ours = flops.total(flops.kab(config, grid, batch=2))
+    assert ours < xla < 1.06 * ours  # softmax and mean are not products
+
+
+def test_kab_by_hand():
+    """34020 tokens, 512 and 514 keys, 40 heads of 128; 8 layers."""
+    config, grid = preset("flf2v_14b").dit, (21, 60, 108)
+    assert flops.kab(config, grid, 8) == {
+        "frame attention to text": 8 * 2 * 34_020 * 512 * 5120,
+        "frame attention to keyframes": 8 * 2 * 34_020 * 514 * 5120,
+    }
+    numbers = 34_020 * 1026 * 40
+    assert flops.kab_bytes(config, grid) == {"frame attention": 16 * numbers, "biased attention": 16 * numbers}
