@@ -69,7 +69,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Outpu
             f"output {path}: unknown suffix {path.suffix}; use {', '.join(SUFFIXES)} or, for a folder of PNG "
             f"frames, a name without a dot"
         )
-    _check_folder(path)
+    check_folder(path)
     outputs = Outputs(path, path.with_name(f"{path.stem}.sheet.png"), path.with_name(f"{path.stem}.json"))
     for target in (outputs.video, outputs.sheet, outputs.settings):
         _check_target(target, folder=target is outputs.video and not suffix, overwrite=overwrite)
@@ -226,7 +226,8 @@ def _move(part: Path, path: Path, hidden: Path) -> None:
         raise
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path) -> None:
+    """Raises OutputError unless the folder that `path` lies in exists and can be written to, which is tried."""
     parent = path.parent
     if not parent.exists():
         raise OutputError(f"output {path}: no folder {parent}; create it with mkdir -p {parent}")

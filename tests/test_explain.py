@@ -10,9 +10,8 @@ import pytest
 from nano import NANO, write_model
 from PIL import Image
 
-from samplers import explain, pipeline, solvers
+from samplers import explain, pipeline, plots
 from samplers.pipeline import Keyframes, Settings
-from samplers.schedule import sigmas
 from wanjax import checkpoint, dit, method, sharding
 from wanjax.cross import CrossReport
 from wanjax.kab import KAB
@@ -131,11 +130,9 @@ def test_latents_are_those_of_the_run(model):
     chosen = settings(steps=2)
     prepared = Keyframes.prepare([tuple(images())], NANO, chosen)
     encoded = pipeline.encode(model, prepared, [chosen.prompt], chosen)
-    table = solvers.table(chosen.solver, sigmas(chosen.grid, chosen.steps, chosen.shift))
-    args = model, *encoded, chosen, table, chosen.method_arrays(NANO)
     whole = pipeline.denoise(model, *encoded, chosen)
-    assert np.array_equal(explain._entering(*args, 2, None, None), whole)
-    noise = np.asarray(explain._entering(*args, 0, None, None))
+    assert np.array_equal(pipeline.denoise(model, *encoded, chosen, until=2), whole)
+    noise = np.asarray(pipeline.denoise(model, *encoded, chosen, until=0))
     assert noise.shape == whole.shape and abs(noise.std() - 1) < 0.1
 
 
@@ -145,7 +142,7 @@ def test_retro(model, observed, mode):
     chosen = settings(method=Method(retro=own))
     numbers = explain._numbers(model, chosen, 0, 1, observed, False)
     scale, position = (np.array(numbers["retro"][name]) for name in ("scale", "position"))
-    title = explain._draw_retro(numbers).get_suptitle()
+    title = plots.draw_retro(numbers).get_suptitle()
     index = np.arange(FRAMES)
     if mode is None:
         assert (scale == 1).all() and "none in this method" in title
@@ -172,10 +169,10 @@ def test_titles_say_where_nothing_is_done(model, observed):
     ]
     for chosen, layer, step, own, attention, strength in cases:
         numbers = explain._numbers(model, chosen, layer, step, observed, own)
-        assert attention in explain._attention_title(numbers)
-        assert ("No KAB" in explain._attention_title(numbers)) == (not numbers["kab"] and not own)
-        assert strength in explain._draw_strength(numbers).get_suptitle()
-    axes = explain._draw_attention(numbers).axes
+        assert attention in plots._attention_title(numbers)
+        assert ("No KAB" in plots._attention_title(numbers)) == (not numbers["kab"] and not own)
+        assert strength in plots.draw_strength(numbers).get_suptitle()
+    axes = plots.draw_attention(numbers).axes
     assert "prompt, with own bias" in [ax.get_title() for ax in axes]
 
 
@@ -187,19 +184,19 @@ def test_labels_of_any_prompt(model, observed, monkeypatch):
     labels = numbers["attention"]["text"]["labels"]
     assert labels == ["a", " red", " ", "一只", "🐈", "$x_1$", " over", "</s>", "padding (0)"]
     np.testing.assert_allclose(np.array(numbers["attention"]["text"]["plain"]).sum(1), 1, atol=1e-6)
-    monkeypatch.setattr(explain, "_FALLBACKS", ())
-    names, _ = explain._drawable(labels, range(9))
+    monkeypatch.setattr(plots, "_FALLBACKS", ())
+    names, _ = plots._drawable(labels, range(9))
     assert names[:4] == ["a", "red", "␣", "#3"] and names[5] == "$x_1$"
-    figure = explain._draw_attention(numbers)
+    figure = plots.draw_attention(numbers)
     figure.canvas.draw()  # warnings about missing glyphs are errors here
     assert any("no font for it" in ax.get_xlabel() for ax in figure.axes)
 
 
 def test_many_tokens_share_the_axis():
-    assert explain._every(5, 1) == [0, 1, 2, 3, 4]
-    ticks = explain._every(500, 3)
+    assert plots._every(5, 1) == [0, 1, 2, 3, 4]
+    ticks = plots._every(500, 3)
     assert ticks[0] == 0 and ticks[-1] == 499 and min(np.diff(ticks)) >= 3
-    assert explain._every(1, 1) == [0] and explain._spread(50, 15)[-1] == 49
+    assert plots._every(1, 1) == [0] and plots._spread(50, 15)[-1] == 49
 
 
 def test_defaults():
@@ -268,13 +265,13 @@ def test_without_matplotlib(tmp_path, monkeypatch, module):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["_draw_attention", "video.write_json"])
+@pytest.mark.parametrize("place", ["draw_attention", "video.write_json"])
 def test_a_failed_run_leaves_what_was_there(model, observed, tmp_path, monkeypatch, error, place):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(explain, "_save", lambda figure, path: path.write_bytes(b"new"))
-    owner, name = (explain.video, "write_json") if "." in place else (explain, place)
+    monkeypatch.setattr(plots, "save", lambda figure, path: path.write_bytes(b"new"))
+    owner, name = (explain.video, "write_json") if "." in place else (plots, place)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
         with pytest.raises(error):
@@ -318,14 +315,14 @@ def test_nan_is_named(model, observed, monkeypatch):
 
 def test_on_a_mesh(model, run, monkeypatch):
     """Two devices see what one sees; what goes before is left to one, for its programs take long to compile."""
-    encode, entering = pipeline.encode, explain._entering
+    encode, denoise = pipeline.encode, pipeline.denoise
     monkeypatch.setattr(pipeline, "encode", lambda spread, *args: encode(model, *args))
     alone = pipeline.encode(None, Keyframes.prepare([tuple(images())], NANO, settings()), ["a red circle"], settings())
     monkeypatch.setattr(
-        explain,
-        "_entering",
-        lambda spread, conditions, negative, *args: sharding.shard_video(
-            entering(model, *alone, *args[:-1], None), args[-1]
+        pipeline,
+        "denoise",
+        lambda spread, conditions, negative, chosen, progress, mesh, bias, until: sharding.shard_video(
+            denoise(model, *alone, chosen, until=until), mesh
         ),
     )
     mesh = sharding.make_mesh({"sequence": 2}, jax.devices()[:2])

@@ -51,7 +51,7 @@ def table(
     if mode == "frequency":
         positions[0] = positions[0] * scale
     if mode == "position" and grid[0] > 1:
-        positions[0] = _warped(scale)
+        positions[0] = warped(scale)
     angles = []
     for axis, (position, pairs) in enumerate(zip(positions, axis_pairs(head_dim), strict=True)):
         omega = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
@@ -76,7 +76,7 @@ def _check_scale(scale: np.ndarray, frames: int, mode: str) -> None:
         raise ValueError("temporal_scale must be finite and positive in every latent frame")
 
 
-def _warped(scale: np.ndarray) -> np.ndarray:
+def warped(scale: np.ndarray) -> np.ndarray:
     """Positions whose speed is `scale` [F], from 0 to F - 1; exactly 0, 1, ..., F - 1 for equal speeds of 1."""
     moved = np.concatenate([[0.0], np.cumsum((scale[1:] + scale[:-1]) / 2)])
     return moved * ((len(scale) - 1) / moved[-1])
