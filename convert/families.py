@@ -1,0 +1,319 @@
+"""Which model a set of tensors is, and its configuration, read from names and shapes alone.
+
+Everything that shapes tell is read from them; what they do not tell (heads, lengths) comes from a `config.json` where
+there is one, else from the published models. The two are compared where both speak.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from convert import clip, dit, umt5, vae
+from convert.keymap import Rule, Shape
+from convert.tensors import SourceError, Tensors
+from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+
+HEAD_DIM = 128
+"""Width of a DiT head in every published Wan2.1 model."""
+
+PREFIX = "model.diffusion_model."
+"""What some single files put before every name of the transformer."""
+
+Config = DiTConfig | VAEConfig | UMT5Config | CLIPConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model in one layout.
+
+    Attributes:
+      part: "dit", "vae", "umt5" or "clip".
+      layout: "original" or "diffusers".
+      marks: names that all files of this family have, and none of another.
+      rules: config -> table.
+      config: (shapes, config.json or {}) -> config.
+      unused: (config, names) -> names that are there and not read.
+    """
+
+    part: str
+    layout: str
+    marks: tuple[str, ...]
+    rules: Callable[[Any], list[Rule]]
+    config: Callable[[Mapping[str, Shape], Mapping[str, Any]], Config]
+    unused: Callable[[Any, Iterable[str]], tuple[str, ...]] = lambda config, names: ()
+
+
+def plain(tensors: Tensors) -> Tensors:
+    """The same tensors without the prefixes that some files put in front of every name.
+
+    Raises:
+      SourceError: a name is there with the prefix and without it.
+    """
+    for prefix in (PREFIX, clip.PREFIX):
+        if any(name.startswith(prefix) for name in tensors.named):
+            tensors = tensors.renamed(lambda name, prefix=prefix: name.removeprefix(prefix))
+    return tensors
+
+
+def identify(tensors: Tensors) -> Family:
+    """The family of tensors under `plain` names.
+
+    Raises:
+      SourceError: none that is known.
+    """
+    for family in FAMILIES:
+        if all(mark in tensors.named for mark in family.marks):
+            return family
+    some = ", ".join(sorted(tensors.named)[:3]) or "no tensors"
+    raise SourceError(f"{tensors.files[0]}: not a model that Wan2.1 uses (it holds {some}, ...)")
+
+
+def describe(config: Config) -> str:
+    """A model by its usual name, for messages."""
+    if isinstance(config, DiTConfig):
+        kind = {0: "text-to-video (T2V)", 1: "image-to-video (I2V, no emb_pos)", 2: "first-and-last-frame (FLF2V)"}
+        return f"{kind[config.num_images]} transformer of {config.num_layers} layers, width {config.dim}"
+    names = {VAEConfig: "video autoencoder (VAE)", UMT5Config: "text encoder (UMT5)", CLIPConfig: "vision tower (CLIP)"}
+    return names[type(config)]
+
+
+def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    """How many layers a numbered name has: one more than the largest number."""
+    numbers = [int(found[1]) for name in shapes if (found := re.match(pattern, name))]
+    return max(numbers) + 1 if numbers else 0
+
+
+def _stated(stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Compares config.json with what the tensors say; every difference in one line."""
+    differences = [
+        f"{key} {stated[key]}, the tensors {value}"
+        for key, value in found.items()
+        if stated.get(key) is not None and stated[key] != value
+    ]
+    if differences:
+        raise SourceError(f"config.json says {'; '.join(differences)}: files of two models are mixed up")
+
+
+def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], names: Mapping[str, str]) -> DiTConfig:
+    """`names`: our role -> foreign name, for the tensors that tell sizes."""
+    dim, channels, *patch = shapes[names["patch"]]
+    layers = _count(shapes, r"blocks\.(\d+)\.")
+    image = shapes.get(names["image"])
+    position = shapes.get(names["position"])
+    heads = stated.get("num_attention_heads", stated.get("num_heads"))
+    if heads is None:
+        if dim % HEAD_DIM:
+            raise SourceError(f"transformer of width {dim}: how many heads is not told; put its config.json beside it")
+        heads = dim // HEAD_DIM
+    found = {
+        "num_layers": layers, "ffn_dim": shapes[names["ffn"]][0], "freq_dim": shapes[names["time"]][1],
+        "text_dim": shapes[names["text"]][1],
+    }  # fmt: skip
+    _stated(stated, found | {"in_dim": channels, "in_channels": channels})
+    out = shapes[names["head"]][0] // math.prod(patch)
+    return DiTConfig(
+        dim=dim,
+        num_heads=heads,
+        in_channels=channels,
+        out_channels=out,
+        patch_size=tuple(patch),
+        text_length=stated.get("text_len", 512),
+        image_dim=None if image is None else image[0],
+        image_tokens=257 if position is None else position[1] // 2,
+        num_images=0 if image is None else 1 if position is None else 2,
+        **found,
+    )
+
+
+def _dit_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> DiTConfig:
+    return _dit(shapes, stated, {
+        "patch": "patch_embedding.weight", "ffn": "blocks.0.ffn.0.weight", "time": "time_embedding.0.weight",
+        "text": "text_embedding.0.weight", "head": "head.head.weight", "image": "img_emb.proj.0.weight",
+        "position": "img_emb.emb_pos",
+    })  # fmt: skip
+
+
+def _dit_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> DiTConfig:
+    embed = "condition_embedder"
+    return _dit(shapes, stated, {
+        "patch": "patch_embedding.weight", "ffn": "blocks.0.ffn.net.0.proj.weight",
+        "time": f"{embed}.time_embedder.linear_1.weight", "text": f"{embed}.text_embedder.linear_1.weight",
+        "head": "proj_out.weight", "image": f"{embed}.image_embedder.norm1.weight",
+        "position": f"{embed}.image_embedder.pos_embed",
+    })  # fmt: skip
+
+
+def _vae(
+    shapes: Mapping[str, Shape],
+    stated: Mapping[str, Any],
+    first: str,
+    latent: str,
+    blocks: Sequence[str | None],
+    times: Sequence[bool],
+) -> VAEConfig:
+    """From the encoder's list: `blocks` names each residual block's first convolution, None a resampler."""
+    base = shapes[first][0]
+    levels: list[list[int]] = [[]]
+    for name in blocks:
+        if name is None:
+            levels.append([])
+        else:
+            levels[-1].append(shapes[name][0] // base)
+    counts = {len(level) for level in levels}
+    if len(counts) != 1 or any(len(set(level)) != 1 for level in levels):
+        raise SourceError("autoencoder: its levels differ in depth or change width inside; not a Wan2.1 VAE")
+    config = VAEConfig(
+        base_dim=base,
+        dim_mult=tuple(level[0] for level in levels),
+        num_res_blocks=counts.pop(),
+        latent_channels=shapes[latent][0],
+        temporal_downsample=tuple(times),
+        latent_mean=tuple(stated.get("latents_mean", VAEConfig.latent_mean)),
+        latent_std=tuple(stated.get("latents_std", VAEConfig.latent_std)),
+    )
+    _stated(stated, {"base_dim": base, "z_dim": config.latent_channels, "dim_mult": list(config.dim_mult),
+                     "temperal_downsample": list(times)})  # fmt: skip
+    return config
+
+
+def _vae_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VAEConfig:
+    layer = "encoder.downsamples.{}"
+    blocks, times = [], []
+    for i in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
+        name = f"{layer.format(i)}.residual.2.weight"
+        blocks.append(name if name in shapes else None)
+        if blocks[-1] is None:
+            times.append(f"{layer.format(i)}.time_conv.weight" in shapes)
+    return _vae(shapes, stated, "encoder.conv1.weight", "conv2.weight", blocks, times)
+
+
+def _vae_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VAEConfig:
+    layer = "encoder.down_blocks.{}"
+    blocks, times = [], []
+    for i in range(_count(shapes, r"encoder\.down_blocks\.(\d+)\.")):
+        name = f"{layer.format(i)}.conv1.weight"
+        blocks.append(name if name in shapes else None)
+        if blocks[-1] is None:
+            times.append(f"{layer.format(i)}.time_conv.weight" in shapes)
+    return _vae(shapes, stated, "encoder.conv_in.weight", "post_quant_conv.weight", blocks, times)
+
+
+def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, block: str, bias: str, q: str,
+          ffn: str) -> UMT5Config:  # fmt: skip
+    vocab, dim = shapes[embed]
+    buckets, heads = shapes[bias]
+    found = {
+        "num_layers": _count(shapes, block), "vocab_size": vocab, "num_heads": heads,
+    }  # fmt: skip
+    sizes = {"d_model": dim, "d_ff": shapes[ffn][0], "d_kv": shapes[q][0] // heads,
+             "relative_attention_num_buckets": buckets}  # fmt: skip
+    _stated(stated, found | sizes)
+    return UMT5Config(
+        dim=dim,
+        head_dim=sizes["d_kv"],
+        ffn_dim=sizes["d_ff"],
+        num_buckets=buckets,
+        max_distance=stated.get("relative_attention_max_distance", UMT5Config.max_distance),
+        **found,
+    )
+
+
+def _umt5_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> UMT5Config:
+    first = "blocks.0"
+    bias = f"{first}.pos_embedding.embedding.weight"
+    return _umt5(shapes, stated, "token_embedding.weight", r"blocks\.(\d+)\.", bias, f"{first}.attn.q.weight",
+                 f"{first}.ffn.fc1.weight")  # fmt: skip
+
+
+def _umt5_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> UMT5Config:
+    first = "encoder.block.0.layer"
+    attention = f"{first}.0.SelfAttention"
+    return _umt5(shapes, stated, "shared.weight", r"encoder\.block\.(\d+)\.",
+                 f"{attention}.relative_attention_bias.weight", f"{attention}.q.weight",
+                 f"{first}.1.DenseReluDense.wi_1.weight")  # fmt: skip
+
+
+def _clip(shapes: Mapping[str, Shape], stated: Mapping[str, Any], patch: str, positions: Shape, block: str,
+          ffn: str) -> CLIPConfig:  # fmt: skip
+    dim, _, size, _ = shapes[patch]
+    side = math.isqrt(positions[-2] - 1)
+    found = {"hidden_size": dim, "intermediate_size": shapes[ffn][0], "patch_size": size, "image_size": side * size}
+    _stated(stated, found)
+    return CLIPConfig(
+        num_layers=_count(shapes, block) - 1,  # Wan2.1 reads the features before the last block
+        dim=dim,
+        num_heads=stated.get("num_attention_heads", CLIPConfig.num_heads),
+        ffn_dim=found["intermediate_size"],
+        image_size=found["image_size"],
+        patch_size=size,
+        eps=stated.get("layer_norm_eps", CLIPConfig.eps),
+    )
+
+
+def _clip_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> CLIPConfig:
+    return _clip(shapes, stated, "visual.patch_embedding.weight", shapes["visual.pos_embedding"],
+                 r"visual\.transformer\.(\d+)\.", "visual.transformer.0.mlp.0.weight")  # fmt: skip
+
+
+def _clip_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> CLIPConfig:
+    return _clip(shapes, stated, "embeddings.patch_embedding.weight", shapes["embeddings.position_embedding.weight"],
+                 r"encoder\.layers\.(\d+)\.", "encoder.layers.0.mlp.fc1.weight")  # fmt: skip
+
+
+def _also(*names: str) -> Callable[[Any, Iterable[str]], tuple[str, ...]]:
+    return lambda config, present: tuple(name for name in names if name in set(present))
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("dit", "original", ("patch_embedding.weight", "blocks.0.self_attn.q.weight", "time_embedding.0.weight",
+                               "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight"),
+           dit.original, _dit_original),
+    Family("dit", "diffusers", ("patch_embedding.weight", "condition_embedder.time_embedder.linear_1.weight",
+                                "condition_embedder.text_embedder.linear_1.weight", "proj_out.weight",
+                                "blocks.0.ffn.net.0.proj.weight"),
+           dit.diffusers, _dit_diffusers),
+    Family("vae", "original", ("encoder.conv1.weight", "conv2.weight", "encoder.downsamples.0.residual.2.weight"),
+           vae.original, _vae_original),
+    Family("vae", "diffusers", ("encoder.conv_in.weight", "post_quant_conv.weight",
+                                "encoder.down_blocks.0.conv1.weight"),
+           vae.diffusers, _vae_diffusers),
+    Family("umt5", "original", ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
+                                "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"),
+           umt5.original, _umt5_original),
+    Family("umt5", "diffusers", ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
+                                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                                 "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"),
+           umt5.diffusers, _umt5_diffusers, _also(*umt5.IGNORE, "spiece_model")),
+    Family("clip", "original", ("visual.patch_embedding.weight", "visual.pos_embedding",
+                                "visual.transformer.0.mlp.0.weight"),
+           clip.original, _clip_original, clip.original_unused),
+    Family("clip", "diffusers", ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
+                                 "encoder.layers.0.mlp.fc1.weight"),
+           clip.diffusers, _clip_diffusers,
+           lambda config, names: (*clip.unused(config), *_also("visual_projection.weight")(config, names))),
+)  # fmt: skip
+"""Every model in every layout. The first whose marks are all there is meant."""
+
+SLOTS: MappingProxyType[str, type] = MappingProxyType(
+    {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
+)
+
+
+def read_config(family: Family, tensors: Tensors, stated: Mapping[str, Any]) -> Config:
+    """The configuration of tensors whose family is known.
+
+    Args:
+      stated: the `config.json` beside them, {} without one.
+
+    Raises:
+      SourceError: sizes that contradict each other or config.json.
+    """
+    try:
+        return family.config(tensors.shapes, stated)
+    except SourceError as error:
+        raise SourceError(f"{tensors.files[0]}: {error}") from error
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise SourceError(f"{tensors.files[0]}: not a whole {family.part} ({error})") from error
