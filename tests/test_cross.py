@@ -124,8 +124,9 @@ def test_models_with_fewer_branches(sizes):
     """They have nothing to isolate, whatever the control says."""
     case = Case(7, sizes=sizes)
     check(case, False, case.beta(1.0, 0.5))
-    outs = [attend(*case.branches, None, control(case.beta(), isolated)) for isolated in (False, True)]
+    outs = [attend(*case.branches, None, control(case.beta(), x, weights=(0.5, 2, 3))) for x in (False, True)]
     assert np.array_equal(*outs)
+    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.beta(), False)))
 
 
 @BOTH
@@ -267,9 +268,10 @@ def test_bfloat16_policy(isolated):
         outs.append((out, leaves(bias_of(*branches[:2], active, precision=precision))))
     assert outs[0][0].dtype == jnp.bfloat16
     assert relative_error(outs[0][0].astype(jnp.float32), outs[1][0]) <= 2e-2
+    # Only inputs of products are rounded, and these already were: the bias keeps float32's accuracy.
     for a, b in zip(outs[0][1], outs[1][1], strict=True):
         assert a.dtype == jnp.float32
-        assert relative_error(a, b) <= 2e-2
+        assert relative_error(a, b) <= 1e-5
 
 
 @BOTH

@@ -77,7 +77,7 @@ NAN, INF = float("nan"), float("inf")
     "changes, message",
     [({name: value}, f"{name} {value}") for name in ("s_edge", "s_mid") for value in (0.0, -1.0, NAN, INF)]
     + [({"w_edge": w}, f"w_edge {w}: must be from 1 to 12.5 pixel frames") for w in (0, 0.9, 12.6, -3, NAN, INF)]
-    + [({"smooth": n}, f"retro smooth {n}") for n in (-1, 1.5, True)]
+    + [({"smooth": n}, f"retro smooth {n}") for n in (-1, 1.5, True, NAN, INF)]
     + [({"mode": "angle"}, "retro mode 'angle': choose frequency, magnitude, position")],
     ids=str,
 )

@@ -60,9 +60,12 @@ class KAB:
                 raise ValueError(f"{name} {value}: give a number from 0 to 1000; 0 switches it off")
         if not (math.isfinite(self.eps) and 0 < self.eps <= 1):
             raise ValueError(f"kab eps {self.eps}: give a number above 0, at most 1")
-        low, high = self.steps
-        if not (0 <= low <= high <= 1):
-            raise ValueError(f"kab steps {low:g}-{high:g}: give two shares of the run, 0 <= low <= high <= 1")
+        if len(self.steps) != 2 or not (0 <= self.steps[0] <= self.steps[1] <= 1):
+            text = "-".join(f"{share:g}" for share in self.steps)
+            raise ValueError(f"kab steps {text}: give two shares of the run, 0 <= low <= high <= 1")
+        if self.layers is not None and (len(self.layers) != 2 or not all(isinstance(n, int) for n in self.layers)):
+            text = "-".join(str(layer) for layer in self.layers)
+            raise ValueError(f"kab layers {text}: give the first and the last one, whole numbers from 0")
         if isinstance(self.curve, str) and self.curve not in CURVES:
             raise ValueError(f"anchor curve {self.curve!r}: choose {', '.join(CURVES)}, or give a number a frame")
 

@@ -59,7 +59,7 @@ def edge_width(retro: ReTRo, frames: int) -> float:
 
 
 def scale_vector(retro: ReTRo, frames: int, latent_frames: int) -> np.ndarray:
-    """The factors s of every latent frame, symmetric in time.
+    """The factors s of every latent frame; symmetric in time at the published widths.
 
     Args:
       retro: settings.
