@@ -1,6 +1,8 @@
-"""A wanjax model folder: `config.json`, `tokenizer.json`, and one safetensors file a model.
+"""A wanjax model folder: `config.json`, `tokenizer.json`, and the parameters of each model in one of two forms.
 
-Tensor names are parameter paths ("blocks/ffn_in/kernel"). Everything is checked before it is used.
+Small models are one safetensors file each, with parameter paths as names ("blocks/ffn_in/kernel"); what
+`python -m convert` writes is an Orbax checkpoint each and a manifest (`wanjax.store`). Everything is checked before it
+is used.
 """
 
 import os
@@ -19,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from wanjax import config as configs
-from wanjax import rope, sharding, vae
+from wanjax import rope, sharding, store, vae
 from wanjax.clip import CLIPVision
 from wanjax.config import BFLOAT16, FLOAT32, ModelConfig
 from wanjax.dit import WanDiT
@@ -114,20 +116,20 @@ def bundled() -> Path:
     return Path(str(resources.files("wanjax") / "assets" / "tiny"))
 
 
-def read_config(model: str | os.PathLike[str]) -> tuple[Path, ModelConfig]:
-    """The folder and configuration of "tiny" or of a path, with all its files present; reads no weights.
+def read_config(model: str | os.PathLike[str], whole: bool = True) -> tuple[Path, ModelConfig]:
+    """The folder and configuration of "tiny" or of a path, if `whole` with all its files present; reads no weights.
 
     Raises:
       CheckpointError: no such model, or not a model folder.
     """
     folder = bundled() if str(model) == "tiny" else Path(model)
     try:
-        return _read_config(folder, str(model))
+        return _read_config(folder, str(model), whole)
     except OSError as error:  # no permission, a name too long, a broken disk
         raise CheckpointError(f"model {str(model)!r}: cannot be read ({error.strerror}); check the path") from error
 
 
-def _read_config(folder: Path, model: str) -> tuple[Path, ModelConfig]:
+def _read_config(folder: Path, model: str, whole: bool) -> tuple[Path, ModelConfig]:
     if not folder.is_dir():
         raise CheckpointError(f"model {model!r}: no such folder; give 'tiny' or a wanjax model folder")
     if not (folder / CONFIG).is_file():
@@ -137,20 +139,30 @@ def _read_config(folder: Path, model: str) -> tuple[Path, ModelConfig]:
     except (ValueError, ArithmeticError, RecursionError) as error:  # such as no heads to divide the width by
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     parts = ["dit", "vae", "umt5"] + (["clip"] if config.clip else [])
-    lacking = [name for name in (*(f"{p}.safetensors" for p in parts), TOKENIZER) if not (folder / name).is_file()]
-    if lacking:
+    stored = (folder / store.MANIFEST).is_file()
+    names = [*(part if stored else f"{part}.safetensors" for part in parts), TOKENIZER]
+    lacking = [name for name in names if not (folder / name).exists()]
+    if lacking and whole:
         raise CheckpointError(f"model {folder}: {', '.join(lacking)} missing; convert the weights again")
     return folder, config
 
 
-def load(model: str | os.PathLike[str] = "tiny", dtype: str | None = None, mesh: Mesh | None = None) -> Model:
-    """Loads a model, one tensor at a time: the host never holds more than the largest one twice.
+def load(
+    model: str | os.PathLike[str] = "tiny",
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
+    fast: bool = True,
+) -> Model:
+    """Loads a model. Of a converted one each host reads its shards alone; of a safetensors file one tensor at a time.
 
     Args:
       model: "tiny" for the bundled one, or a model folder.
       dtype: "float32" or "bfloat16" policy for transformer and encoders; None takes the folder's own.
         The VAE stays as it is stored in the config.
-      mesh: where the params are put, by `sharding.RULES`; None puts them on the default device.
+      mesh: where the params are put, by `rules`; None puts them on the default device.
+      fast: of a converted model, trust the checksums of what is read. False reads everything once more and compares
+        it with the manifest.
 
     Raises:
       CheckpointError: no such folder, damaged files, or tensors that are not the config's.
@@ -164,7 +176,18 @@ def load(model: str | os.PathLike[str] = "tiny", dtype: str | None = None, mesh:
             f"{folder / TOKENIZER}: {tokenizer.vocab_size} tokens, the text encoder has {config.umt5.vocab_size}"
         )
     shapes = param_shapes(config)
-    params = {part: _read(folder / f"{part}.safetensors", tree, mesh) for part, tree in shapes.items()}
+    if not (folder / store.MANIFEST).is_file():
+        params = {part: _read(folder / f"{part}.safetensors", tree, mesh, rules) for part, tree in shapes.items()}
+        return Model(config, params, tokenizer)
+    try:
+        manifest = store.read_manifest(folder)
+        for part, tree in shapes.items():
+            store.check(folder, part, tree, manifest)
+        if not fast:
+            store.verify(folder, manifest.arrays)
+        params = {part: store.restore(folder, part, tree, mesh, rules) for part, tree in shapes.items()}
+    except store.StoreError as error:
+        raise CheckpointError(str(error)) from error
     return Model(config, params, tokenizer)
 
 
@@ -176,10 +199,10 @@ def policy(dtype: str) -> configs.Precision:
     return policies[dtype]
 
 
-def _read(file: Path, expected: Any, mesh: Mesh | None) -> Any:
+def _read(file: Path, expected: Any, mesh: Mesh | None, rules: sharding.Rules) -> Any:
     """Params of one file on the device or mesh, in the dtypes of `expected`; shapes are compared first."""
     leaves = flatten_dict(expected, sep="/")
-    specs = flatten_dict(sharding.specs(expected, mesh=mesh), sep="/")
+    specs = flatten_dict(sharding.specs(expected, rules, mesh), sep="/")
     places = {name: mesh and NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = {}
     try:

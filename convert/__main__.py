@@ -1,0 +1,102 @@
+"""`python -m convert`: foreign weights into a wanjax folder, and a look at any source. No logic lives here."""
+
+import argparse
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from convert import families, inspect, lora, sources, write
+from wanjax import store
+from wanjax.config import PRESETS
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of a conversion."""
+    p = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Convert Wan2.1 weights to a wanjax folder, or inspect what a path holds.",
+        epilog="python -m convert inspect PATH [--full]: family, sizes and dtypes of any source or wanjax folder; "
+        "--full reads a wanjax folder once and compares it with its manifest.",
+    )
+    p.add_argument(
+        "source", metavar="SRC", help="weight file, or folder of the original repository, diffusers, ComfyUI"
+    )
+    p.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    models = ("auto", *(name for name in PRESETS if name != "tiny"))
+    p.add_argument("--model", choices=models, default="auto", help="what it must be (default: %(default)s)")
+    p.add_argument(
+        "--dtype", choices=write.DTYPES, default="keep", help="of transformer and encoders (default: %(default)s)"
+    )
+    p.add_argument("--only", nargs="+", choices=tuple(families.SLOTS), help="convert these parts alone")
+    p.add_argument(
+        "--lora", nargs="+", default=[], metavar="FILE[:scale]", help="merge these into the transformer, in float32"
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be here
+    run = _inspect if arguments[:1] == ["inspect"] else _convert
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("python -m convert: interrupted; run it again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"python -m convert: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _inspect(arguments: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="python -m convert inspect", description="Say what a path holds.")
+    p.add_argument("path", type=Path)
+    p.add_argument("--full", action="store_true", help="of a wanjax folder: read it all and compare with its manifest")
+    options = p.parse_args(arguments[1:])
+    print(inspect.describe(options.path))
+    if options.full:
+        manifest = store.read_manifest(options.path)
+        with _bar(store.size(manifest), "verify") as bar:
+            store.verify(options.path, manifest.arrays, bar.update)
+        print("every array is the one of the manifest")
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    start = time.perf_counter()
+    write.check_target(options.target)
+    source = sources.find(options.source, options.only or families.SLOTS)
+    planned = write.plan(source, options.dtype, options.model)
+    for note in write.lacking(planned, options.only):
+        print(f"note: {note}", file=sys.stderr)
+    merged = lora.read(options.lora, source.parts.get("dit")) if options.lora else None
+    with _bar(write.work(planned), "convert") as bar:
+        manifest = write.write(
+            planned, options.target, options.dtype, merged and merged.patch, merged.files if merged else (), bar.update
+        )
+    print(f"{options.target}: {planned.config.name}, {', '.join(source.parts)}, {store.size(manifest) / 1e9:.3f} GB in "
+          f"{time.perf_counter() - start:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")  # fmt: skip
+    return 0
+
+
+def _peak_memory() -> int:
+    """Bytes; mapped pages of the source count while they are in memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _bar(size: int, description: str) -> tqdm:
+    return tqdm(total=size, desc=description, unit="B", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Says what a path holds, in seconds: family, dtypes, counts, sizes, what is missing; reads no tensor."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from convert import families, sources, write
+from convert.tensors import SourceError
+from wanjax import checkpoint, store
+
+
+def describe(path: Path) -> str:
+    """Text of several lines on a source or a wanjax folder.
+
+    Raises:
+      ValueError: nothing there that is known, or damaged files.
+    """
+    if (path / store.MANIFEST).is_file():
+        return _folder(path)
+    source = sources.find(path)
+    lines = [f"{path}:"]
+    for name, part in source.parts.items():
+        dtypes = Counter()
+        for tensor in part.tensors.named.values():
+            dtypes[tensor.dtype.name] += math.prod(tensor.shape)
+        where = f"{part.tensors.size / 1e9:.3f} GB in {len(part.tensors.files)} files"
+        kind = f"{families.describe(part.config)}, {part.family.layout} layout"
+        lines.append(f"  {name}: {kind}, {_numbers(dtypes)}, {where}")
+    absent = [name for name in families.SLOTS if name not in source.parts]
+    lines.append(f"  tokenizer: {source.tokenizer or 'none'}")
+    lines.append(f"  absent: {', '.join(absent) or 'nothing'}")
+    try:
+        planned = write.plan(source)
+        lines.append(f"  complete: {planned.config.name}, every tensor there and of the right shape")
+    except SourceError as error:
+        lines.append(f"  not usable: {error}")
+    return "\n".join(lines)
+
+
+def _folder(path: Path) -> str:
+    """A converted folder, from its manifest."""
+    _, config = checkpoint.read_config(path, whole=False)
+    manifest = store.read_manifest(path)
+    lines = [f"{path}: wanjax folder of {config.name}, by {manifest.tool}, dtype {manifest.dtype}, "
+             f"{store.size(manifest) / 1e9:.3f} GB"]  # fmt: skip
+    shapes = checkpoint.param_shapes(config)
+    for part in shapes:
+        own = {name: entry for name, entry in manifest.arrays.items() if name.startswith(f"{part}/")}
+        if not own:
+            lines.append(f"  {part}: absent")
+            continue
+        dtypes: Counter[str] = Counter()
+        for entry in own.values():
+            dtypes[entry["dtype"]] += math.prod(entry["shape"])
+        try:
+            store.check(path, part, shapes[part], manifest)
+            state = "complete"
+        except store.StoreError as error:
+            state = str(error)
+        lines.append(f"  {part}: {_numbers(dtypes)} in {len(own)} arrays; {state}")
+    lines.append("  made from: " + ", ".join(manifest.sources))
+    return "\n".join(lines)
+
+
+def _numbers(dtypes: Mapping[str, int]) -> str:
+    total = int(np.sum(list(dtypes.values())))
+    return f"{total:,} numbers ({', '.join(f'{name} {count / total:.0%}' for name, count in dtypes.items())})"

@@ -1,0 +1,138 @@
+"""LoRA files merged into the transformer's linears, in float32.
+
+Spellings: `X.lora_A.weight`/`lora_B` (diffusers, PEFT), `X.lora_down.weight`/`lora_up` (kohya, ComfyUI), each with an
+optional `X.alpha`; X is the linear's name in either layout, after any of the usual prefixes, or kohya's form of it with
+underscores. The weight gains scale * alpha / rank * B A.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convert import dit
+from convert.keymap import LINEAR
+from convert.sources import Part
+from convert.tensors import SourceError, Tensor, open_file
+
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_")
+_KEY = re.compile(r"(?P<target>.+?)\.(?P<role>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$")
+_ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one file adds to one linear: factor * up @ down."""
+
+    down: Tensor
+    up: Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
+class Merged:
+    """All updates by the foreign name of the weight they go to, and the files they came from."""
+
+    updates: Mapping[str, Sequence[Update]]
+    files: tuple[Path, ...]
+
+    def patch(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The tensor `name` with its updates, in float32; other tensors as they are."""
+        if name not in self.updates:
+            return array
+        total = array.astype(np.float32)
+        for update in self.updates[name]:
+            down, up = (tensor.read().astype(np.float32) for tensor in (update.down, update.up))
+            total += update.factor * (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(total.shape)
+        return total
+
+
+def read(requests: Sequence[str], part: Part | None) -> Merged:
+    """Looks at LoRA files; reads no matrix.
+
+    Args:
+      requests: "FILE" or "FILE:scale" each.
+      part: the transformer that they go to.
+
+    Raises:
+      SourceError: no transformer, a bad scale, a file without updates; keys that match no linear, or whose sizes do
+      not fit it, all of them.
+    """
+    if part is None or part.family.part != "dit":
+        raise SourceError("--lora: the source has no transformer to merge it into")
+    updates: dict[str, list[Update]] = {}
+    files = []
+    for request in requests:
+        path, scale = _request(request)
+        files.append(path)
+        for name, update in _of_file(path, scale, part).items():
+            updates.setdefault(name, []).append(update)
+    return Merged(updates, tuple(files))
+
+
+def _request(text: str) -> tuple[Path, float]:
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        number = float(scale)
+    except ValueError as error:
+        raise SourceError(f"--lora {text}: {scale!r} is not a scale; give FILE or FILE:0.8") from error
+    if not np.isfinite(number):
+        raise SourceError(f"--lora {text}: the scale must be finite")
+    return Path(path), number
+
+
+def _of_file(path: Path, scale: float, part: Part) -> dict[str, Update]:
+    targets, found, odd = _targets(part), {}, []
+    for key, tensor in open_file(path).named.items():
+        match = _KEY.fullmatch(key)
+        target = match and targets.get(_plain(match["target"]))
+        if target is None:
+            odd.append(key)
+        else:
+            found.setdefault(target, {})[_ROLES[match["role"]]] = tensor
+    if odd:
+        raise SourceError(f"{path}: {len(odd)} keys fit no linear of the transformer:\n  " + "\n  ".join(sorted(odd)))
+    if not found:
+        raise SourceError(f"{path}: holds no LoRA")
+    updates, wrong = {}, []
+    for name, roles in found.items():
+        shape = part.tensors.named[name].shape
+        if "down" not in roles or "up" not in roles:
+            wrong.append(f"{name}: only {', '.join(roles)}")
+            continue
+        down, up = roles["down"], roles["up"]
+        rank = down.shape[0]
+        if len(up.shape) < 2 or up.shape[1] != rank or (up.shape[0], int(np.prod(down.shape[1:]))) != (
+            shape[0], int(np.prod(shape[1:]))):  # fmt: skip
+            wrong.append(f"{name} {list(shape)}: up {list(up.shape)}, down {list(down.shape)}")
+            continue
+        alpha = float(roles["alpha"].read().reshape(())) if "alpha" in roles else rank
+        updates[name] = Update(down, up, scale * alpha / rank)
+    if wrong:
+        raise SourceError(f"{path}: {len(wrong)} updates do not fit:\n  " + "\n  ".join(sorted(wrong)))
+    return updates
+
+
+def _targets(part: Part) -> dict[str, str]:
+    """Every spelling of a linear of the transformer -> the foreign name of its weight."""
+    ours = {rule.ours: rule.theirs for rule in part.family.rules(part.config)}
+    spellings: dict[str, str] = {}
+    for table in (dit.original(part.config), dit.diffusers(part.config)):
+        for rule in table:
+            if rule.transform is not LINEAR:
+                continue
+            for i in range(part.config.num_layers if rule.stacked else 1):
+                name, weight = (text.replace("{i}", str(i)) for text in (rule.theirs, ours[rule.ours]))
+                plain = name.removesuffix(".weight")
+                spellings |= {plain: weight, plain.replace(".", "_"): weight}
+    return spellings
+
+
+def _plain(target: str) -> str:
+    for prefix in PREFIXES:
+        target = target.removeprefix(prefix)
+    return target

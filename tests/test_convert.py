@@ -1,0 +1,356 @@
+"""Conversion to a wanjax folder: what comes out, and everything that can go wrong on the way."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from nano import NANO, random_params, write_tokenizer
+from reference import relative_error
+from safetensors.numpy import load_file, save_file
+from test_sources import DIT, SHARD, copy_of, write_original
+
+import convert
+from convert import __main__ as command
+from convert import sources, write
+from wanjax import checkpoint, sharding, store
+from wanjax.config import BFLOAT16, preset
+
+CONFIG = dataclasses.replace(NANO, dit=DIT, clip=dataclasses.replace(NANO.clip, num_heads=16))
+VAE_FILE = "Wan2.1_VAE.pth"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The original repository's form of a small model, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "original"
+    folder.mkdir()
+    write_original(folder, CONFIG, random_params(CONFIG))
+    write_tokenizer(folder / "google" / "umt5-xxl" / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """The same model converted, in float32."""
+    target = tmp_path_factory.mktemp("made") / "model"
+    assert command.main([str(source), str(target), "--dtype", "f32"]) == 0
+    return target
+
+
+def equal(tree, wanted):
+    jax.tree.map(np.testing.assert_array_equal, tree, wanted)
+
+
+def refused(capsys, *arguments) -> str:
+    """Exit code 2 and the message, one line unless it lists."""
+    assert command.main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error
+    return error[error.index("error: ") :]
+
+
+def test_every_number_arrives(made):
+    model, params = checkpoint.load(made), random_params(CONFIG)
+    assert model.config.dit == CONFIG.dit and model.config.vae == CONFIG.vae and model.config.name == "custom"
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
+    equal(model.params, params)
+    assert not [path.name for path in made.parent.iterdir() if path != made]
+
+
+def test_orbax_restores_it_by_itself(made):
+    for part, wanted in random_params(CONFIG).items():
+        equal(ocp.StandardCheckpointer().restore(made.resolve() / part), wanted)
+
+
+def test_straight_onto_a_mesh(made):
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    model = checkpoint.load(made, mesh=mesh)
+    kernel = model.params["dit"]["blocks"]["ffn_in"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 128 // 4, 96 // 2)
+    equal(model.params, random_params(CONFIG))
+
+
+def test_load_without_a_folder(source):
+    config, params = convert.load(source, "f32")
+    assert config.dit == CONFIG.dit
+    equal(params, random_params(CONFIG))
+
+
+@pytest.mark.parametrize("asked, kept", [("bf16", "bfloat16"), ("keep", "float32")])
+def test_dtypes(source, tmp_path, asked, kept):
+    assert command.main([str(source), str(tmp_path / "m"), "--dtype", asked]) == 0
+    manifest = store.read_manifest(tmp_path / "m")
+    assert manifest.arrays["dit/blocks/ffn_in/kernel"]["dtype"] == kept
+    assert manifest.arrays["vae/decoder/conv_in/kernel"]["dtype"] == "float32"
+    assert manifest.arrays["dit/head_modulation"]["dtype"] == "float32"
+    assert manifest.dtype == asked and any(name.endswith(VAE_FILE) for name in manifest.sources)
+    if asked == "bf16":
+        model = checkpoint.load(tmp_path / "m")
+        assert model.config.dit.precision == BFLOAT16
+        wanted = random_params(CONFIG)["dit"]["blocks"]["ffn_in"]["kernel"].astype(jax.numpy.bfloat16)
+        equal(model.params["dit"]["blocks"]["ffn_in"]["kernel"], wanted)
+        back = checkpoint.load(tmp_path / "m", dtype="float32")  # another dtype than it was written in
+        assert back.params["dit"]["blocks"]["ffn_in"]["kernel"].dtype == np.float32
+
+
+def test_outputs_are_those_of_diffusers(tmp_path):
+    """A folder by `save_pretrained` in shards, converted by the command, against the torch model."""
+    from test_dit import FLF2V, make_inputs, reference_model, run_reference
+
+    from wanjax.dit import WanDiT
+
+    model = reference_model(FLF2V)
+    model.save_pretrained(tmp_path / "source" / "transformer", max_shard_size="300KB")
+    assert command.main([str(tmp_path / "source"), str(tmp_path / "m"), "--only", "dit"]) == 0
+    config, params = convert.load(tmp_path / "source", only=["dit"])
+    assert config.dit == FLF2V
+    inputs = make_inputs(FLF2V)
+    manifest = store.read_manifest(tmp_path / "m")
+    store.check(tmp_path / "m", "dit", params["dit"], manifest)
+    restored = store.restore(tmp_path / "m", "dit", params["dit"], None)
+    ours = jax.jit(WanDiT(FLF2V).apply)({"params": restored}, *inputs)
+    assert relative_error(ours, run_reference(model, *inputs)) < 1e-5
+    with pytest.raises(checkpoint.CheckpointError, match="vae, umt5, clip, tokenizer.json missing"):
+        checkpoint.load(tmp_path / "m")
+
+
+def test_inspect_says_what_there_is(source, made, tmp_path, capsys):
+    assert command.main(["inspect", str(source)]) == 0
+    text = capsys.readouterr().out
+    assert "dit: first-and-last-frame (FLF2V) transformer of 2 layers, width 128, original layout" in text
+    assert "float32 100%" in text and "complete: custom" in text and "absent: nothing" in text
+    assert command.main(["inspect", str(made), "--full"]) == 0
+    text = capsys.readouterr().out
+    assert "wanjax folder of custom" in text and "every array is the one of the manifest" in text
+    assert text.count("complete") == 4
+    assert command.main(["inspect", str(source / VAE_FILE)]) == 0
+    text = capsys.readouterr().out
+    assert "absent: dit, umt5, clip" in text
+    assert command.main(["inspect", str(tmp_path)]) == 2
+
+
+def test_a_part_that_is_not_there_is_said(source, tmp_path, capsys):
+    path = copy_of(source, tmp_path / "copy")
+    (path / VAE_FILE).unlink()
+    assert "no vae in it; add them, or convert --only dit umt5 clip" in refused(capsys, path, tmp_path / "m")
+    assert "holds a first-and-last-frame (FLF2V) transformer of 2 layers, width 128, not i2v_14b" in refused(
+        capsys, source, tmp_path / "m", "--model", "i2v_14b"
+    )
+    assert "no file or folder" not in refused(capsys, tmp_path / "nowhere", tmp_path / "m")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf_are_named(source, tmp_path, capsys, value):
+    path = copy_of(source, tmp_path / "copy")
+    tensors = load_file(path / SHARD)
+    name = sorted(name for name in tensors if tensors[name].ndim == 2)[0]
+    tensors[name][1, 1] = value
+    save_file(tensors, path / SHARD)
+    error = refused(capsys, path, tmp_path / "m")
+    assert f"{name} holds NaN or inf" in error and not (tmp_path / "m").exists()
+
+
+def test_a_value_that_half_precision_cannot_hold_is_named(source, tmp_path):
+    """float16 ends at 65504: a silent inf would be worse than no model."""
+    path = copy_of(source, tmp_path / "copy")
+    planned = write.plan(sources.find(path), "f32")
+    part = planned.source.parts["dit"]
+    rule = next(rule for rule in part.family.rules(part.config) if rule.ours == "head/bias")
+    named = dict(part.tensors.named)
+    tensor = named["head.head.bias"]
+    named["head.head.bias"] = dataclasses.replace(tensor, read=lambda: np.full(tensor.shape, 1e6, np.float32))
+    part = dataclasses.replace(part, tensors=dataclasses.replace(part.tensors, named=named))
+    with pytest.raises(ValueError, match=r"head.head.bias holds NaN or inf \(as float16\)"):
+        write.read_layer(part, rule, "head.head.bias", np.dtype(np.float16))
+
+
+def test_targets_that_cannot_be_written(source, made, tmp_path, capsys):
+    assert "exists; choose another name" in refused(capsys, source, made)
+    assert "no folder" in refused(capsys, source, tmp_path / "no" / "m")
+    assert "cannot write in /proc" in refused(capsys, source, "/proc/m")
+    with open(tmp_path / ".m.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another conversion is writing it" in refused(capsys, source, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_malicious_file_is_not_run(source, tmp_path, capsys):
+    path, canary = copy_of(source, tmp_path / "copy"), tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(canary),))
+
+    torch.save({"x": Evil()}, path / VAE_FILE)
+    assert "mkdir, which is not a tensor or dictionary; it was not run" in refused(capsys, path, tmp_path / "m")
+    assert not canary.exists()
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_is_found_on_load(made, tmp_path, capsys):
+    path = copy_of(made, tmp_path / "copy")
+    flip(path / "dit" / "blocks.ffn_in.kernel" / "c" / "1" / "0" / "0")
+    with pytest.raises(checkpoint.CheckpointError, match="dit/blocks/ffn_in/kernel: damaged") as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
+    assert "dit/blocks/ffn_in/kernel: damaged" in refused(capsys, "inspect", path, "--full")
+
+
+def test_a_manifest_that_disagrees_is_found_by_a_full_check(made, tmp_path):
+    path = copy_of(made, tmp_path / "copy")
+    change(path, lambda fields: fields["arrays"]["vae/quant/bias"].update(sha256="0" * 64))
+    checkpoint.load(path)
+    with pytest.raises(checkpoint.CheckpointError, match="vae/quant/bias: not the array of the manifest"):
+        checkpoint.load(path, fast=False)
+
+
+def change(folder: Path, edit) -> None:
+    file = folder / store.MANIFEST
+    fields = json.loads(file.read_text())
+    edit(fields)
+    file.write_text(json.dumps(fields))
+
+
+SPOILT = {
+    "newer": (lambda f: f.update(format=2), "format 2, this wanjax reads 1"),
+    "outside": (lambda f: f["arrays"].update({"dit/../../x": {"shape": [1], "dtype": "float32", "sha256": ""}}),
+                "leads outside the folder"),
+    "absolute": (lambda f: f["arrays"].update({"/etc/x": {"shape": [1], "dtype": "float32", "sha256": ""}}),
+                 "leads outside the folder"),
+    "missing entry": (lambda f: f["arrays"].pop("dit/head/bias"), r"dit/head/bias: missing"),
+    "other shape": (lambda f: f["arrays"]["dit/head/bias"].update(shape=[3]), r"dit/head/bias: \(3,\)"),
+    "nonsense": (lambda f: f.pop("arrays"), "not a readable manifest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_manifests(made, tmp_path, name):
+    path = copy_of(made, tmp_path / "copy")
+    edit, message = SPOILT[name]
+    change(path, edit)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.load(path)
+
+
+def test_a_missing_array(made, tmp_path):
+    path = copy_of(made, tmp_path / "copy")
+    (path / "umt5" / "token_embed" / "zarr.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="umt5/token_embed: not on disk"):
+        checkpoint.load(path)
+
+
+SLOW = """
+import sys, time
+from convert import write
+plain = write._write_array
+def slow(*arguments):
+    time.sleep(0.02)
+    return plain(*arguments)
+write._write_array = slow
+from convert.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(*arguments, code=SLOW):
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def interrupted(source, target, number):
+    """A run stopped by a signal once a few arrays are finished; their names."""
+    progress = target.parent / f".{target.name}.part" / write.PROGRESS
+    process = start(source, target)
+    deadline = time.monotonic() + 120
+    while not (progress.is_file() and len(progress.read_text().splitlines()) > 8):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in (-number, 130)
+    assert not target.exists()
+    return [json.loads(line)["name"] for line in progress.read_text().splitlines()[:8]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
+def test_an_interrupted_run_goes_on_where_it_was(source, tmp_path, number):
+    target = tmp_path / "m"
+    done = interrupted(source, target, number)
+    part = tmp_path / ".m.part"
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.load(part)
+    stamps = {name: (store.place(part, name) / "zarr.json").stat().st_mtime_ns for name in done}
+    assert command.main([str(source), str(target)]) == 0
+    for name, stamp in stamps.items():
+        assert (store.place(target, name) / "zarr.json").stat().st_mtime_ns == stamp, f"{name} was written again"
+    equal(checkpoint.load(target, fast=False).params, random_params(CONFIG))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_changed_source_starts_over(source, tmp_path):
+    path, target = copy_of(source, tmp_path / "copy"), tmp_path / "m"
+    interrupted(path, target, signal.SIGKILL)
+    tensors = load_file(path / SHARD)
+    tensors = {name: tensor + np.float32(1) for name, tensor in tensors.items()}
+    save_file(tensors, path / SHARD)
+    assert command.main([str(path), str(target)]) == 0
+    _, wanted = convert.load(path)
+    equal(checkpoint.load(target).params, wanted)
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(source, tmp_path, capsys, monkeypatch):
+    path = copy_of(source, tmp_path / "copy")
+    plain = write._write_arrays
+
+    def changing(*arguments):
+        os.utime(path / SHARD, ns=(1, 1))
+        return plain(*arguments)
+
+    monkeypatch.setattr(write, "_write_arrays", changing)
+    assert "its files changed during the conversion" in refused(capsys, path, tmp_path / "m")
+    assert [file.name for file in tmp_path.iterdir()] == ["copy"]
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from convert.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_nothing_stands_under_the_name(source, tmp_path):
+    """A limit on file size stands for the disk's: writing fails in the middle of an array."""
+    process = start(source, tmp_path / "m", code=FULL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    last = error.strip().splitlines()[-1]
+    assert "free some space and run it again" in last and "Traceback" not in error
+    assert not (tmp_path / "m").exists()
+
+
+def test_presets_are_recognised():
+    for name in ("flf2v_14b", "i2v_14b", "t2v_1_3b"):
+        assert write._nearest(preset(name).dit) == name
+    assert write._nearest(dataclasses.replace(preset("i2v_14b").dit, num_layers=3)) == "i2v_14b"
