@@ -1,7 +1,8 @@
 """What a path holds: which model lies in which file, with configuration and tokenizer; no tensor is read.
 
 A source is a file, or a folder in one of three forms: the original repository's (weight files side by side, also
-ComfyUI's), diffusers' (a subfolder a model), or a wanjax model folder.
+ComfyUI's), diffusers' (a subfolder a model), or a wanjax model folder; `hf://owner/name` is such a folder of the
+Hugging Face hub, through its cache.
 """
 
 import json
@@ -10,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert import families
 from convert.families import Config, Family
-from convert.keymap import ConversionError, check
-from convert.tensors import TORCH_SUFFIXES, SourceError, Tensors, open_file, open_index, unscaled
+from convert.keymap import ConversionError, Rule, check
+from convert.tensors import TORCH_SUFFIXES, SourceError, Tensor, Tensors, open_file, open_index, unscaled
+from wanjax import checkpoint, store
 
 SUBFOLDERS = {"transformer": "dit", "vae": "vae", "text_encoder": "umt5", "image_encoder": "clip"}
 """diffusers' folders."""
 
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
 """Where a tokenizer may lie in a source, the likeliest first."""
+
+HUB = "hf://"
 
 _WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
@@ -70,23 +76,74 @@ def find(path: str | Path, only: Iterable[str] = families.SLOTS) -> Source:
     """Looks at a source; reads names and shapes, no tensor.
 
     Args:
-      path: a weight file, or a folder in any form.
+      path: a weight file, a folder in any form, or hf://owner/name.
       only: the parts that are wanted; others are not opened where their place tells what they are.
 
     Raises:
       SourceError: nothing there, damaged files, or a model in another's place.
     """
-    path, only = Path(path), tuple(only)
+    only = tuple(only)
+    path = _snapshot(str(path)) if str(path).startswith(HUB) else Path(path)
     if path.is_file():
         part = _part(open_file(path), {})
         return Source(path, {part.family.part: part}, None)
     if not path.is_dir():
         raise SourceError(f"{path}: no such file or folder; give a model file or the folder that holds one")
-    parts = _diffusers(path, only) if any((path / name).is_dir() for name in SUBFOLDERS) else _side_by_side(path, only)
+    if checkpoint.is_folder(path):
+        parts = _wanjax(path, only)
+    elif any((path / name).is_dir() for name in SUBFOLDERS):
+        parts = _diffusers(path, only)
+    else:
+        parts = _side_by_side(path, only)
     if not parts:
         raise SourceError(f"{path}: no model files (*.safetensors, *.pth) of {', '.join(only)} in it")
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
     return Source(path, parts, tokenizer)
+
+
+def _snapshot(name: str) -> Path:
+    """A hub repository's folder in the local cache, downloaded unless HF_HUB_OFFLINE says no."""
+    import huggingface_hub  # here: it takes a while, and no other source needs it
+
+    patterns = ["*.json", "*.safetensors", "*.pth", "*.model"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no network, no such repository, offline and not in the cache
+        reason = " ".join(str(error).split())[:300]
+        raise SourceError(f"{name}: cannot be had from the hub or its cache ({reason})") from error
+
+
+def _wanjax(path: Path, only: tuple[str, ...]) -> dict[str, Part]:
+    """A wanjax model folder in either of its forms, for another dtype."""
+    _, config = checkpoint.read_config(path, whole=False)
+    parts = {}
+    for slot in only:
+        if (path / f"{slot}.safetensors").is_file():
+            tensors = open_file(path / f"{slot}.safetensors")
+        elif (path / slot).is_dir():
+            tensors = _stored(path, slot)
+        else:
+            continue
+        rules = [Rule(name, name) for name in tensors.named]
+        family = Family(slot, "wanjax", (), lambda config, rules=rules: rules, lambda shapes, stated: config)
+        parts[slot] = Part(family, getattr(config, slot), tensors)
+    return parts
+
+
+def _stored(path: Path, slot: str) -> Tensors:
+    """Arrays of a converted folder, by parameter path."""
+    try:
+        arrays = store.read_manifest(path).arrays
+    except store.StoreError as error:
+        raise SourceError(str(error)) from error
+    own = {name: entry for name, entry in arrays.items() if name.startswith(f"{slot}/")}
+
+    def tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
+        where = store.place(path, name)
+        return Tensor(tuple(entry["shape"]), np.dtype(entry["dtype"]), lambda: store.open_array(where).read().result())
+
+    named = {name.split("/", 1)[1]: tensor(name, entry) for name, entry in own.items()}
+    return Tensors((path / store.MANIFEST,), named)
 
 
 def _part(tensors: Tensors, stated: Mapping[str, Any]) -> Part:

@@ -91,6 +91,8 @@ def _whole(source: Source, model: str) -> ModelConfig:
     parts = {name: part.config for name, part in source.parts.items()}
     dit = parts.get("dit")
     base = preset(model if model != "auto" else _nearest(dit))
+    if checkpoint.is_folder(source.path) and model == "auto":
+        return checkpoint.read_config(source.path, whole=False)[1]
     if model != "auto" and dit is not None and _size(dit) != _size(base.dit):
         raise SourceError(f"{source.path}: holds a {describe(dit)}, not {model}; leave --model away")
     same = dit is None or _size(dit) == _size(base.dit)

@@ -125,6 +125,44 @@ def test_outputs_are_those_of_diffusers(tmp_path):
         checkpoint.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize("form", ["store", "safetensors"])
+def test_a_wanjax_folder_in_another_dtype(made, tmp_path, form):
+    """From either form of a wanjax folder; the bundled model is one of safetensors files."""
+    origin = made if form == "store" else checkpoint.bundled()
+    assert command.main([str(origin), str(tmp_path / "m"), "--dtype", "bf16"]) == 0
+    model, plain = checkpoint.load(tmp_path / "m"), checkpoint.load(origin)
+    assert model.config.dit.precision == BFLOAT16 and model.config.name == plain.config.name
+    wanted = jax.tree.map(lambda leaf, like: np.asarray(leaf).astype(like.dtype), plain.params, model.params)
+    equal(model.params, wanted)
+    assert command.main(["inspect", str(origin)]) == 0
+
+
+def hub_cache(folder: Path, source: Path) -> None:
+    """A cache as huggingface_hub keeps it, holding one repository."""
+    repository = folder / "models--someone--wan"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    copy_of(source, repository / "snapshots" / ("0" * 40))
+
+
+def test_a_hub_repository_from_the_cache_alone(source, tmp_path):
+    hub_cache(tmp_path / "hub", source)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    root = Path(__file__).parents[1]
+
+    def run(name):
+        line = [sys.executable, "-m", "convert", f"hf://{name}", str(tmp_path / "m"), "--dtype", "f32"]
+        return subprocess.run(line, cwd=root, env=offline, capture_output=True, text=True, timeout=120)
+
+    absent = run("someone/else")
+    assert absent.returncode == 2 and "Traceback" not in absent.stderr
+    assert "hf://someone/else: cannot be had from the hub or its cache" in absent.stderr
+    done = run("someone/wan")
+    assert done.returncode == 0, done.stderr
+    assert "custom, dit, vae, umt5, clip" in done.stdout or "GB in" in done.stdout
+    equal(checkpoint.load(tmp_path / "m").params, random_params(CONFIG))
+
+
 def test_inspect_says_what_there_is(source, made, tmp_path, capsys):
     assert command.main(["inspect", str(source)]) == 0
     text = capsys.readouterr().out

@@ -162,8 +162,14 @@ def test_scaled_8_bit_weights_are_multiplied_out(tmp_path):
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     scale = weight.abs().max() / 448
     eight = (weight / scale).to(torch.float8_e4m3fn)
-    save_torch({"a.weight": eight, "a.scale_weight": scale, "a.scale_input": scale.clone(), "a.bias": weight[:, 0].clone(),
-                "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")  # fmt: skip
+    tensors = {
+        "a.weight": eight,
+        "a.scale_weight": scale,
+        "a.scale_input": scale.clone(),
+        "a.bias": weight[:, 0].clone(),
+    }
+    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_torch(tensors, tmp_path / "x.safetensors")
     out = unscaled(open_file(tmp_path / "x.safetensors"))
     assert set(out.named) == {"a.weight", "a.bias"}
     np.testing.assert_array_equal(out.named["a.weight"].read(), (eight.float() * scale).numpy())

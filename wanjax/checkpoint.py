@@ -5,6 +5,7 @@ Small models are one safetensors file each, with parameter paths as names ("bloc
 is used.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -114,6 +115,15 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, params: dict[str, 
 def bundled() -> Path:
     """The folder of the tiny model that comes with the package."""
     return Path(str(resources.files("wanjax") / "assets" / "tiny"))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is a wanjax model folder, by its config.json; other libraries have files of that name too."""
+    try:
+        fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and {"dit", "vae", "umt5", "sampling"} <= fields.keys()
 
 
 def read_config(model: str | os.PathLike[str], whole: bool = True) -> tuple[Path, ModelConfig]:
