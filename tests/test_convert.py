@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -30,12 +31,18 @@ CONFIG = dataclasses.replace(NANO, dit=DIT, clip=dataclasses.replace(NANO.clip, 
 VAE_FILE = "Wan2.1_VAE.pth"
 
 
+@functools.cache
+def plain_params():
+    """What the source is made of; not to be changed."""
+    return random_params(CONFIG)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The original repository's form of a small model, with a tokenizer."""
     folder = tmp_path_factory.mktemp("source") / "original"
     folder.mkdir()
-    write_original(folder, CONFIG, random_params(CONFIG))
+    write_original(folder, CONFIG, plain_params())
     write_tokenizer(folder / "google" / "umt5-xxl" / "tokenizer.json")
     return folder
 
@@ -61,7 +68,7 @@ def refused(capsys, *arguments) -> str:
 
 
 def test_every_number_arrives(made):
-    model, params = checkpoint.load(made), random_params(CONFIG)
+    model, params = checkpoint.load(made), plain_params()
     assert model.config.dit == CONFIG.dit and model.config.vae == CONFIG.vae and model.config.name == "custom"
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
     equal(model.params, params)
@@ -69,7 +76,7 @@ def test_every_number_arrives(made):
 
 
 def test_orbax_restores_it_by_itself(made):
-    for part, wanted in random_params(CONFIG).items():
+    for part, wanted in plain_params().items():
         equal(ocp.StandardCheckpointer().restore(made.resolve() / part), wanted)
 
 
@@ -78,13 +85,13 @@ def test_straight_onto_a_mesh(made):
     model = checkpoint.load(made, mesh=mesh)
     kernel = model.params["dit"]["blocks"]["ffn_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 128 // 4, 96 // 2)
-    equal(model.params, random_params(CONFIG))
+    equal(model.params, plain_params())
 
 
 def test_load_without_a_folder(source):
     config, params = convert.load(source, "f32")
     assert config.dit == CONFIG.dit
-    equal(params, random_params(CONFIG))
+    equal(params, plain_params())
 
 
 @pytest.mark.parametrize("asked, kept", [("bf16", "bfloat16"), ("keep", "float32")])
@@ -98,7 +105,7 @@ def test_dtypes(source, tmp_path, asked, kept):
     if asked == "bf16":
         model = checkpoint.load(tmp_path / "m")
         assert model.config.dit.precision == BFLOAT16
-        wanted = random_params(CONFIG)["dit"]["blocks"]["ffn_in"]["kernel"].astype(jax.numpy.bfloat16)
+        wanted = plain_params()["dit"]["blocks"]["ffn_in"]["kernel"].astype(jax.numpy.bfloat16)
         equal(model.params["dit"]["blocks"]["ffn_in"]["kernel"], wanted)
         back = checkpoint.load(tmp_path / "m", dtype="float32")  # another dtype than it was written in
         assert back.params["dit"]["blocks"]["ffn_in"]["kernel"].dtype == np.float32
@@ -160,7 +167,7 @@ def test_a_hub_repository_from_the_cache_alone(source, tmp_path):
     done = run("someone/wan")
     assert done.returncode == 0, done.stderr
     assert "custom, dit, vae, umt5, clip" in done.stdout or "GB in" in done.stdout
-    equal(checkpoint.load(tmp_path / "m").params, random_params(CONFIG))
+    equal(checkpoint.load(tmp_path / "m").params, plain_params())
 
 
 def test_inspect_says_what_there_is(source, made, tmp_path, capsys):
@@ -341,7 +348,7 @@ def test_an_interrupted_run_goes_on_where_it_was(source, tmp_path, number):
     assert command.main([str(source), str(target)]) == 0
     for name, stamp in stamps.items():
         assert (store.place(target, name) / "zarr.json").stat().st_mtime_ns == stamp, f"{name} was written again"
-    equal(checkpoint.load(target, fast=False).params, random_params(CONFIG))
+    equal(checkpoint.load(target, fast=False).params, plain_params())
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 

@@ -1,5 +1,7 @@
 """LoRA files in every spelling give the merged weights; what does not fit is listed."""
 
+import functools
+
 import numpy as np
 import pytest
 from nano import random_params
@@ -29,15 +31,26 @@ SPELLINGS = {
 }
 
 
+@functools.cache
+def plain_params():
+    """Without any update; not to be changed."""
+    return random_params(CONFIG)
+
+
+@functools.cache
+def foreign():
+    return original("dit", CONFIG.dit, plain_params()["dit"])
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora_source")
-    write_original(folder, CONFIG, random_params(CONFIG))
+    write_original(folder, CONFIG, plain_params())
     return folder
 
 
 def shape_of(name):
-    return original("dit", CONFIG.dit, random_params(CONFIG)["dit"])[f"{name}.weight"].shape
+    return foreign()[f"{name}.weight"].shape
 
 
 def write_lora(path, spelling, names=LINEARS, alpha=6.0, seed=0):
@@ -71,7 +84,7 @@ def kernel(params, name):
 def test_every_spelling_is_merged(source, tmp_path, spelling):
     held = write_lora(tmp_path / "a.safetensors", spelling)
     _, params = convert.load(source, "f32", loras=[f"{tmp_path / 'a.safetensors'}:0.5"])
-    plain = random_params(CONFIG)
+    plain = plain_params()
     factor = 0.5 * (6.0 if SPELLINGS[spelling][1] else RANK) / RANK
     for name, (down, up) in held.items():
         expected = kernel(plain, name).astype(np.float64) + factor * (up.astype(np.float64) @ down).T
@@ -98,7 +111,7 @@ def test_two_files_add_up_and_reach_the_folder(source, tmp_path, capsys):
     ]
     assert command.main(line) == 0
     name, factors = "blocks.1.self_attn.q", (2.0, -4.0)
-    expected = kernel(random_params(CONFIG), name).astype(np.float64)
+    expected = kernel(plain_params(), name).astype(np.float64)
     for (down, up), factor in zip((one[name] for one in held), factors, strict=True):
         expected = expected + factor * (up.astype(np.float64) @ down).T
     shapes = checkpoint.param_shapes(CONFIG)["dit"]
