@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from convert import families, inspect, lora, sources, write
 from wanjax import store
-from wanjax.config import PRESETS
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+MODELS = {"auto": "auto", "flf2v-14b": "flf2v_14b", "i2v-14b": "i2v_14b", "t2v-1.3b": "t2v_1_3b"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
         "source", metavar="SRC", help="weight file, or folder of the original repository, diffusers, ComfyUI"
     )
     p.add_argument("target", metavar="DST", type=Path, help="folder to make")
-    models = ("auto", *(name for name in PRESETS if name != "tiny"))
-    p.add_argument("--model", choices=models, default="auto", help="what it must be (default: %(default)s)")
+    p.add_argument(
+        "--model", type=_model, default="auto", help=f"what it must be: {', '.join(MODELS)} (default: %(default)s)"
+    )
     p.add_argument(
         "--dtype", choices=write.DTYPES, default="keep", help="of transformer and encoders (default: %(default)s)"
     )
@@ -39,6 +41,12 @@ def parser() -> argparse.ArgumentParser:
         "--lora", nargs="+", default=[], metavar="FILE[:scale]", help="merge these into the transformer, in float32"
     )
     return p
+
+
+def _model(text: str) -> str:
+    if text not in MODELS and text not in MODELS.values():
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MODELS)}")
+    return MODELS.get(text, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

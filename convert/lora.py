@@ -62,6 +62,8 @@ def read(requests: Sequence[str], part: Part | None) -> Merged:
     """
     if part is None or part.family.part != "dit":
         raise SourceError("--lora: the source has no transformer to merge it into")
+    if part.family.layout == "wanjax":
+        raise SourceError("--lora: merges into foreign weights, not into a wanjax folder; convert from the source again")
     updates: dict[str, list[Update]] = {}
     files = []
     for request in requests:

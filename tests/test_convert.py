@@ -190,7 +190,7 @@ def test_a_part_that_is_not_there_is_said(source, tmp_path, capsys):
     (path / VAE_FILE).unlink()
     assert "no vae in it; add them, or convert --only dit umt5 clip" in refused(capsys, path, tmp_path / "m")
     assert "holds a first-and-last-frame (FLF2V) transformer of 2 layers, width 128, not i2v_14b" in refused(
-        capsys, source, tmp_path / "m", "--model", "i2v_14b"
+        capsys, source, tmp_path / "m", "--model", "i2v-14b"
     )
     assert "no file or folder" not in refused(capsys, tmp_path / "nowhere", tmp_path / "m")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["copy"]

@@ -165,3 +165,10 @@ def test_bad_requests(source, tmp_path, request_text, message):
 def test_a_source_without_transformer(source):
     with pytest.raises(SourceError, match="no transformer to merge it into"):
         lora.read(["x"], sources.find(source).parts["vae"])
+
+
+def test_a_wanjax_folder_takes_none(capsys, tmp_path):
+    line = [str(checkpoint.bundled()), str(tmp_path / "m"), "--lora", "x.safetensors"]
+    assert command.main(line) == 2
+    assert "merges into foreign weights" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
