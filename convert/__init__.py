@@ -31,6 +31,6 @@ def load(
     Raises:
       ValueError: not a usable source; one clear line, or one list of every difference.
     """
-    planned = write.plan(sources.find(source, only), dtype)
-    merged = lora.read(loras, planned.source.parts.get("dit")) if loras else None
-    return planned.config, write.load(planned, merged and merged.patch)
+    found = sources.find(source, only)
+    planned = write.plan(lora.merge(found, loras) if loras else found, dtype)
+    return planned.config, write.load(planned)

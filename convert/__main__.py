@@ -83,14 +83,13 @@ def _convert(arguments: list[str]) -> int:
     start = time.perf_counter()
     write.check_target(options.target)
     source = sources.find(options.source, options.only or families.SLOTS)
+    if options.lora:
+        source = lora.merge(source, options.lora)
     planned = write.plan(source, options.dtype, options.model)
     for note in write.lacking(planned, options.only):
         print(f"note: {note}", file=sys.stderr)
-    merged = lora.read(options.lora, source.parts.get("dit")) if options.lora else None
     with _bar(write.work(planned), "convert") as bar:
-        manifest = write.write(
-            planned, options.target, options.dtype, merged and merged.patch, merged.files if merged else (), bar.update
-        )
+        manifest = write.write(planned, options.target, options.dtype, bar.update)
     print(f"{options.target}: {planned.config.name}, {', '.join(source.parts)}, {store.size(manifest) / 1e9:.3f} GB in "
           f"{time.perf_counter() - start:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")  # fmt: skip
     return 0

@@ -5,8 +5,9 @@ optional `X.alpha`; X is the linear's name in either layout, after any of the us
 underscores. The weight gains scale * alpha / rank * B A.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import numpy as np
 
 from convert import dit
 from convert.keymap import LINEAR
-from convert.sources import Part
-from convert.tensors import SourceError, Tensor, open_file
+from convert.sources import Part, Source
+from convert.tensors import SourceError, Tensor, Tensors, open_file
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_")
 _KEY = re.compile(r"(?P<target>.+?)\.(?P<role>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$")
@@ -31,39 +32,21 @@ class Update:
     factor: float
 
 
-@dataclass(frozen=True)
-class Merged:
-    """All updates by the foreign name of the weight they go to, and the files they came from."""
-
-    updates: Mapping[str, Sequence[Update]]
-    files: tuple[Path, ...]
-
-    def patch(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The tensor `name` with its updates, in float32; other tensors as they are."""
-        if name not in self.updates:
-            return array
-        total = array.astype(np.float32)
-        for update in self.updates[name]:
-            down, up = (tensor.read().astype(np.float32) for tensor in (update.down, update.up))
-            total += update.factor * (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(total.shape)
-        return total
-
-
-def read(requests: Sequence[str], part: Part | None) -> Merged:
-    """Looks at LoRA files; reads no matrix.
+def merge(source: Source, requests: Sequence[str]) -> Source:
+    """The source with updates merged into its transformer as its weights are read; reads no matrix itself.
 
     Args:
       requests: "FILE" or "FILE:scale" each.
-      part: the transformer that they go to.
 
     Raises:
       SourceError: no transformer, a bad scale, a file without updates; keys that match no linear, or whose sizes do
       not fit it, all of them.
     """
-    if part is None or part.family.part != "dit":
+    part = source.parts.get("dit")
+    if part is None:
         raise SourceError("--lora: the source has no transformer to merge it into")
     if part.family.layout == "wanjax":
-        raise SourceError("--lora: merges into foreign weights, not into a wanjax folder; convert from the source again")
+        raise SourceError("--lora: merges into foreign weights, not into a wanjax folder; convert the source again")
     updates: dict[str, list[Update]] = {}
     files = []
     for request in requests:
@@ -71,7 +54,22 @@ def read(requests: Sequence[str], part: Part | None) -> Merged:
         files.append(path)
         for name, update in _of_file(path, scale, part).items():
             updates.setdefault(name, []).append(update)
-    return Merged(updates, tuple(files))
+    named = dict(part.tensors.named)
+    for name, own in updates.items():
+        named[name] = _merged(named[name], own)
+    part = dataclasses.replace(part, tensors=Tensors((*part.tensors.files, *files), named))
+    return dataclasses.replace(source, parts={**source.parts, "dit": part}, loras=tuple(requests))
+
+
+def _merged(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    def read() -> np.ndarray:
+        total = weight.read().astype(np.float32)
+        for update in updates:
+            down, up = (tensor.read().astype(np.float32) for tensor in (update.down, update.up))
+            total += update.factor * (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(total.shape)
+        return total
+
+    return dataclasses.replace(weight, read=read)
 
 
 def _request(text: str) -> tuple[Path, float]:

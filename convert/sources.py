@@ -65,11 +65,13 @@ class Source:
       path: file or folder.
       parts: "dit", "vae", "umt5", "clip", those that are there.
       tokenizer: its tokenizer.json, None where there is none.
+      loras: what was merged into the transformer, as asked for.
     """
 
     path: Path
     parts: Mapping[str, Part]
     tokenizer: Path | None
+    loras: tuple[str, ...] = ()
 
 
 def find(path: str | Path, only: Iterable[str] = families.SLOTS) -> Source:

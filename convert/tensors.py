@@ -45,8 +45,9 @@ class Tensor:
     """One tensor of a file.
 
     Attributes:
-      shape, dtype: as stored.
-      read: gives it as an array; memory-mapped where the format allows, so that pages come as they are used.
+      shape, dtype: as stored; of a product, what it is worth keeping in.
+      read: gives it as an array (a product in float32); memory-mapped where the format allows, so that pages come as
+        they are used.
     """
 
     shape: Shape
@@ -108,7 +109,7 @@ def _multiplied(weight: Tensor, factor: Tensor) -> Tensor:
     def read() -> np.ndarray:
         return weight.read().astype(np.float32) * factor.read().astype(np.float32).reshape(())
 
-    return Tensor(weight.shape, np.dtype(np.float32), read)
+    return Tensor(weight.shape, DTYPES["BF16"], read)
 
 
 def open_file(path: Path) -> Tensors:

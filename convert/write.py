@@ -34,9 +34,6 @@ from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Pr
 DTYPES = ("bf16", "f32", "keep")
 PROGRESS, JOB = "progress.jsonl", "job.json"
 
-Patch = Callable[[str, np.ndarray], np.ndarray]
-"""(foreign name, its array) -> the array to use in its place (LoRA)."""
-
 
 class WriteError(ValueError):
     """A target that cannot be written; the message is one line naming it and the mend."""
@@ -182,24 +179,21 @@ def layers_of(part: Part, rule: Rule, shape: Sequence[int]) -> list[str]:
     return [rule.theirs.replace("{i}", str(i)) for i in range(shape[0])]
 
 
-def read_layer(part: Part, rule: Rule, name: str, dtype: np.dtype, patch: Patch | None = None) -> np.ndarray:
+def read_layer(part: Part, rule: Rule, name: str, dtype: np.dtype) -> np.ndarray:
     """One layer of one of our arrays, contiguous.
 
     Raises:
       SourceError: NaN or inf in the tensor, or a value that the dtype cannot hold.
     """
     tensor: Tensor = part.tensors.named[name]
-    array = tensor.read()
-    if patch is not None:
-        array = patch(name, array)
     with np.errstate(over="ignore"):
-        layer = np.ascontiguousarray(rule.take(array).astype(dtype, copy=False))
+        layer = np.ascontiguousarray(rule.take(tensor.read()).astype(dtype, copy=False))
     if not np.isfinite(layer.astype(np.float32, copy=False)).all():
         raise SourceError(f"{part.tensors.files[0]}: {name} holds NaN or inf (as {dtype.name}); the file is damaged")
     return layer
 
 
-def load(planned: Plan, patch: Patch | None = None) -> dict[str, Any]:
+def load(planned: Plan) -> dict[str, Any]:
     """All parameters in memory, as nested dicts of numpy arrays by part; for use without a folder.
 
     Raises:
@@ -214,26 +208,18 @@ def load(planned: Plan, patch: Patch | None = None) -> dict[str, Any]:
             names = layers_of(part, rule, leaf.shape)
             out = np.empty(leaf.shape, leaf.dtype)
             for i, foreign in enumerate(names):
-                out[i if rule.stacked else ...] = read_layer(part, rule, foreign, leaf.dtype, patch)
+                out[i if rule.stacked else ...] = read_layer(part, rule, foreign, leaf.dtype)
             arrays[rule.ours] = out
         params[name] = unflatten_dict(arrays, sep="/")
     return params
 
 
-def write(
-    planned: Plan,
-    target: Path,
-    dtype: str,
-    patch: Patch | None = None,
-    extra: Sequence[Path] = (),
-    told: Callable[[int], Any] = lambda size: None,
-) -> store.Manifest:
+def write(planned: Plan, target: Path, dtype: str, told: Callable[[int], Any] = lambda size: None) -> store.Manifest:
     """Writes the folder.
 
     Args:
       target: must not exist.
       dtype: as given to `plan`, for the manifest.
-      patch: applied to every foreign tensor (LoRA); extra: the files that it came from.
       told: hears of bytes as they are hashed, then as they are written.
 
     Returns:
@@ -245,21 +231,21 @@ def write(
     """
     part_folder = check_target(target)
     with _locked(target):
-        files = [*planned.files, *extra]
+        source, files = planned.source, planned.files
         before = _stats(files)
-        digests = {os.path.relpath(name, planned.source.path.parent): digest
-                   for name, digest in sha256(files, told).items()}  # fmt: skip
-        job = {"sources": digests, "config": json.loads(configs.to_json(planned.config)), "dtype": dtype}
+        digests = {os.path.relpath(name, source.path.parent): digest for name, digest in sha256(files, told).items()}
+        job = {"sources": digests, "config": json.loads(configs.to_json(planned.config)), "dtype": dtype,
+               "parts": sorted(source.parts), "loras": list(source.loras)}  # fmt: skip
         try:
             done = _resume(part_folder, job, planned)
-            arrays = _write_arrays(planned, part_folder, done, patch, told)
+            arrays = _write_arrays(planned, part_folder, done, told)
         except OSError as error:
             raise WriteError(f"{target}: {error.strerror or error}; free some space and run it again") from error
         if _stats(files) != before:
             shutil.rmtree(part_folder)
-            raise SourceError(f"{planned.source.path}: its files changed during the conversion; run it again")
+            raise SourceError(f"{source.path}: its files changed during the conversion; run it again")
         tool = f"wanjax {metadata.version('wanjax')}"
-        manifest = store.Manifest(arrays, digests, tool, dtype)
+        manifest = store.Manifest(arrays, digests, tool, dtype, source.loras)
         _finish(planned, part_folder, target, manifest)
     return manifest
 
@@ -328,7 +314,7 @@ def _resume(folder: Path, job: Mapping[str, Any], planned: Plan) -> dict[str, di
 
 
 def _write_arrays(
-    planned: Plan, folder: Path, done: dict[str, dict[str, Any]], patch: Patch | None, told: Callable[[int], Any]
+    planned: Plan, folder: Path, done: dict[str, dict[str, Any]], told: Callable[[int], Any]
 ) -> dict[str, dict[str, Any]]:
     arrays = {}
     with open(folder / PROGRESS, "a", encoding="utf-8") as progress:
@@ -337,7 +323,7 @@ def _write_arrays(
             for rule in part.family.rules(part.config):
                 path, leaf = f"{name}/{rule.ours}", leaves[rule.ours]
                 if path not in done:
-                    done[path] = _write_array(part, rule, leaf, store.place(folder, path), patch, told)
+                    done[path] = _write_array(part, rule, leaf, store.place(folder, path), told)
                     progress.write(json.dumps({"name": path} | done[path]) + "\n")
                     progress.flush()
                     os.fsync(progress.fileno())
@@ -348,14 +334,14 @@ def _write_arrays(
 
 
 def _write_array(
-    part: Part, rule: Rule, leaf: jax.ShapeDtypeStruct, path: Path, patch: Patch | None, told: Callable[[int], Any]
+    part: Part, rule: Rule, leaf: jax.ShapeDtypeStruct, path: Path, told: Callable[[int], Any]
 ) -> dict[str, Any]:
     """One array, a layer at a time; its entry in the manifest."""
     shutil.rmtree(path, ignore_errors=True)  # the skeleton's, or what an interruption left
     array = store.create(path, leaf.shape, leaf.dtype, rule.stacked)
     digest = hashlib.sha256()
     for i, name in enumerate(layers_of(part, rule, leaf.shape)):
-        layer = read_layer(part, rule, name, leaf.dtype, patch)
+        layer = read_layer(part, rule, name, leaf.dtype)
         try:
             array[i if rule.stacked else ...].write(layer).result()
         except ValueError as error:  # tensorstore's way to say that the disk is full

@@ -363,6 +363,14 @@ def test_a_changed_source_starts_over(source, tmp_path):
     equal(checkpoint.load(target).params, wanted)
 
 
+def test_other_parts_start_over(source, tmp_path):
+    """What was finished for another job is not taken for this one's."""
+    target = tmp_path / "m"
+    interrupted(source, target, signal.SIGKILL)
+    assert command.main([str(source), str(target), "--only", "vae"]) == 0
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json", "tokenizer.json", "vae"]
+
+
 def test_a_source_that_changes_meanwhile_is_noticed(source, tmp_path, capsys, monkeypatch):
     path = copy_of(source, tmp_path / "copy")
     plain = write._write_arrays

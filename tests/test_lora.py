@@ -119,11 +119,8 @@ def test_two_files_add_up_and_reach_the_folder(source, tmp_path, capsys):
 
     restored = {"dit": store.restore(tmp_path / "m", "dit", shapes, None)}
     np.testing.assert_allclose(kernel(restored, name), expected, rtol=1e-5, atol=1e-6)
-    assert sum("safetensors" in file for file in store.read_manifest(tmp_path / "m").sources) >= 4
-
-
-def part(source):
-    return sources.find(source).parts["dit"]
+    manifest = store.read_manifest(tmp_path / "m")
+    assert sum("safetensors" in file for file in manifest.sources) == 4 and manifest.loras == tuple(line[-2:])
 
 
 def test_keys_that_fit_nothing_are_all_listed(source, tmp_path):
@@ -134,7 +131,7 @@ def test_keys_that_fit_nothing_are_all_listed(source, tmp_path):
     odd = {"blocks.9.self_attn.q.lora_A.weight": np.zeros((3, 4), np.float32), "unet.x.lora_B.weight": np.zeros(2)}
     save_file(load_file(file) | odd, file)
     with pytest.raises(SourceError) as error:
-        lora.read([str(file)], part(source))
+        lora.merge(sources.find(source), [str(file)])
     text = str(error.value)
     assert "2 keys fit no linear" in text and all(key in text for key in odd)
 
@@ -147,7 +144,7 @@ def test_updates_of_another_size_are_all_listed(source, tmp_path):
         "blocks.0.ffn.0.lora_B.weight": np.zeros((96, 3), np.float32),
     }, file)  # fmt: skip
     with pytest.raises(SourceError) as error:
-        lora.read([str(file)], part(source))
+        lora.merge(sources.find(source), [str(file)])
     text = str(error.value)
     assert "2 updates do not fit" in text and "blocks.0.ffn.0.weight: only up" in text
     assert f"blocks.0.ffn.2.weight [{out}, 96]: up [{out}, 3], down [3, 7]" in text
@@ -159,12 +156,12 @@ def test_updates_of_another_size_are_all_listed(source, tmp_path):
 def test_bad_requests(source, tmp_path, request_text, message):
     write_lora(tmp_path / "a.safetensors", "plain")
     with pytest.raises(SourceError, match=message):
-        lora.read([request_text.format(tmp_path / "a.safetensors")], part(source))
+        lora.merge(sources.find(source), [request_text.format(tmp_path / "a.safetensors")])
 
 
 def test_a_source_without_transformer(source):
     with pytest.raises(SourceError, match="no transformer to merge it into"):
-        lora.read(["x"], sources.find(source).parts["vae"])
+        lora.merge(sources.find(source, only=["vae"]), ["x"])
 
 
 def test_a_wanjax_folder_takes_none(capsys, tmp_path):

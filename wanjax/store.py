@@ -42,17 +42,19 @@ class Manifest:
     Attributes:
       arrays: "part/path" -> {"shape", "dtype", "sha256"}, the digest of the bytes in C order.
       sources: file -> sha256 of what it was made from.
-      tool: who wrote it. dtype: what was asked for.
+      tool: who wrote it. dtype: what was asked for. loras: what was merged, "FILE:scale" each.
     """
 
     arrays: Mapping[str, Mapping[str, Any]]
     sources: Mapping[str, str]
     tool: str
     dtype: str
+    loras: tuple[str, ...] = ()
 
     def dumps(self) -> str:
         """As JSON text."""
-        own = {"tool": self.tool, "dtype": self.dtype, "sources": dict(self.sources), "arrays": dict(self.arrays)}
+        own = {"tool": self.tool, "dtype": self.dtype, "loras": list(self.loras), "sources": dict(self.sources),
+               "arrays": dict(self.arrays)}  # fmt: skip
         return json.dumps({"format": FORMAT} | own, indent=1) + "\n"
 
 
@@ -67,7 +69,8 @@ def read_manifest(folder: Path) -> Manifest:
         fields = json.loads(file.read_text(encoding="utf-8"))
         number = fields["format"]
         arrays = {str(name): dict(entry) for name, entry in fields["arrays"].items()}
-        manifest = Manifest(arrays, dict(fields["sources"]), str(fields["tool"]), str(fields["dtype"]))
+        loras = tuple(map(str, fields["loras"]))
+        manifest = Manifest(arrays, dict(fields["sources"]), str(fields["tool"]), str(fields["dtype"]), loras)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{file}: not a readable manifest ({error}); convert the weights again") from error
     if number != FORMAT:
