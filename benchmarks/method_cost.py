@@ -390,7 +390,8 @@ def _show(report: Mapping[str, Any]) -> None:
         for key, label in labels.items()
     ]  # fmt: skip
     measure.print_table(("KAB adds", "isolated", "joint", "from one layer", "by operations", "goal"), rows)
-    print(f"ReTRo adds {_range(report['arms']['retro']['to_wan'])}: the same program, so 0 (goal {_percent(1, 0)})")
+    goal = _percent(GOALS["retro"], 0)
+    print(f"ReTRo adds {_range(report['arms']['retro']['to_wan'])}: the same program, so 0 (goal {goal})")
     print(f"isolation and KAB against plain, whole run: {_percent(report['run_to_plain'])}", flush=True)
 
 

@@ -102,7 +102,8 @@ def explain(
       over heads and the frame's queries): without bias, with it, and the difference.
     - attention.json: every number in the three plots, with labels and settings.
 
-    Denoises up to the step, then evaluates the conditional pass once more. Earlier plots in `folder` are replaced
+    Encodes again and denoises up to the step (a shorter sampler, compiled for it), then evaluates the conditional pass
+    once more. Earlier plots in `folder` are replaced
     (`check` asks before); the folder appears whole or not at all.
 
     Args:

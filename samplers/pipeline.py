@@ -26,7 +26,7 @@ from wanjax import method as methods
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
-from wanjax.dit import WanDiT
+from wanjax.dit import WanDiT, check_cross
 from wanjax.guidance import MODES, GuidanceMode, guided
 from wanjax.method import Method, MethodArrays
 from wanjax.types import Conditions, CrossBias
@@ -220,6 +220,9 @@ def run(
     cross_bias: CrossBias | None = None,
 ) -> Result:
     """`inbetween` for B pairs of keyframes and B prompts at once: encode, denoise, decode."""
+    config = model.config
+    rows = len(prompts), config.vae.latent_frames(settings.frames) // config.dit.patch_size[0]
+    check_cross(config.dit, rows, cross_bias, None)
     timings = Timings()
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("encode"):

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from PIL import Image
 from reference import relative_error
 from test_pipeline import count_compilations, images
 
-from samplers import files, pipeline
+from samplers import explain, files, pipeline, video
 from samplers.pipeline import Settings
-from wanjax import checkpoint
+from wanjax import checkpoint, rope
+from wanjax.dit import WanDiT
 from wanjax.kab import KAB
 from wanjax.method import METHODS, Isolation, Method, override
 from wanjax.retro import ReTRo
-from wanjax.types import CrossBias
+from wanjax.types import Conditions, CrossBias
 
 WAN = Method()
 ALWAYS = KAB(layers=(0, 1), steps=(0.0, 1.0))
@@ -144,12 +146,53 @@ def test_the_six_settings_of_the_paper_from_one_program():
 
 
 def test_the_documented_example_moves_attention_between_words():
-    """The code block of docs/method.md, run as it stands."""
+    """The code block of docs/method.md, run as it stands; then where the frames look."""
     text = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
     code = text.split("<!-- example -->")[1].split("```python\n")[1].split("```")[0]
-    first, last = images(shape=(32, 32, 3))
-    names = {"first": first, "last": last}
+    names: dict = {}
     exec(compile(code, "docs/method.md", "exec"), names)
     assert names["result"].video.shape == (1, 25, 32, 32, 3)
-    plain = pipeline.inbetween(names["model"], first, last, names["settings"])
-    assert relative_error(names["result"].latents, plain.latents) > 1e-3
+    model, pair, bias = names["model"], (names["first"], names["last"]), CrossBias(text=names["bias"])
+    seen = explain.observe(model, *pair, names["settings"], 2, 1, bias)
+    share = seen.biased.text / seen.plain.text
+    red, blue = share[:, names["red"]], share[:, names["blue"]]
+    assert red[-1] < 0.5 < red[0] and blue[0] < 0.5 < blue[-1]
+
+
+def test_a_bias_of_another_model_is_refused_before_computing(model, monkeypatch):
+    monkeypatch.setattr(pipeline, "encode", lambda *_: pytest.fail("computing began"))
+    with pytest.raises(ValueError, match="cross_bias.text"):
+        latents(model, settings(), random_bias(frames=4))
+
+
+def test_inspecting_needs_a_control():
+    with pytest.raises(ValueError, match="inspect: give a control too"):
+        WanDiT(NANO.dit, inspect=True).init(jax.random.key(0), *evaluation())
+
+
+def evaluation():
+    """(latents, timestep, conditions, table) of one evaluation of the nano transformer."""
+    d = NANO.dit
+    image = jnp.zeros((1, d.image_tokens, d.image_dim))
+    conditions = Conditions(jnp.zeros((1, d.text_length, d.text_dim)), image, image,
+                            jnp.zeros((1, 3, 4, 6, d.condition_channels)))  # fmt: skip
+    return jnp.zeros((1, 3, 4, 6, 16)), jnp.zeros(1), conditions, rope.table((3, 2, 3), d.head_dim)
+
+
+def test_a_control_for_one_evaluation(model):
+    made = settings(Method(Isolation(), ALWAYS)).method_arrays(NANO)
+    apply = WanDiT(NANO.dit, inspect=True).apply
+    _, seen = apply({"params": model.params["dit"]}, *evaluation(), control=made.at(1))
+    assert seen.plain.text.shape == (2, 1, 3, 8)
+    assert made.at(1, batch=4).strength.shape == (2, 4, 3) and not made.at(0).strength.any()
+
+
+def test_settings_of_numpy_are_plain(tmp_path):
+    """A caller's arrays and numpy scalars compare, hash and reach the report."""
+    curve, weights = np.linspace(0, 1, 3), np.ones(3, np.float32)
+    method = Method(Isolation(weights), KAB(beta_mid=np.float32(0.25), layers=np.array([0, 1]), curve=curve),
+                    ReTRo(s_edge=np.float64(1.05), smooth=np.int64(1)))  # fmt: skip
+    same = Method(Isolation((1.0, 1.0, 1.0)), KAB(beta_mid=0.25, layers=(0, 1), curve=(0.0, 0.5, 1.0)),
+                  ReTRo(s_edge=1.05, smooth=1))  # fmt: skip
+    assert method == same and hash(method) == hash(same)
+    video.write_json(tmp_path / "x.json", dataclasses.asdict(settings(method)))

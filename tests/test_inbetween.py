@@ -176,7 +176,7 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--isolation", "--branch-weights", "1,-1,1"], "branch weights 1,-1,1"),
         (["--retro", "--s-mid", 0], "s_mid 0.0: give a number above 0"),
         (["--retro", "--s-edge", "inf"], "s_edge inf"),
-        (["--retro", "--w-edge", 4], "w_edge 4.0: must be from 1 to 2.5 pixel frames"),
+        (["--retro", "--w-edge", 4], "w_edge 4: must be from 1 to 2.5 pixel frames"),
         (["--retro", "--retro-smooth", -1], "retro smooth -1"),
         (["--explain-layer", 1], "give a folder"),
         (["--explain", "plots", "--explain-layer", 2], "layer 2"),

@@ -164,6 +164,25 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
     assert steps == sorted(set(steps))
 
 
+def test_going_on_from_a_model(setup, tmp_path, monkeypatch):
+    """All four models come from the folder: a run of a few steps at the warm-up's rate stays next to them."""
+    config, vae_params, _, _, folder = setup
+    params = {**train_dit.new_state(config, 3).params, "vae": vae_params}
+    checkpoint.save(tmp_path / "start", config, params, folder / "tokenizer.json")
+    monkeypatch.setattr(evaluate, "measure", lambda *_, **__: {"interior": 20.0})
+    out = tmp_path / "out"
+    line = ["--from-model", str(tmp_path / "start"), "--out", str(out), "--clips", str(CLIPS), "--batch", "8"]
+    train_dit.main([*line, "--minutes", "0.001"])
+    model, start = checkpoint.load(out / "model"), checkpoint.load(tmp_path / "start")
+    for part in train_dit.TRAINED:
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), model.params[part], start.params[part])
+        assert 0 < max(jax.tree.leaves(moved)) < 0.05, part
+    again, _ = latents.load_vae(out / "vae", config.vae)
+    assert again == config.vae
+    halves = jax.tree.map(lambda a, b: relative_error(a, b), model.params["vae"], start.params["vae"])
+    assert max(jax.tree.leaves(halves)) < 5e-3  # stored in bfloat16
+
+
 def test_missing_vae(tmp_path):
     with pytest.raises(ValueError, match="run wanjax.tiny.train_vae first"):
         latents.load_vae(tmp_path, NANO.vae)

@@ -3,7 +3,7 @@
 The public names; `samplers.pipeline` makes videos of them. Importing runs nothing on a device.
 """
 
-from wanjax import attention, rope
+from wanjax import attention, kab, method, retro, rope
 from wanjax.checkpoint import CheckpointError, Model, load, param_shapes, save
 from wanjax.clip import CLIPVision
 from wanjax.config import (
@@ -24,7 +24,7 @@ from wanjax.keyframes import KeyframeError
 from wanjax.method import METHODS, Isolation, Method
 from wanjax.retro import ReTRo
 from wanjax.tokenizer import PromptCut, Tokenizer
-from wanjax.types import Conditions, CrossBias, CrossControl, RopeTable
+from wanjax.types import Branches, Conditions, CrossBias, CrossControl, RopeTable
 from wanjax.umt5 import UMT5Encoder
 from wanjax.vae import WanVAE
 
@@ -36,6 +36,7 @@ __all__ = [
     "KAB",
     "METHODS",
     "CLIPConfig",
+    "Branches",
     "CLIPVision",
     "CheckpointError",
     "Conditions",
@@ -59,9 +60,12 @@ __all__ = [
     "WanDiT",
     "WanVAE",
     "attention",
+    "kab",
     "load",
+    "method",
     "param_shapes",
     "preset",
+    "retro",
     "rope",
     "save",
 ]

@@ -3,13 +3,34 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jax import lax
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+def make_plain(config: Any, field: str, kind: Callable[[Any], Any], label: str, wanted: str) -> None:
+    """Replaces a field of a frozen config by `kind` of it, so that numpy's numbers and arrays become plain ones.
+
+    Plain ones compare, hash and go into JSON; for use in `__post_init__`.
+
+    Raises:
+      ValueError: `kind` refuses the value; one line with label, value and what is wanted.
+    """
+    value = getattr(config, field)
+    try:
+        object.__setattr__(config, field, kind(value))
+    except (TypeError, ValueError) as error:
+        text = " ".join(repr(value).split())
+        raise ValueError(f"{label} {text}: give {wanted}") from error
+
+
+def floats(values: Any) -> tuple[float, ...]:
+    """A sequence or one-dimensional array as plain numbers."""
+    return tuple(float(value) for value in values)
 
 
 @dataclass(frozen=True)

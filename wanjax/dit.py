@@ -222,6 +222,8 @@ class WanDiT(nn.Module):
         check_conditions(c, conditions, latents.shape)
         grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
         check_cross(c, (latents.shape[0], grid[0]), cross_bias, control)
+        if self.inspect and control is None:
+            raise ValueError("inspect: give a control too, such as wanjax.method.arrays(...).at(step)")
         if conditions.latent is not None:
             latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
         x = Dense(c.dim, p, name="patch_embed")(patchify(latents, c.patch_size))

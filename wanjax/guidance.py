@@ -40,8 +40,9 @@ def guided(
       mode: "sequential" runs the passes one after the other through one copy of the model (least memory);
         "batched" stacks them on the batch axis, positive first (fewer, larger products; the batch axis can
         be sharded).
-      control: without its strength, which the sampler gives for each step as [layers, F].
-      cross_bias: a caller's, leaves [layers, B, F, K].
+      control: without its strength, which the sampler gives for each step as [layers, F]. In "batched" mode KAB's
+        work is done for both halves of the batch, to no effect in the second.
+      cross_bias: a caller's, leaves [layers, B, F, K]. The unconditional pass gets zeros of it.
 
     Raises:
       ValueError: unknown mode.

@@ -9,6 +9,7 @@ D head width, L layers.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,7 +20,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from wanjax.config import FLOAT32, Precision
+from wanjax.config import FLOAT32, Precision, floats, make_plain
 from wanjax.layers import constrain
 from wanjax.types import Branches, CrossBias, CrossControl
 
@@ -55,6 +56,14 @@ class KAB:
     curve: str | tuple[float, ...] = "linear"
 
     def __post_init__(self) -> None:
+        for field, label in (("beta_end", "beta_end"), ("beta_mid", "beta_mid"), ("eps", "kab eps")):
+            make_plain(self, field, float, label, "a number")
+        make_plain(self, "steps", floats, "kab steps", "two shares of the run, 0 <= low <= high <= 1")
+        if self.layers is not None:
+            make_plain(self, "layers", lambda layers: tuple(map(operator.index, layers)), "kab layers",
+                       "the first and the last one, whole numbers from 0")  # fmt: skip
+        if not isinstance(self.curve, str):
+            make_plain(self, "curve", floats, "anchor curve", "a number in 0..1 for each latent frame")
         for name, value in (("beta_end", self.beta_end), ("beta_mid", self.beta_mid)):
             if not (math.isfinite(value) and 0 <= value <= 1e3):
                 raise ValueError(f"{name} {value}: give a number from 0 to 1000; 0 switches it off")
@@ -63,7 +72,7 @@ class KAB:
         if len(self.steps) != 2 or not (0 <= self.steps[0] <= self.steps[1] <= 1):
             text = "-".join(f"{share:g}" for share in self.steps)
             raise ValueError(f"kab steps {text}: give two shares of the run, 0 <= low <= high <= 1")
-        if self.layers is not None and (len(self.layers) != 2 or not all(isinstance(n, int) for n in self.layers)):
+        if self.layers is not None and len(self.layers) != 2:
             text = "-".join(str(layer) for layer in self.layers)
             raise ValueError(f"kab layers {text}: give the first and the last one, whole numbers from 0")
         if isinstance(self.curve, str) and self.curve not in CURVES:

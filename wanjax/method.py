@@ -19,7 +19,7 @@ from flax import struct
 from wanjax import kab as kabs
 from wanjax import retro as retros
 from wanjax import rope
-from wanjax.config import ModelConfig
+from wanjax.config import ModelConfig, floats, make_plain
 from wanjax.kab import KAB
 from wanjax.retro import ReTRo
 from wanjax.types import CrossControl, RopeTable
@@ -36,10 +36,12 @@ class Isolation:
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
+        wanted = "three numbers from 0 to 1000, for text, first, last"
+        make_plain(self, "weights", floats, "branch weights", wanted)
         good = len(self.weights) == 3 and all(math.isfinite(w) and 0 <= w <= 1e3 for w in self.weights)
         if not good:
             text = ",".join(f"{w:g}" for w in self.weights)
-            raise ValueError(f"branch weights {text}: give three numbers from 0 to 1000, for text, first, last")
+            raise ValueError(f"branch weights {text}: give {wanted}")
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,18 @@ class MethodArrays:
     Attributes:
       table: rotary factors with ReTRo in them.
       strength: float32 [steps, L, F], zero without KAB.
-      control: the rest, with strength None.
+      control: the rest, with strength None; `at` gives it whole.
     """
 
     table: RopeTable
     strength: np.ndarray
     control: CrossControl
+
+    def at(self, step: int, batch: int = 1) -> CrossControl:
+        """The control of one step of the conditional pass, as `WanDiT.apply` takes it; strength [L, B, F]."""
+        strength = self.strength[step]
+        shape = (strength.shape[0], batch, strength.shape[1])
+        return self.control.replace(strength=np.broadcast_to(strength[:, None], shape))
 
 
 def arrays(method: Method, config: ModelConfig, frames: int, size: Sequence[int], steps: int) -> MethodArrays:
@@ -183,6 +191,7 @@ def describe(method: Method, config: ModelConfig, frames: int) -> dict[str, Any]
     if method.kab is not None:
         found["kab_layers"] = list(kabs.layer_window(method.kab, config.dit.num_layers))
     if method.retro is not None:
-        scale = retros.scale_vector(method.retro, frames, config.vae.latent_frames(frames))
+        latent_frames = config.vae.latent_frames(frames) // config.dit.patch_size[0]
+        scale = retros.scale_vector(method.retro, frames, latent_frames)
         found |= {"w_edge": retros.edge_width(method.retro, frames), "retro_scale": scale.round(6).tolist()}
     return found

@@ -6,10 +6,12 @@ F latent frames.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
 
+from wanjax.config import make_plain
 from wanjax.rope import MODES, Mode
 
 PUBLISHED_EDGE = 8 / 81
@@ -38,11 +40,23 @@ class ReTRo:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"retro mode {self.mode!r}: choose {', '.join(MODES)}")
+        whole = "a whole number from 0 (none) to 1000 latent frames"
+        for field in ("s_edge", "s_mid"):
+            make_plain(self, field, float, field, "a number above 0")
+        if self.w_edge is not None:
+            make_plain(self, "w_edge", float, "w_edge", "a number of pixel frames")
+        make_plain(self, "smooth", _whole, "retro smooth", whole)
         for name, value in (("s_edge", self.s_edge), ("s_mid", self.s_mid)):
             if not (math.isfinite(value) and 0 < value <= 1e3):
                 raise ValueError(f"{name} {value}: give a number above 0, at most 1000; 1 changes nothing")
-        if isinstance(self.smooth, bool) or not isinstance(self.smooth, int) or not 0 <= self.smooth <= 1000:
-            raise ValueError(f"retro smooth {self.smooth}: give a whole number from 0 (none) to 1000 latent frames")
+        if not 0 <= self.smooth <= 1000:
+            raise ValueError(f"retro smooth {self.smooth}: give {whole}")
+
+
+def _whole(value: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no number of frames")
+    return operator.index(value)
 
 
 def edge_width(retro: ReTRo, frames: int) -> float:
@@ -54,7 +68,7 @@ def edge_width(retro: ReTRo, frames: int) -> float:
     if retro.w_edge is None:
         return max(1, round(frames * PUBLISHED_EDGE))
     if not 1 <= retro.w_edge <= frames / 2:
-        raise ValueError(f"w_edge {retro.w_edge}: must be from 1 to {frames / 2:g} pixel frames, half of {frames}")
+        raise ValueError(f"w_edge {retro.w_edge:g}: must be from 1 to {frames / 2:g} pixel frames, half of {frames}")
     return retro.w_edge
 
 

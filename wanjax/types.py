@@ -55,12 +55,12 @@ class CrossBias:
 @struct.dataclass
 class CrossControl:
     """How one evaluation of the model changes its cross-attention (METHOD: KAB, isolation). All leaves are
-    traced: other values, or zeros, do not recompile. `wanjax.method` makes it.
+    traced: other values, or zeros, do not recompile. `wanjax.method.arrays(...).at(step)` makes it.
 
     Attributes:
       strength: float32 [L, B, F] (inside a block [B, F]), KAB's beta; where a layer has none but zeros it
         computes no bias.
-      curve: float32 [F], KAB's tau: share of the last keyframe in a frame's target, 0 at the first.
+      curve: float32 [F], KAB's tau: share of the last keyframe in a frame's target.
       floor: float32 [], KAB's epsilon: attention below it counts as it.
       isolated: bool [], whether the two keyframes have a softmax each instead of a joint one.
       weights: float32 [3], of (text, first, last) in the sum of isolated branches.
