@@ -89,19 +89,19 @@ class Tensors:
 def unscaled(tensors: Tensors) -> Tensors:
     """The same tensors with ComfyUI's scaled 8-bit weights multiplied out, in float32.
 
-    `X.scale_weight` holds the factor of `X.weight`; `X.scale_input` and `scaled_fp8` serve 8-bit products and are
-    dropped.
+    `X.scale_weight` (or `X.weight_scale`) holds the factor of `X.weight`; `X.scale_input` (`X.input_scale`) and
+    `scaled_fp8` serve 8-bit products and are dropped.
 
     Raises:
       SourceError: a factor that is not one number, or whose weight is not there.
     """
     named = dict(tensors.named)
-    for name in [name for name in named if name.endswith(".scale_weight")]:
-        weight, factor = f"{name.removesuffix('.scale_weight')}.weight", named.pop(name)
+    for name in [name for name in named if name.endswith((".scale_weight", ".weight_scale"))]:
+        weight, factor = f"{name.rpartition('.')[0]}.weight", named.pop(name)
         if weight not in named or int(np.prod(factor.shape)) != 1:
             raise SourceError(f"{tensors.files[0]}: {name} {list(factor.shape)} is not the factor of a weight")
         named[weight] = _multiplied(named[weight], factor)
-    extra = ("scaled_fp8", ".scale_input")
+    extra = ("scaled_fp8", ".scale_input", ".input_scale")
     return Tensors(tensors.files, {name: tensor for name, tensor in named.items() if not name.endswith(extra)})
 
 

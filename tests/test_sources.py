@@ -158,7 +158,8 @@ def test_single_file_of_another_dtype(tmp_path, nano, dtype):
         np.testing.assert_array_equal(tensor.read().astype(np.float32), wanted)
 
 
-def test_scaled_8_bit_weights_are_multiplied_out(tmp_path):
+@pytest.mark.parametrize("names", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")])
+def test_scaled_8_bit_weights_are_multiplied_out(tmp_path, names):
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     scale = weight.abs().max() / 448
     eight = (weight / scale).to(torch.float8_e4m3fn)
