@@ -36,9 +36,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", choices=write.DTYPES, default="keep", help="of transformer and encoders (default: %(default)s)"
     )
-    p.add_argument("--only", nargs="+", choices=tuple(families.SLOTS), help="convert these parts alone")
     p.add_argument(
-        "--lora", nargs="+", default=[], metavar="FILE[:scale]", help="merge these into the transformer, in float32"
+        "--only", nargs="+", action="extend", choices=tuple(families.SLOTS), help="convert these parts alone"
+    )
+    p.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:scale]",
+        help="merge these into the transformer, in float32",
     )
     return p
 
@@ -66,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     p = argparse.ArgumentParser(prog="python -m convert inspect", description="Say what a path holds.")
-    p.add_argument("path", type=Path)
+    p.add_argument("path", help="as SRC of a conversion, or a wanjax folder")
     p.add_argument("--full", action="store_true", help="of a wanjax folder: read it all and compare with its manifest")
     options = p.parse_args(arguments[1:])
     print(inspect.describe(options.path))
     if options.full:
-        manifest = store.read_manifest(options.path)
+        manifest = store.read_manifest(Path(options.path))
         with _bar(store.size(manifest), "verify") as bar:
-            store.verify(options.path, manifest.arrays, bar.update)
+            store.verify(Path(options.path), manifest.arrays, bar.update)
         print("every array is the one of the manifest")
     return 0
 

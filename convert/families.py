@@ -106,14 +106,17 @@ def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], names: Mapping[
     heads = stated.get("num_attention_heads", stated.get("num_heads"))
     if heads is None:
         if dim % HEAD_DIM:
-            raise SourceError(f"transformer of width {dim}: how many heads is not told; put its config.json beside it")
+            raise SourceError(
+                f"transformer of width {dim}: how many heads is not told; give a folder with its config.json"
+            )
         heads = dim // HEAD_DIM
     found = {
         "num_layers": layers, "ffn_dim": shapes[names["ffn"]][0], "freq_dim": shapes[names["time"]][1],
         "text_dim": shapes[names["text"]][1],
     }  # fmt: skip
-    _stated(stated, found | {"in_dim": channels, "in_channels": channels})
     out = shapes[names["head"]][0] // math.prod(patch)
+    sizes = {"dim": dim, "in_dim": channels, "in_channels": channels, "out_dim": out, "out_channels": out}
+    _stated(stated, found | sizes | {"patch_size": list(patch), "attention_head_dim": dim // heads})
     return DiTConfig(
         dim=dim,
         num_heads=heads,
@@ -121,6 +124,7 @@ def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], names: Mapping[
         out_channels=out,
         patch_size=tuple(patch),
         text_length=stated.get("text_len", 512),
+        eps=stated.get("eps", DiTConfig.eps),
         image_dim=None if image is None else image[0],
         image_tokens=257 if position is None else position[1] // 2,
         num_images=0 if image is None else 1 if position is None else 2,
@@ -217,6 +221,7 @@ def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, bl
         ffn_dim=sizes["d_ff"],
         num_buckets=buckets,
         max_distance=stated.get("relative_attention_max_distance", UMT5Config.max_distance),
+        eps=stated.get("layer_norm_epsilon", UMT5Config.eps),
         **found,
     )
 
@@ -238,12 +243,14 @@ def _umt5_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> U
 
 def _clip(shapes: Mapping[str, Shape], stated: Mapping[str, Any], patch: str, positions: Shape, block: str,
           ffn: str) -> CLIPConfig:  # fmt: skip
+    stated = stated.get("vision_config", stated)
     dim, _, size, _ = shapes[patch]
     side = math.isqrt(positions[-2] - 1)
     found = {"hidden_size": dim, "intermediate_size": shapes[ffn][0], "patch_size": size, "image_size": side * size}
-    _stated(stated, found)
+    count = _count(shapes, block)
+    _stated(stated, found | {"num_hidden_layers": count, "hidden_act": "gelu"})
     return CLIPConfig(
-        num_layers=_count(shapes, block) - 1,  # Wan2.1 reads the features before the last block
+        num_layers=count - 1,  # Wan2.1 reads the features before the last block
         dim=dim,
         num_heads=stated.get("num_attention_heads", CLIPConfig.num_heads),
         ffn_dim=found["intermediate_size"],

@@ -12,14 +12,14 @@ from convert.tensors import SourceError
 from wanjax import checkpoint, store
 
 
-def describe(path: Path) -> str:
+def describe(path: str | Path) -> str:
     """Text of several lines on a source or a wanjax folder.
 
     Raises:
       ValueError: nothing there that is known, or damaged files.
     """
-    if (path / store.MANIFEST).is_file():
-        return _folder(path)
+    if (Path(path) / store.MANIFEST).is_file():
+        return _folder(Path(path))
     source = sources.find(path)
     lines = [f"{path}:"]
     for name, part in source.parts.items():
@@ -34,7 +34,7 @@ def describe(path: Path) -> str:
     lines.append(f"  absent: {', '.join(absent) or 'nothing'}")
     try:
         planned = write.plan(source)
-        lines.append(f"  complete: {planned.config.name}, every tensor there and of the right shape")
+        lines.append(f"  {planned.config.name}: {', '.join(source.parts)} complete, every tensor of the right shape")
     except SourceError as error:
         lines.append(f"  not usable: {error}")
     return "\n".join(lines)

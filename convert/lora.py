@@ -2,16 +2,20 @@
 
 Spellings: `X.lora_A.weight`/`lora_B` (diffusers, PEFT), `X.lora_down.weight`/`lora_up` (kohya, ComfyUI), each with an
 optional `X.alpha`; X is the linear's name in either layout, after any of the usual prefixes, or kohya's form of it with
-underscores. The weight gains scale * alpha / rank * B A.
+underscores. The weight gains scale * alpha / rank * B A. Where the tensors tell no alpha, PEFT's own settings do
+(`adapter_config.json` beside the file, or the file's metadata), else alpha is the rank.
 """
 
 import dataclasses
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from convert import dit
 from convert.keymap import LINEAR
@@ -93,28 +97,58 @@ def _of_file(path: Path, scale: float, part: Part) -> dict[str, Update]:
         if target is None:
             odd.append(key)
         else:
-            found.setdefault(target, {})[_ROLES[match["role"]]] = tensor
+            role = _ROLES[match["role"]]
+            if role in found.setdefault(target, {}):
+                raise SourceError(f"{path}: {target} has two {role} matrices in different spellings; keep one")
+            found[target][role] = tensor
     if odd:
         raise SourceError(f"{path}: {len(odd)} keys fit no linear of the transformer:\n  " + "\n  ".join(sorted(odd)))
     if not found:
         raise SourceError(f"{path}: holds no LoRA")
-    updates, wrong = {}, []
+    updates, wrong, declared = {}, [], _declared(path)
     for name, roles in found.items():
         shape = part.tensors.named[name].shape
         if "down" not in roles or "up" not in roles:
             wrong.append(f"{name}: only {', '.join(roles)}")
             continue
         down, up = roles["down"], roles["up"]
-        rank = down.shape[0]
-        if len(up.shape) < 2 or up.shape[1] != rank or (up.shape[0], int(np.prod(down.shape[1:]))) != (
+        rank = down.shape[0] if down.shape else 0
+        if not rank or len(up.shape) < 2 or up.shape[1] != rank or (up.shape[0], int(np.prod(down.shape[1:]))) != (
             shape[0], int(np.prod(shape[1:]))):  # fmt: skip
             wrong.append(f"{name} {list(shape)}: up {list(up.shape)}, down {list(down.shape)}")
             continue
-        alpha = float(roles["alpha"].read().reshape(())) if "alpha" in roles else rank
-        updates[name] = Update(down, up, scale * alpha / rank)
+        if "alpha" in roles and int(np.prod(roles["alpha"].shape)) != 1:
+            wrong.append(f"{name}: alpha {list(roles['alpha'].shape)} is not one number")
+            continue
+        own = float(roles["alpha"].read().reshape(())) / rank if "alpha" in roles else declared(rank)
+        updates[name] = Update(down, up, scale * own)
     if wrong:
         raise SourceError(f"{path}: {len(wrong)} updates do not fit:\n  " + "\n  ".join(sorted(wrong)))
     return updates
+
+
+def _declared(path: Path) -> Callable[[int], float]:
+    """Factor by rank as PEFT's settings have it; 1 without any.
+
+    Raises:
+      SourceError: settings that change more than the factor.
+    """
+    beside, settings = path.with_name("adapter_config.json"), {}
+    try:
+        if beside.is_file() and path.stem.startswith("adapter_model"):
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+            # diffusers puts the name of the model in front of every key.
+            settings = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise SourceError(f"{path}: its PEFT settings cannot be read ({error})") from error
+    unknown = [key for key in ("use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]
+    if unknown:
+        raise SourceError(f"{path}: made with {', '.join(unknown)}, which cannot be merged here")
+    alpha, root = settings.get("lora_alpha"), settings.get("use_rslora")
+    return lambda rank: 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
 
 
 def _targets(part: Part) -> dict[str, str]:

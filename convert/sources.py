@@ -126,10 +126,36 @@ def _wanjax(path: Path, only: tuple[str, ...]) -> dict[str, Part]:
             tensors = _stored(path, slot)
         else:
             continue
-        rules = [Rule(name, name) for name in tensors.named]
+        tensors = _by_layer(tensors)
+        patterns = dict.fromkeys(map(_stack, tensors.named))
+        rules = [Rule(pattern.removesuffix(f"{LAYER}{{i}}"), pattern) for pattern in patterns]
         family = Family(slot, "wanjax", (), lambda config, rules=rules: rules, lambda shapes, stated: config)
         parts[slot] = Part(family, getattr(config, slot), tensors)
     return parts
+
+
+LAYER = "#"
+
+
+def _by_layer(tensors: Tensors) -> Tensors:
+    """The same with stacked arrays ("blocks/...") as one tensor a layer, so that no stack is read whole."""
+    named = {}
+    for name, tensor in tensors.named.items():
+        if not name.startswith("blocks/"):
+            named[name] = tensor
+            continue
+        for i in range(tensor.shape[0]):
+            named[f"{name}{LAYER}{i}"] = Tensor(tensor.shape[1:], tensor.dtype, lambda t=tensor, i=i: _row(t, i))
+    return Tensors(tensors.files, named)
+
+
+def _row(tensor: Tensor, i: int) -> np.ndarray:
+    return tensor.read()[i] if tensor.rows is None else tensor.rows(i)
+
+
+def _stack(name: str) -> str:
+    """The rule's pattern of a tensor of `_by_layer`."""
+    return f"{name.rpartition(LAYER)[0]}{LAYER}{{i}}" if LAYER in name else name
 
 
 def _stored(path: Path, slot: str) -> Tensors:
@@ -142,7 +168,8 @@ def _stored(path: Path, slot: str) -> Tensors:
 
     def tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
         where = store.place(path, name)
-        return Tensor(tuple(entry["shape"]), np.dtype(entry["dtype"]), lambda: store.open_array(where).read().result())
+        return Tensor(tuple(entry["shape"]), np.dtype(entry["dtype"]), lambda: store.open_array(where).read().result(),
+                      lambda i: store.open_array(where)[i].read().result())  # fmt: skip
 
     named = {name.split("/", 1)[1]: tensor(name, entry) for name, entry in own.items()}
     return Tensors((path / store.MANIFEST,), named)
@@ -199,11 +226,12 @@ def _diffusers(path: Path, only: tuple[str, ...]) -> dict[str, Part]:
 def _side_by_side(path: Path, only: tuple[str, ...]) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     stated = _stated(path)
-    for tensors in _groups(path):
+    groups = _groups(path)
+    for tensors in groups:
         family = families.identify(unscaled(families.plain(tensors)))
         if family.part not in only:
             continue
-        part = _part(tensors, stated if family.part == "dit" else {})
+        part = _part(tensors, stated if family.part == "dit" or len(groups) == 1 else {})
         if family.part in parts:
             files = parts[family.part].tensors.files[0].name, tensors.files[0].name
             raise SourceError(f"{path}: {' and '.join(files)} are both a {family.part}; move one away")

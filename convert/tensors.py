@@ -48,11 +48,13 @@ class Tensor:
       shape, dtype: as stored; of a product, what it is worth keeping in.
       read: gives it as an array (a product in float32); memory-mapped where the format allows, so that pages come as
         they are used.
+      rows: gives one entry of the leading axis, where that is less work than reading all.
     """
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    rows: Callable[[int], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,11 @@ def _of_array(array: np.ndarray) -> Tensor:
 
 
 def _open_safetensors(path: Path) -> Tensors:
-    _check_looks(path)
     try:
         with safe_open(path, framework="np"):  # the library checks the header and that the file is whole
             pass
     except (SafetensorError, OSError) as error:
+        _check_looks(path)
         raise SourceError(f"{path}: damaged or truncated safetensors file ({error}); get it again") from error
     # Read by hand from here on: the library's numpy side knows no 8-bit floats.
     with open(path, "rb") as file:
@@ -201,7 +203,7 @@ def _check_looks(path: Path) -> None:
         raise SourceError(f"{path}: empty; get it again")
     if head.startswith(b"version https://git-lfs"):
         raise SourceError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise SourceError(f"{path}: a web page, not weights; download the file itself")
 
 

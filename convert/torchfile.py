@@ -56,6 +56,21 @@ class _Dict(dict):
         del state
 
 
+class _Known:
+    """A constructor or dtype that a pickle may name. Made anew for each file, and without state that it could set."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.value(*(a.value if isinstance(a, _Known) else a for a in arguments))
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a constructor with a state")
+
+
 @dataclass(frozen=True)
 class _Storage:
     dtype: np.dtype
@@ -79,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 tree = _structure(path, file, archive)
     except OSError as error:
         raise TorchFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (zipfile.BadZipFile, struct.error) as error:
+    except (zipfile.BadZipFile, struct.error, RuntimeError, NotImplementedError) as error:  # encrypted, odd packing
         raise TorchFileError(f"{path}: damaged or truncated ({error}); get it again") from error
     return _named(path, tree)
 
@@ -105,7 +120,10 @@ def _structure(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> Any:
     root = roots[0]
     if any(name.startswith(f"{root}code/") for name in names):
         raise TorchFileError(f"{path}: a TorchScript program, not weights; save its state_dict")
-    order = archive.read(f"{root}byteorder").strip() if f"{root}byteorder" in names else b"little"
+    order = b"little"
+    if f"{root}byteorder" in names:
+        with archive.open(f"{root}byteorder") as stream:
+            order = stream.read(16).strip()
     if order != b"little":
         raise TorchFileError(f"{path}: byte order {order.decode(errors='replace')}; only little-endian files are read")
     info = archive.getinfo(f"{root}data.pkl")
@@ -193,9 +211,9 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): _parameter,
         }
         if (module, name) in known:
-            return known[module, name]
+            return _Known(known[module, name])
         if module in ("torch", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
+            return _Known(_DTYPES[name])
         raise TorchFileError(
             f"{self._path}: holds {module}.{name}, which is not a tensor or dictionary; it was not run. "
             f"Save the state_dict alone, or use a safetensors file"
@@ -203,6 +221,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, *_ = pid
+        dtype = dtype.value if isinstance(dtype, _Known) else dtype
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
             raise ValueError(f"unknown reference {kind!r}")
         return self._storage(dtype, key)

@@ -7,12 +7,15 @@ to the last bit.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,6 +36,8 @@ from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Pr
 
 DTYPES = ("bf16", "f32", "keep")
 PROGRESS, JOB = "progress.jsonl", "job.json"
+CHECKED = 8192  # rows looked at for NaN at once, to bound the memory
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WriteError(ValueError):
@@ -137,12 +142,16 @@ def _with_dtype(config: ModelConfig, source: Source, dtype: str) -> ModelConfig:
 
 
 def _own_precision(part: Part) -> Precision:
-    """float32 where any matrix is stored so; else half precision, in the dtype that most bytes have."""
-    matrices = [tensor.dtype for tensor in part.tensors.named.values() if len(tensor.shape) > 1]
-    if part.family.part == "vae" or any(dtype.itemsize >= 4 for dtype in matrices):
+    """float32 where most numbers are stored so, else half precision: a few matrices are float32 in every file."""
+    if part.family.layout == "wanjax":
+        return part.config.precision
+    numbers: Counter[np.dtype] = Counter()
+    for tensor in part.tensors.named.values():
+        numbers[tensor.dtype] += math.prod(tensor.shape)
+    most = numbers.most_common(1)[0][0]
+    if part.family.part == "vae" or most.itemsize >= 4:
         return FLOAT32
-    half = all(dtype == np.float16 for dtype in matrices)
-    return dataclasses.replace(BFLOAT16, param="float16") if half else BFLOAT16
+    return dataclasses.replace(BFLOAT16, param="float16") if most == np.float16 else BFLOAT16
 
 
 def lacking(planned: Plan, only: Sequence[str] | None = None) -> list[str]:
@@ -188,8 +197,10 @@ def read_layer(part: Part, rule: Rule, name: str, dtype: np.dtype) -> np.ndarray
     tensor: Tensor = part.tensors.named[name]
     with np.errstate(over="ignore"):
         layer = np.ascontiguousarray(rule.take(tensor.read()).astype(dtype, copy=False))
-    if not np.isfinite(layer.astype(np.float32, copy=False)).all():
-        raise SourceError(f"{part.tensors.files[0]}: {name} holds NaN or inf (as {dtype.name}); the file is damaged")
+    if not all(np.isfinite(layer[rows]).all() for rows in store.blocks(layer.shape, CHECKED)):
+        files = part.tensors.files
+        where = files[0] if len(files) == 1 else files[0].parent
+        raise SourceError(f"{where}: {name} holds NaN or inf (as {dtype.name}); its file is damaged")
     return layer
 
 
@@ -229,22 +240,32 @@ def write(planned: Plan, target: Path, dtype: str, told: Callable[[int], Any] = 
       WriteError: the target exists, cannot be written, or another conversion is writing it.
       SourceError: damaged tensors, or files that change meanwhile.
     """
-    part_folder = check_target(target)
+    check_target(target)
     with _locked(target):
+        part_folder = check_target(target)  # another run may have ended meanwhile
         source, files = planned.source, planned.files
         before = _stats(files)
         digests = {os.path.relpath(name, source.path.parent): digest for name, digest in sha256(files, told).items()}
-        job = {"sources": digests, "config": json.loads(configs.to_json(planned.config)), "dtype": dtype,
-               "parts": sorted(source.parts), "loras": list(source.loras)}  # fmt: skip
+        tool = f"wanjax {metadata.version('wanjax')}"
+        job = {
+            "tool": tool,
+            "format": store.FORMAT,
+            "sources": digests,
+            "config": json.loads(configs.to_json(planned.config)),
+            "dtype": dtype,
+            "parts": sorted(source.parts),
+            "loras": list(source.loras),
+        }
         try:
             done = _resume(part_folder, job, planned)
             arrays = _write_arrays(planned, part_folder, done, told)
         except OSError as error:
-            raise WriteError(f"{target}: {error.strerror or error}; free some space and run it again") from error
+            if error.errno not in FULL:
+                raise
+            raise WriteError(f"{target}: {error.strerror}; free some space and run it again") from error
         if _stats(files) != before:
             shutil.rmtree(part_folder)
             raise SourceError(f"{source.path}: its files changed during the conversion; run it again")
-        tool = f"wanjax {metadata.version('wanjax')}"
         manifest = store.Manifest(arrays, digests, tool, dtype, source.loras)
         _finish(planned, part_folder, target, manifest)
     return manifest
@@ -264,9 +285,8 @@ def check_target(target: Path) -> Path:
         raise WriteError(f"{target}: no folder {target.parent}; create it with mkdir -p {target.parent}")
     hidden = target.parent / f".{target.name}.part"
     try:
-        probe = target.parent / f".{target.name}.probe"
-        probe.write_bytes(b"probe")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=target.parent) as probe:
+            probe.write(b"probe")
     except OSError as error:
         raise WriteError(f"{target}: cannot write in {target.parent} ({error.strerror}); choose another") from error
     return hidden
@@ -276,15 +296,22 @@ def check_target(target: Path) -> Path:
 def _locked(target: Path) -> Iterator[None]:
     """Held by the one process that writes the target; the system lets go of it when the process ends in any way."""
     path = target.parent / f".{target.name}.lock"
-    with open(path, "w") as file:
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
+            os.close(file)
             raise WriteError(f"{target}: another conversion is writing it; wait or choose another name") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        # The holder before may have removed this very file between our opening and locking it.
+        if path.exists() and os.stat(path).st_ino == os.fstat(file).st_ino:
+            break
+        os.close(file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
 def _stats(files: Sequence[Path]) -> list[tuple[int, int]]:
@@ -299,7 +326,9 @@ def _resume(folder: Path, job: Mapping[str, Any], planned: Plan) -> dict[str, di
         same = False
     if same:
         done = {}
-        for line in (folder / PROGRESS).read_text(encoding="utf-8").splitlines():
+        progress = folder / PROGRESS
+        lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+        for line in lines:
             with contextlib.suppress(ValueError):  # a line cut off by the interruption
                 entry = json.loads(line)
                 done[entry.pop("name")] = entry
@@ -345,7 +374,7 @@ def _write_array(
         try:
             array[i if rule.stacked else ...].write(layer).result()
         except ValueError as error:  # tensorstore's way to say that the disk is full
-            raise OSError(0, str(error).splitlines()[0][:200]) from error
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0][:200]) from error
         digest.update(store.raw(layer))
         told(layer.nbytes)
     return {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": digest.hexdigest()}
@@ -356,10 +385,10 @@ def _finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest)
     _write_synced(folder / checkpoint.CONFIG, configs.to_json(planned.config) + "\n")
     if planned.source.tokenizer is not None:
         shutil.copyfile(planned.source.tokenizer, folder / checkpoint.TOKENIZER)
-    (folder / PROGRESS).unlink()
-    (folder / JOB).unlink()
     _write_synced(folder / store.MANIFEST, manifest.dumps())
-    os.rename(folder, target)
+    os.rename(folder, target)  # what an interruption after this leaves is whole, and two small files too many
+    (target / JOB).unlink()
+    (target / PROGRESS).unlink()
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -128,7 +128,7 @@ def prepare(
         if any(target.exists() and target.samefile(path) for target in (outputs.video, outputs.sheet)):
             raise ValueError(f"output {out}: is the keyframe {path}; choose another name")
     video.check_sides(out, *(side * scale for side in chosen.size))
-    plots = _plots(explain, explain_layer, explain_step, chosen, config, overwrite)
+    plots = _plots(explain, out, explain_layer, explain_step, chosen, config, overwrite)
     return Job(
         str(model),
         config,
@@ -147,6 +147,7 @@ def prepare(
 
 def _plots(
     folder: str | Path | None,
+    out: str | Path,
     layer: int | None,
     step: int | None,
     settings: Settings,
@@ -158,6 +159,8 @@ def _plots(
         if layer is not None or step is not None:
             raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
         return None
+    if Path(folder).absolute() == Path(out).absolute():
+        raise ValueError(f"--explain {folder}: is the output; choose another folder")
     return (Path(folder), *explaining.check(folder, settings, config, layer, step, overwrite))
 
 

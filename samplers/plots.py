@@ -156,7 +156,7 @@ def _attention_title(numbers: dict[str, Any]) -> str:
         _run(numbers),
         f"Frame attention in layer {layer} of 0-{numbers['strength']['of_layers'] - 1}, step {step} of "
         f"0-{numbers['settings']['steps'] - 1} (timestep {numbers['timestep']:.0f}): mean over heads and the "
-        "frame's queries, each row of a map sums to 1",
+        f"frame's queries{', each row of a map sums to 1' if numbers['isolated'] else ''}",
     ]
     if not (numbers["kab"] or numbers["own_bias"]):
         lines.append("No KAB in this layer and step: with and without bias are the same")

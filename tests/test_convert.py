@@ -174,7 +174,7 @@ def test_inspect_says_what_there_is(source, made, tmp_path, capsys):
     assert command.main(["inspect", str(source)]) == 0
     text = capsys.readouterr().out
     assert "dit: first-and-last-frame (FLF2V) transformer of 2 layers, width 128, original layout" in text
-    assert "float32 100%" in text and "complete: custom" in text and "absent: nothing" in text
+    assert "float32 100%" in text and "every tensor of the right shape" in text and "absent: nothing" in text
     assert command.main(["inspect", str(made), "--full"]) == 0
     text = capsys.readouterr().out
     assert "wanjax folder of custom" in text and "every array is the one of the manifest" in text
@@ -292,6 +292,85 @@ def test_spoilt_manifests(made, tmp_path, name):
     change(path, edit)
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoint.load(path)
+
+
+def test_a_lost_layer_is_not_read_as_zeros(made, tmp_path):
+    path = copy_of(made, tmp_path / "copy")
+    (path / "dit" / "blocks.ffn_in.kernel" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="dit/blocks/ffn_in/kernel: damaged .*missing"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("entry", [{}, {"shape": [1]}, {"shape": [1], "dtype": "nonsense", "sha256": ""}])
+def test_entries_that_say_nothing(made, tmp_path, entry):
+    path = copy_of(made, tmp_path / "copy")
+    change(path, lambda fields: fields["arrays"].update({"dit/head/bias": entry}))
+    with pytest.raises(checkpoint.CheckpointError, match="not a readable manifest"):
+        checkpoint.load(path)
+
+
+def test_layers_stay_apart_from_folder_to_folder(made, tmp_path):
+    """A converted folder as a source: a file a layer again, and the same numbers in the same precision."""
+    assert command.main([str(made), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    assert command.main([str(tmp_path / "half"), str(tmp_path / "again")]) == 0
+    layers = sorted(p.name for p in (tmp_path / "again" / "dit" / "blocks.ffn_in.kernel" / "c").iterdir())
+    assert layers == ["0", "1"]
+    one, two = (store.read_manifest(tmp_path / name).arrays for name in ("half", "again"))
+    assert one == two
+    assert checkpoint.load(tmp_path / "again").config.dit.precision == BFLOAT16
+
+
+def test_half_precision_with_some_float32_is_half(source, tmp_path):
+    """diffusers keeps time embedding and modulation in float32 in its bfloat16 files."""
+    path = copy_of(source, tmp_path / "copy")
+    for shard in path.glob("*.safetensors"):
+        tensors = load_file(shard)
+        half = {n: x if "time_embedding" in n or "modulation" in n else x.astype(jax.numpy.bfloat16)
+                for n, x in tensors.items()}  # fmt: skip
+        save_file(half, shard)
+    config, params = convert.load(path, only=["dit"])
+    assert config.dit.precision == BFLOAT16
+    assert params["dit"]["blocks"]["ffn_in"]["kernel"].dtype == jax.numpy.bfloat16
+    assert params["dit"]["time_in"]["kernel"].dtype == np.float32
+
+
+@pytest.mark.parametrize("step", ["before the rename", "after it"])
+def test_killed_while_finishing(source, tmp_path, monkeypatch, step):
+    """Whatever is left, the next run goes on, or the folder is there and whole."""
+    target, plain = tmp_path / "m", os.rename
+
+    def rename(old, new, **others):
+        if Path(new) != target:
+            return plain(old, new, **others)
+        if step == "after it":
+            plain(old, new)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        assert command.main([str(source), str(target), "--dtype", "f32"]) == 130
+    if step == "before the rename":
+        assert not target.exists()
+        assert command.main([str(source), str(target), "--dtype", "f32"]) == 0
+    equal(checkpoint.load(target, fast=False).params, plain_params())
+
+
+def test_a_repeated_option_adds_up():
+    options = command.parser().parse_args(["a", "b", "--lora", "x", "--lora", "y:2", "--only", "dit", "--only", "vae"])
+    assert options.lora == ["x", "y:2"] and options.only == ["dit", "vae"]
+
+
+def test_two_writers_never_hold_the_lock_together(tmp_path):
+    """One that opened the lock before its holder removed it must not think that it has it."""
+    target = tmp_path / "m"
+    with write._locked(target):
+        late = os.open(tmp_path / ".m.lock", os.O_RDWR)
+    with write._locked(target):
+        fcntl.flock(late, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the removed file's lock is free, and means nothing
+        with pytest.raises(write.WriteError, match="another conversion"), write._locked(target):
+            pass
+    os.close(late)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_array(made, tmp_path):

@@ -182,6 +182,7 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--explain", "plots", "--explain-layer", 2], "layer 2"),
         (["--explain", "plots", "--explain-step", 3], "step 3"),
         (["--explain", "/proc/plots"], "/proc"),
+        (["--out", "plots", "--explain", "plots"], "--explain plots: is the output"),
     ],
 )
 def test_bad_settings(job, capsys, no_compute, extra, message):

@@ -1,11 +1,12 @@
 """LoRA files in every spelling give the merged weights; what does not fit is listed."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 from nano import random_params
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_convert import CONFIG, command
 from test_sources import original, write_original
 
@@ -126,8 +127,6 @@ def test_two_files_add_up_and_reach_the_folder(source, tmp_path, capsys):
 def test_keys_that_fit_nothing_are_all_listed(source, tmp_path):
     file = tmp_path / "a.safetensors"
     write_lora(file, "plain")
-    from safetensors.numpy import load_file
-
     odd = {"blocks.9.self_attn.q.lora_A.weight": np.zeros((3, 4), np.float32), "unet.x.lora_B.weight": np.zeros(2)}
     save_file(load_file(file) | odd, file)
     with pytest.raises(SourceError) as error:
@@ -162,6 +161,39 @@ def test_bad_requests(source, tmp_path, request_text, message):
 def test_a_source_without_transformer(source):
     with pytest.raises(SourceError, match="no transformer to merge it into"):
         lora.merge(sources.find(source, only=["vae"]), ["x"])
+
+
+@pytest.mark.parametrize("told", ["beside", "metadata"])
+@pytest.mark.parametrize("root", [False, True])
+def test_pefts_own_settings_tell_alpha(source, tmp_path, told, root):
+    name, file = "blocks.1.self_attn.q", tmp_path / "adapter_model.safetensors"
+    down, up = write_lora(file, "peft", [name])[name]
+    settings = {"r": RANK, "lora_alpha": 16, "use_rslora": root}
+    if told == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": x for key, x in settings.items()})}
+        save_file(load_file(file), file, metadata)
+    _, params = convert.load(source, "f32", only=["dit"], loras=[str(file)])
+    factor = 16 / (RANK**0.5 if root else RANK)
+    expected = kernel(plain_params(), name).astype(np.float64) + factor * (up.astype(np.float64) @ down).T
+    np.testing.assert_allclose(kernel(params, name), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_settings_that_cannot_be_merged(source, tmp_path):
+    write_lora(tmp_path / "adapter_model.safetensors", "peft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    with pytest.raises(SourceError, match="made with use_dora"):
+        lora.merge(sources.find(source), [str(tmp_path / "adapter_model.safetensors")])
+
+
+def test_two_spellings_of_one_matrix(source, tmp_path):
+    write_lora(tmp_path / "a.safetensors", "plain", ["blocks.0.ffn.2"])
+    write_lora(tmp_path / "b.safetensors", "comfy", ["blocks.0.ffn.2"])
+    both = load_file(tmp_path / "a.safetensors") | load_file(tmp_path / "b.safetensors")
+    save_file(both, tmp_path / "c.safetensors")
+    with pytest.raises(SourceError, match=r"blocks.0.ffn.2.weight has two \w+ matrices"):
+        lora.merge(sources.find(source), [str(tmp_path / "c.safetensors")])
 
 
 def test_a_wanjax_folder_takes_none(capsys, tmp_path):

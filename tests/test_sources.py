@@ -105,7 +105,7 @@ def test_diffusers_folder(tmp_path, nano):
     )).save_pretrained(tmp_path / "text_encoder")  # fmt: skip
     CLIPVisionModel(CLIPVisionConfig(
         hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.num_layers + 1,
-        num_attention_heads=c.num_heads, image_size=c.image_size, patch_size=c.patch_size,
+        num_attention_heads=c.num_heads, image_size=c.image_size, patch_size=c.patch_size, hidden_act="gelu",
     )).save_pretrained(tmp_path / "image_encoder")  # fmt: skip
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
     source = sources.find(tmp_path)

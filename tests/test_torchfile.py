@@ -92,6 +92,8 @@ HOSTILE = {
     "getattr": b"\x80\x02cbuiltins\ngetattr\nX\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R.",
     "dotted name": b"\x80\x04\x8c\x0ctorch._utils\x8c\x1c_rebuild_parameter.__globals__\x93.",
     "unknown storage": b"\x80\x02(X\x07\x00\x00\x00storagectorch\nEvilStorage\nX\x01\x00\x00\x000NK\x01tQ.",
+    "a constructor's defaults": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0e\x00\x00\x00__kwdefaults__}"
+    b"X\x05\x00\x00\x00dtypectorch\nHalfStorage\nss\x86b.",
     "underflow": b"\x80\x02R.",
     "garbage": b"\xff\xff\xff",
     "empty": b"",

@@ -10,6 +10,7 @@ as it is read. Orbax restores the subfolders too.
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,19 +68,27 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        number = fields["format"]
-        arrays = {str(name): dict(entry) for name, entry in fields["arrays"].items()}
+        if fields["format"] != FORMAT:
+            number = fields["format"]
+            raise StoreError(f"{file}: format {number}, this wanjax reads {FORMAT}; update wanjax or convert again")
+        arrays = {str(name): _entry(entry) for name, entry in fields["arrays"].items()}
         loras = tuple(map(str, fields["loras"]))
         manifest = Manifest(arrays, dict(fields["sources"]), str(fields["tool"]), str(fields["dtype"]), loras)
+    except StoreError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{file}: not a readable manifest ({error}); convert the weights again") from error
-    if number != FORMAT:
-        raise StoreError(f"{file}: format {number}, this wanjax reads {FORMAT}; update wanjax or convert again")
     for name in arrays:
         steps = name.split("/")
         if len(steps) < 2 or any(step in ("", ".", "..") or "\\" in step for step in steps):
             raise StoreError(f"{file}: array name {name!r} leads outside the folder")
     return manifest
+
+
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One array's entry with its fields in the types they must have. KeyError, TypeError or ValueError else."""
+    shape = [operator.index(n) for n in entry["shape"]]
+    return {"shape": shape, "dtype": np.dtype(entry["dtype"]).name, "sha256": str(entry["sha256"])}
 
 
 def place(folder: Path, name: str) -> Path:
@@ -120,7 +129,9 @@ def open_array(path: Path) -> ts.TensorStore:
       StoreError: not there, or damaged.
     """
     try:
-        return ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}, read=True).result()
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+        # A file that was lost on the way must not be read as zeros.
+        return ts.open(spec | {"fill_missing_data_reads": False}, read=True).result()
     except ValueError as error:
         raise StoreError(f"{path}: missing or damaged ({_first_line(error)}); convert the weights again") from error
 
