@@ -87,7 +87,9 @@ def find(path: str | Path, only: Iterable[str] = families.SLOTS) -> Source:
     only = tuple(only)
     path = _snapshot(str(path)) if str(path).startswith(HUB) else Path(path)
     if path.is_file():
-        part = _part(open_file(path), {})
+        # The folder's config.json is this file's where no other model lies beside it.
+        alone = sum(file.suffix in _WEIGHTS for file in path.parent.iterdir()) == 1
+        part = _part(open_file(path), _stated(path.parent) if alone else {})
         return Source(path, {part.family.part: part}, None)
     if not path.is_dir():
         raise SourceError(f"{path}: no such file or folder; give a model file or the folder that holds one")

@@ -239,4 +239,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG at DPI, on white."""
     figure.savefig(path, dpi=DPI, facecolor="white")

@@ -279,6 +279,18 @@ def test_no_source(tmp_path, what):
         sources.find(path)
 
 
+def test_a_file_alone_is_read_with_its_config(tmp_path, nano):
+    config, params = nano
+    (tmp_path / "vae").mkdir()
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(invert(vae.diffusers(config.vae), params["vae"]), file)
+    own = dataclasses.replace(config.vae, latent_mean=tuple(0.5 * i for i in range(16)))
+    file.with_name("config.json").write_text(json.dumps(vae.diffusers_config(own)))
+    assert sources.find(file).parts["vae"].config == own
+    (tmp_path / "vae" / "other.pth").touch()
+    assert sources.find(file).parts["vae"].config == config.vae
+
+
 def test_index_that_lies(folder, tmp_path):
     path = copy_of(folder, tmp_path / "copy")
     index = path / "diffusion_pytorch_model.safetensors.index.json"
