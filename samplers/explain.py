@@ -103,8 +103,7 @@ def explain(
     - attention.json: every number in the three plots, with labels and settings.
 
     Encodes again and denoises up to the step (a shorter sampler, compiled for it), then evaluates the conditional pass
-    once more. Earlier plots in `folder` are replaced
-    (`check` asks before); the folder appears whole or not at all.
+    once more. Earlier plots in `folder` are replaced (`check` asks before); the folder appears whole or not at all.
 
     Args:
       model: from `wanjax.checkpoint.load`.

@@ -204,11 +204,13 @@ def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         video.write_png(outputs.sheet, sheet)
         video.write(outputs.video, frames, job.fps, job.scale)
         seconds = {"load": loaded, **result.seconds, "write": time.perf_counter() - begun}
+        if job.explain is not None:  # before the outputs get their names, so that a failure leaves none of them
+            begun = time.perf_counter()
+            explaining.explain(model, job.first, job.last, job.settings, *job.explain, mesh=mesh)
+            seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
         report = _report(job, model.config, seconds)
         video.write_json(outputs.settings, report)
-    if job.explain is not None:
-        explaining.explain(model, job.first, job.last, job.settings, *job.explain, mesh=mesh)
     return report
 
 

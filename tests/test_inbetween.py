@@ -76,6 +76,16 @@ def test_method_by_name_with_single_changes(job, tmp_path):
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".json"}
 
 
+def test_plots_that_fail_leave_no_video(job, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.explaining, "explain", fail)
+    assert inbetween.main(arguments(job, "--explain", tmp_path / "plots")) == 130
+    assert "nothing was written under the final name" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
 def test_same_seed_same_frames(job, tmp_path):
     videos = []
     for name in ("one", "two"):
