@@ -149,7 +149,7 @@ def test_larger_frames_show_the_same_scene():
     "arguments, message",
     [
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 0, "split": "test"}, "split is 'test'"),
+        ({"seed": 0, "split": "valid"}, "split is 'valid'"),
         ({"seed": 0, "frames": 1}, "frames is 1"),
         ({"seed": 0, "size": 8}, "size is 8"),
     ],

@@ -38,10 +38,7 @@ def setup(vae_folder, tmp_path_factory):
     patch.setattr(latents, "IMAGE_SHARE", 2)
     patch.setattr(train_vae, "_fused_norm_silu", lambda: train_vae.norm_silu)
 
-    def small(seed, split="train", rich=False):
-        return clip(seed, split, FRAMES, SIZE, rich)
-
-    patch.setattr(latents, "clip", small)
+    patch.setattr(latents, "training_clip", lambda number, variety, frames: clip(number, "train", frames, SIZE))
     folder = tmp_path_factory.mktemp("run")
     build_tokenizer.main([str(folder / "tokenizer.json")])
     vae_config, vae_params = latents.load_vae(vae_folder, NANO.vae)
@@ -49,7 +46,7 @@ def setup(vae_folder, tmp_path_factory):
     umt5 = dataclasses.replace(NANO.umt5, vocab_size=768)
     config = dataclasses.replace(NANO, vae=vae_config, dit=dit, umt5=umt5)
     encode = latents.encoder(vae_folder, vae_config, vae_params)
-    data = latents.build(vae_folder, encode, folder / "latents", CLIPS, 0.0)
+    data = latents.build(vae_folder, encode, folder / "latents9", CLIPS, "plain", FRAMES)
     yield config, vae_params, Tokenizer(folder / "tokenizer.json"), data, folder
     patch.undo()
 
@@ -64,10 +61,23 @@ def test_latents_are_those_of_the_jax_vae(setup):
 
 def test_latents_are_read_again_and_guarded(setup, vae_folder):
     *_, data, folder = setup
-    again = latents.build(vae_folder, None, folder / "latents", CLIPS, 0.0)
+    again = latents.build(vae_folder, None, folder / "latents9", CLIPS, "plain", FRAMES)
     np.testing.assert_array_equal(again.condition, data.condition)
-    with pytest.raises(ValueError, match="another VAE or --rich-share"):
-        latents.build(vae_folder, None, folder / "latents", CLIPS, 0.5)
+    for variety, frames in (("rich", FRAMES), ("plain", 13)):
+        with pytest.raises(ValueError, match="another VAE, --variety or length"):
+            latents.build(vae_folder, None, folder / "latents9", CLIPS, variety, frames)
+
+
+def test_lengths_share_the_steps(setup, vae_folder):
+    config, vae_params, tokenizer, data, folder = setup
+    encode = latents.encoder(vae_folder, config.vae, vae_params)
+    longer = latents.build(vae_folder, encode, folder / "latents17", CLIPS, "plain", 17)
+    sets = [train_dit.Batches(one, tokenizer, config, 4, seed=0) for one in (data, longer, longer)]
+    mixed, again = (train_dit.MixedLengths(sets, seed=0) for _ in range(2))
+    frames = [mixed.draw(step).latents.shape[1] for step in range(200)]
+    assert 80 < frames.count(3) < 120 and set(frames) == {3, 5}
+    jax.tree.map(np.testing.assert_array_equal, mixed.draw(7), again.draw(7))
+    assert {train_dit.MixedLengths(sets[:1], 0).draw(step).latents.shape[1] for step in range(5)} == {3}
 
 
 def test_training_sees_what_sampling_sees(setup):
@@ -144,7 +154,8 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
         return {"interior": 20.0}
 
     monkeypatch.setattr(evaluate, "measure", measure)
-    arguments = ["--vae", str(vae_folder), "--out", str(folder), "--clips", str(CLIPS), "--batch", "8"]
+    arguments = ["--vae", str(vae_folder), "--out", str(folder), "--clips", str(CLIPS), "--batch", "8",
+                 "--variety", "plain", "--lengths", "9", "13"]  # fmt: skip
     train_dit.main([*arguments, "--minutes", "0.001"])
     model = checkpoint.load(folder / "model")
     assert model.config.vae.latent_std == config.vae.latent_std
@@ -171,7 +182,8 @@ def test_going_on_from_a_model(setup, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "start", config, params, folder / "tokenizer.json")
     monkeypatch.setattr(evaluate, "measure", lambda *_, **__: {"interior": 20.0})
     out = tmp_path / "out"
-    line = ["--from-model", str(tmp_path / "start"), "--out", str(out), "--clips", str(CLIPS), "--batch", "8"]
+    line = ["--from-model", str(tmp_path / "start"), "--out", str(out), "--clips", str(CLIPS), "--batch", "8",
+            "--variety", "plain", "--lengths", "9"]  # fmt: skip
     train_dit.main([*line, "--minutes", "0.001"])
     model, start = checkpoint.load(out / "model"), checkpoint.load(tmp_path / "start")
     for part in train_dit.TRAINED:
@@ -181,6 +193,14 @@ def test_going_on_from_a_model(setup, tmp_path, monkeypatch):
     assert again == config.vae
     halves = jax.tree.map(lambda a, b: relative_error(a, b), model.params["vae"], start.params["vae"])
     assert max(jax.tree.leaves(halves)) < 5e-3  # stored in bfloat16
+
+
+@pytest.mark.parametrize("lengths", [["24"], ["25", "25"], ["1"]])
+def test_bad_lengths(tmp_path, lengths, capsys):
+    with pytest.raises(SystemExit):
+        train_dit.main(["--from-model", "tiny", "--out", str(tmp_path / "out"), "--lengths", *lengths])
+    assert "--lengths: give different lengths of 4n+1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_vae(tmp_path):

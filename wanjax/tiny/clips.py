@@ -1,7 +1,7 @@
 """Procedural clips with captions: what the bundled tiny model is trained and measured on.
 
 A clip shows one shape (or, in the rich variety, two) moving over a plain or two-tone background. It is a pure
-function of (split, seed), and the two splits draw from different random streams, so training and held-out clips
+function of (split, seed), and splits draw from different random streams, so training and held-out clips
 cannot coincide. About half of the clips move along an arc whose side the keyframes do not tell: only the caption
 says whether it goes over or under, so a model that ignores its text cannot do well on them.
 
@@ -16,7 +16,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-SPLITS = MappingProxyType({"train": 0, "heldout": 1})
+# Each split draws from a random stream of its own. "heldout" measures training, "dev" is for choosing settings of
+# the methods, "test" for the published figures alone.
+SPLITS = MappingProxyType({"train": 0, "heldout": 1, "dev": 2, "test": 3})
 
 COLOURS = MappingProxyType(
     {
@@ -43,6 +45,17 @@ RADIUS = (4.6, 6.0)
 MIN_DISTANCE = 10.0
 ARC_DISTANCE = (12.0, 20.0)
 ARC_HEIGHT = (6.5, 8.5)
+
+# How far a motion or change has come at a share of the clip's time, both in [0, 1].
+PACES: MappingProxyType[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType(
+    {
+        "even": lambda time: time,
+        "early": lambda time: 1 - (1 - time) ** 2.5,
+        "late": lambda time: time**2.5,
+        "first half": lambda time: np.minimum(2 * time, 1),
+        "second half": lambda time: np.maximum(2 * time - 1, 0),
+    }
+)
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -85,6 +98,7 @@ class Sprite:
       arc_height: bulge in pixels, unused when straight.
       radius: half the extent in pixels.
       angle: orientation in quarter turns, clockwise on screen.
+      pace: a key of PACES, followed by the motion and by every change.
     """
 
     shape: str
@@ -96,6 +110,7 @@ class Sprite:
     arc_height: float = 0.0
     radius: tuple[float, float] = (5.0, 5.0)
     angle: tuple[float, float] = (0.0, 0.0)
+    pace: str = "even"
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ def clip(seed: int, split: str = "train", frames: int = 25, size: int = 32, rich
 
     Args:
       seed: number of the clip within its split, >= 0.
-      split: "train" or "heldout".
+      split: a key of SPLITS.
       frames: length T, >= 2.
       size: height and width in pixels.
       rich: also turning, growing, colour-changing objects and pairs of objects.
@@ -155,34 +170,41 @@ def clip(seed: int, split: str = "train", frames: int = 25, size: int = 32, rich
     Raises:
       ValueError: unknown split, negative seed, fewer than two frames, or a size below 16.
     """
-    if frames < 2:
-        raise ValueError(f"frames is {frames}; a clip needs at least 2")
-    if size < 16:
-        raise ValueError(f"size is {size}; shapes are not recognisable below 16 pixels")
+    check_clip(seed, split, frames, size)
     drawn = scene(seed, split, rich)
     video, mask = render(drawn, frames, size)
     return Clip(video, caption(drawn), any(s.arc != "straight" for s in drawn.sprites), mask, drawn)
 
 
-def scene(seed: int, split: str = "train", rich: bool = False) -> Scene:
-    """Choose shapes, colours and motions; see `clip` for the arguments and errors."""
+def check_clip(seed: int, split: str, frames: int = 25, size: int = 32) -> None:
+    """Raises ValueError for what no clip can be drawn of; see `clip`."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; use one of {', '.join(SPLITS)}")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must not be negative")
+    if frames < 2:
+        raise ValueError(f"frames is {frames}; a clip needs at least 2")
+    if size < 16:
+        raise ValueError(f"size is {size}; shapes are not recognisable below 16 pixels")
+
+
+def scene(seed: int, split: str = "train", rich: bool = False) -> Scene:
+    """Choose shapes, colours and motions; see `clip` for the arguments and errors."""
+    check_clip(seed, split)
     rng = np.random.default_rng([SPLITS[split], seed])
-    background = _background(rng)
-    first = _sprite(rng, background.rgb, rich)
+    ground = background(rng)
+    first = _sprite(rng, ground.rgb, rich)
     if not rich or rng.random() < 0.6:
-        return Scene((first,), background)
+        return Scene((first,), ground)
     for _ in range(64):
-        second = _sprite(rng, background.rgb + first.rgb, rich)
+        second = _sprite(rng, ground.rgb + first.rgb, rich)
         if second.shape != first.shape:
-            return Scene((first, second), background)
-    return Scene((first,), background)
+            return Scene((first, second), ground)
+    return Scene((first,), ground)
 
 
-def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    """One of the names."""
     return names[int(rng.integers(len(names)))]
 
 
@@ -191,21 +213,22 @@ def _rgb(rng: np.random.Generator, name: str) -> tuple[float, float, float]:
     return tuple(float(v) for v in jittered)
 
 
-def _background(rng: np.random.Generator) -> Background:
-    first = _pick(rng, tuple(COLOURS))
+def background(rng: np.random.Generator) -> Background:
+    """Plain or two-tone, by equal chance."""
+    first = pick(rng, tuple(COLOURS))
     rgb = _rgb(rng, first)
     if rng.random() < 0.5:
         return Background((first,), (rgb,))
-    second = _pick(rng, tuple(c for c in COLOURS if c != first))
+    second = pick(rng, tuple(c for c in COLOURS if c != first))
     vertical = bool(rng.random() < 0.5)
     return Background((first, second), (rgb, _rgb(rng, second)), vertical, float(rng.uniform(10, 22)))
 
 
-def _visible_colour(rng: np.random.Generator, behind: tuple) -> tuple[str, tuple[float, float, float]]:
+def visible_colour(rng: np.random.Generator, behind: tuple) -> tuple[str, tuple[float, float, float]]:
     """A colour that stands out from everything behind it; the best of many tries when none fully does."""
     tries = []
     for _ in range(48):
-        name = _pick(rng, tuple(COLOURS))
+        name = pick(rng, tuple(COLOURS))
         rgb = _rgb(rng, name)
         contrast = min(float(np.linalg.norm(np.subtract(rgb, other))) for other in behind)
         if contrast >= MIN_CONTRAST:
@@ -216,35 +239,35 @@ def _visible_colour(rng: np.random.Generator, behind: tuple) -> tuple[str, tuple
 
 
 def _sprite(rng: np.random.Generator, behind: tuple, rich: bool) -> Sprite:
-    shape = _pick(rng, tuple(SHAPES))
-    name, rgb = _visible_colour(rng, behind)
+    shape = pick(rng, tuple(SHAPES))
+    name, rgb = visible_colour(rng, behind)
     names, rgbs = (name, name), (rgb, rgb)
     radius = float(rng.uniform(*RADIUS))
     radii, angles = (radius, radius), (0.0, 0.0)
-    change = _pick(rng, ("none", "turn", "size", "colour")) if rich else "none"
+    change = pick(rng, ("none", "turn", "size", "colour")) if rich else "none"
     if change == "turn" and shape not in SYMMETRIC_SHAPES:
         angles = (0.0, float(rng.choice([-2, -1, 1, 2])))
     if change == "size":
         small = float(rng.uniform(3.4, 4.2))
         radii = (small, radius) if rng.random() < 0.5 else (radius, small)
     if change == "colour":
-        last, last_rgb = _visible_colour(rng, (*behind, rgb))
+        last, last_rgb = visible_colour(rng, (*behind, rgb))
         names, rgbs = (name, last), (rgb, last_rgb)
     if rng.random() < 0.5:
-        start, end, arc, height = _arc_path(rng)
+        start, end, arc, height = arc_path(rng)
     else:
-        start, end = _straight_path(rng, radius)
+        start, end = straight_path(rng, radius)
         arc, height = "straight", 0.0
     return Sprite(shape, names, rgbs, start, end, arc, height, radii, angles)
 
 
-def _straight_path(rng: np.random.Generator, radius: float) -> tuple[tuple[float, float], tuple[float, float]]:
+def straight_path(rng: np.random.Generator, radius: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """Two centres at least MIN_DISTANCE apart with the whole object inside the frame.
 
     A third of them lie where arcs also start and end, so a straight path is not told apart by its keyframes.
     """
     if rng.random() < 1 / 3:
-        start, end, _, _ = _arc_path(rng)
+        start, end, _, _ = arc_path(rng)
         return start, end
     low, high = radius + 0.5, REFERENCE_SIZE - radius - 0.5
     while True:
@@ -253,14 +276,14 @@ def _straight_path(rng: np.random.Generator, radius: float) -> tuple[tuple[float
             return tuple(map(float, start)), tuple(map(float, end))
 
 
-def _arc_path(rng: np.random.Generator) -> tuple[tuple[float, float], tuple[float, float], str, float]:
+def arc_path(rng: np.random.Generator) -> tuple[tuple[float, float], tuple[float, float], str, float]:
     """A mostly horizontal path near mid-height, from which an arc to either side stays inside the frame."""
     distance = float(rng.uniform(*ARC_DISTANCE))
     centre = REFERENCE_SIZE / 2 + float(rng.uniform(-1, 1)) * (ARC_DISTANCE[1] - distance) / 2
     left = (centre - distance / 2, REFERENCE_SIZE / 2 + float(rng.uniform(-1.5, 1.5)))
     right = (centre + distance / 2, REFERENCE_SIZE / 2 + float(rng.uniform(-1.5, 1.5)))
     start, end = (left, right) if rng.random() < 0.5 else (right, left)
-    return start, end, _pick(rng, ("over", "under")), float(rng.uniform(*ARC_HEIGHT))
+    return start, end, pick(rng, ("over", "under")), float(rng.uniform(*ARC_HEIGHT))
 
 
 def direction(start: tuple[float, float], end: tuple[float, float]) -> str:
@@ -277,25 +300,44 @@ def direction(start: tuple[float, float], end: tuple[float, float]) -> str:
 def caption(drawn: Scene) -> str:
     """Describe a scene so that its motion is fixed, e.g. "a red ring moves left in an arc over, on a blue
     background"."""
-    parts = [_sprite_words(s) for s in drawn.sprites]
+    parts = [sprite_words(s) for s in drawn.sprites]
     text = parts[0] if len(parts) == 1 else f"{parts[1]}, in front of {parts[0]}"
-    article = "an" if drawn.background.colours[0][0] in "aeiou" else "a"
-    return f"{text}, on {article} {' and '.join(drawn.background.colours)} background"
+    return f"{text}, on {background_words(drawn.background)}"
 
 
-def _sprite_words(sprite: Sprite) -> str:
-    path = "in a straight line" if sprite.arc == "straight" else f"in an arc {sprite.arc}"
-    article = "an" if sprite.colours[0][0] in "aeiou" else "a"
-    text = f"{article} {sprite.colours[0]} {sprite.shape} moves {direction(sprite.start, sprite.end)} {path}"
+def background_words(ground: Background) -> str:
+    """E.g. "a red and blue background"."""
+    return f"{_article(ground.colours[0])} {' and '.join(ground.colours)} background"
+
+
+def noun(sprite: Sprite, when: int = 0) -> str:
+    """E.g. "an orange bar", by the colour in the first (0) or last (1) frame."""
+    return f"{_article(sprite.colours[when])} {sprite.colours[when]} {sprite.shape}"
+
+
+def sprite_words(sprite: Sprite) -> str:
+    """What a sprite is and does, e.g. "a red bar moves up in a straight line and turns blue"."""
+    if sprite.start == sprite.end:
+        text = f"{noun(sprite)} {({'over': 'bounces up', 'under': 'bounces down'}).get(sprite.arc, 'stays still')}"
+    else:
+        path = "in a straight line" if sprite.arc == "straight" else f"in an arc {sprite.arc}"
+        text = f"{noun(sprite)} moves {direction(sprite.start, sprite.end)} {path}"
     turns = sprite.angle[1] - sprite.angle[0]
     if turns:
         amount = "half" if abs(turns) == 2 else "quarter"
         text += f" and makes a {amount} turn {'clockwise' if turns > 0 else 'counterclockwise'}"
-    if sprite.radius[0] != sprite.radius[1]:
+    grows, recolours = sprite.radius[0] != sprite.radius[1], sprite.colours[0] != sprite.colours[1]
+    if grows:
         text += " and grows" if sprite.radius[1] > sprite.radius[0] else " and shrinks"
-    if sprite.colours[0] != sprite.colours[1]:
+    if recolours:
         text += f" and turns {sprite.colours[1]}"
-    return text
+    if grows or recolours:
+        return text + {"early": " at first", "late": " at last"}.get(sprite.pace, "")
+    return text + {"early": " and slows down", "late": " and speeds up"}.get(sprite.pace, "")
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def render(drawn: Scene, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +348,9 @@ def render(drawn: Scene, frames: int, size: int) -> tuple[np.ndarray, np.ndarray
     """
     canvas = np.broadcast_to(_backdrop(drawn.background, size), (frames, size, size, 3)).copy()
     mask = np.zeros((size, size), bool)
-    progress = np.linspace(0.0, 1.0, frames, dtype=np.float32)
+    time = np.linspace(0.0, 1.0, frames, dtype=np.float32)
     for sprite in drawn.sprites:
+        progress = PACES[sprite.pace](time)
         cover = _coverage(sprite, progress, size)
         mask |= (cover > 0).any(axis=0)
         paint = _between(np.array(sprite.rgb[0]), np.array(sprite.rgb[1]), progress[:, None])

@@ -23,13 +23,26 @@ from convert import keymap
 from convert import vae as vae_table
 from wanjax import conditioning, keyframes, vae
 from wanjax.config import VAEConfig
-from wanjax.tiny.clips import clip
+from wanjax.tiny.challenges import ChallengeClip, challenge
+from wanjax.tiny.clips import Clip, clip
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD = 480  # clips a file
 BATCH = 16
 Encoder = Callable[[np.ndarray], np.ndarray]
 IMAGE_SHARE = 5  # one clip in this many can be trained on without its last keyframe
+VARIETIES = ("plain", "rich", "challenges")
+
+
+def training_clip(number: int, variety: str, frames: int) -> Clip | ChallengeClip:
+    """Training clip `number` of a variety: "challenges" are all six categories and two plain clips in seven.
+
+    Clips of another length than 25 tell other stories, so that training on several lengths sees more of them.
+    """
+    seed = number if frames == 25 else number + 1_000_000 * frames
+    if variety == "challenges" and number % 7 >= 2:
+        return challenge(seed, "train", frames)
+    return clip(seed, "train", frames, rich=variety == "rich")
 
 
 def load_vae(folder: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Any]]:
@@ -111,12 +124,12 @@ def _encode_all(encode: Encoder, videos: np.ndarray) -> np.ndarray:
     return np.concatenate(parts).astype(np.float16)
 
 
-def _shard(encode: Encoder, index: int, rich_share: float) -> dict[str, np.ndarray]:
-    seeds = range(index * SHARD, (index + 1) * SHARD)
-    drawn = [clip(seed, "train", rich=(seed * 0.6180339887) % 1 < rich_share) for seed in seeds]
+def _shard(encode: Encoder, index: int, variety: str, frames: int) -> dict[str, np.ndarray]:
+    numbers = range(index * SHARD, (index + 1) * SHARD)
+    drawn = [training_clip(number, variety, frames) for number in numbers]
     videos = np.stack([one.video for one in drawn])
     first, last = videos[:, 0], videos[:, -1]
-    frames, images = videos.shape[1], SHARD // IMAGE_SHARE
+    images = SHARD // IMAGE_SHARE
     ends = keyframes.to_unit(first), keyframes.to_unit(last)
     both = np.asarray(conditioning.pixel_condition(*ends, frames))
     one = np.asarray(conditioning.pixel_condition(ends[0][:images], None, frames))
@@ -130,32 +143,33 @@ def _shard(encode: Encoder, index: int, rich_share: float) -> dict[str, np.ndarr
     }
 
 
-def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, rich_share: float) -> LatentSet:
+def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: str, frames: int) -> LatentSet:
     """Computes what `folder` lacks, shard by shard, and loads it all.
 
     Args:
       vae_folder, encode: the VAE's files, and what `encoder` made of them.
-      folder: of shards; belongs to one VAE and one rich_share.
+      folder: of shards; belongs to one VAE, variety and length.
       clips: at least this many (whole shards).
-      rich_share: share of clips with turning, growing, colour-changing and paired objects.
+      variety: a name in VARIETIES.
+      frames: length of the clips.
 
     Raises:
-      ValueError: the folder belongs to another VAE or share.
+      ValueError: the folder belongs to another VAE, variety or length.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256((vae_folder / WEIGHTS).read_bytes()).hexdigest()
-    origin = json.dumps({"vae": digest, "rich_share": rich_share})
+    origin = json.dumps({"vae": digest, "variety": variety, "frames": frames})
     label = folder / "origin.json"
     if not label.exists():
         label.write_text(origin)
     if label.read_text() != origin:
-        raise ValueError(f"{folder}: latents of another VAE or --rich-share; remove the folder")
+        raise ValueError(f"{folder}: latents of another VAE, --variety or length; remove the folder")
     shards = []
-    for index in tqdm(range(-(-clips // SHARD)), desc="latents", unit="shard", mininterval=20):
+    for index in tqdm(range(-(-clips // SHARD)), desc=f"latents, {frames} frames", unit="shard", mininterval=20):
         file = folder / f"{index:04d}.npz"
         if not file.exists():
             beside = folder / "part.npz"
-            np.savez(beside, **_shard(encode, index, rich_share))
+            np.savez(beside, **_shard(encode, index, variety, frames))
             os.replace(beside, file)
         with np.load(file) as stored:
             shards.append({name: stored[name] for name in stored.files})

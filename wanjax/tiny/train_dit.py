@@ -34,7 +34,8 @@ from wanjax.config import BFLOAT16, ModelConfig, preset
 from wanjax.dit import WanDiT
 from wanjax.keyframes import CLIP_MEAN, CLIP_STD
 from wanjax.tiny import build_tokenizer, evaluate
-from wanjax.tiny.latents import LatentSet, build, encoder, load_vae, write_vae
+from wanjax.tiny.challenges import challenge
+from wanjax.tiny.latents import VARIETIES, LatentSet, build, encoder, load_vae, write_vae
 from wanjax.tokenizer import Tokenizer
 from wanjax.types import Conditions
 from wanjax.umt5 import UMT5Encoder
@@ -46,6 +47,8 @@ SHIFT = 3.0
 CAPTION_DROP = 0.10
 LAST_KEYFRAME_DROP = 0.15
 TRAINED = ("dit", "umt5", "clip")
+FIRST_LENGTH_SHARE = 0.5  # of the steps; the other lengths share the rest alike
+OTHER_LENGTHS_CLIPS = 5  # one clip of each for so many of the first length
 
 
 @struct.dataclass
@@ -215,17 +218,37 @@ class Batches:
         )  # fmt: skip
 
 
-def train(config: ModelConfig, state: State, batches: Batches, vae_params: Any, options: argparse.Namespace,
+class MixedLengths:
+    """Batches of several clip lengths, one length a step, longer ones of fewer clips: a step costs about the same.
+
+    Args:
+      batches: of each length, the one that half of the steps take first.
+    """
+
+    def __init__(self, batches: list[Batches], seed: int):
+        self.all = batches
+        self._seed = seed
+        others = (1 - FIRST_LENGTH_SHARE) / max(1, len(batches) - 1)
+        self._shares = [FIRST_LENGTH_SHARE, *[others] * (len(batches) - 1)] if len(batches) > 1 else [1.0]
+
+    def draw(self, step: int) -> Batch:
+        """The batch of one step; depends on (seed, step) alone."""
+        pick = np.random.default_rng([self._seed, step, 1]).choice(len(self.all), p=self._shares)
+        return self.all[pick].draw(step)
+
+
+def train(config: ModelConfig, state: State, batches: MixedLengths, vae_params: Any, options: argparse.Namespace,
           manager: ocp.CheckpointManager) -> State:  # fmt: skip
     """Steps until the minutes are spent, with a checkpoint and a measurement every `--every` minutes."""
     tokenizer = options.out / "tokenizer.json"
-    held = evaluate.heldout(16)
+    held = [challenge(n, "heldout") for n in range(48)] if options.variety == "challenges" else evaluate.heldout(16)
     total = options.minutes * 60
     seconds, losses = float(state.seconds), []
     # Compiled here, outside the clock, on a state of its own, which the call gives away.
-    jax.block_until_ready(
-        update(config, jax.tree.map(jnp.copy, state), batches.draw(0), np.float32(0), np.uint32(options.seed))
-    )
+    for one in batches.all:
+        jax.block_until_ready(
+            update(config, jax.tree.map(jnp.copy, state), one.draw(0), np.float32(0), np.uint32(options.seed))
+        )
     last = time.monotonic()
     while seconds < total:
         began = time.monotonic()
@@ -295,15 +318,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder", type=Path, help="vae folder with the same encoder and a better decoder")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
     parser.add_argument("--minutes", type=float, default=40.0, help="time spent in steps, resumed runs included")
-    parser.add_argument("--clips", type=int, default=12000, help="training clips (default %(default)s)")
-    parser.add_argument("--rich-share", type=float, default=0.0, help="share of rich clips (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="clips a step (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=12000, help="training clips of the first length; a fifth as many "
+                        "of each other (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--variety", default="challenges", choices=VARIETIES, help="kind of clips (default %(default)s)"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[25, 33, 65, 81], metavar="FRAMES",
+                        help="clip lengths; half of the steps take the first (default 25 33 65 81)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=16, help="clips a step at the first length; as many tokens at the "
+                        "others (default %(default)s)")  # fmt: skip
     parser.add_argument("--every", type=float, default=4.0, help="minutes between checkpoints (default %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 (accelerators)")
     parser.add_argument("--latents-only", action="store_true", help="compute the latents and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     options = parser.parse_args(arguments)
+    stride = preset("tiny").vae.temporal_stride
+    wrong = [n for n in options.lengths if n < stride + 1 or n % stride != 1]
+    if wrong or len(set(options.lengths)) < len(options.lengths):
+        parser.error(f"--lengths: give different lengths of {stride}n+1 frames, n at least 1; got {options.lengths}")
     if (options.out / "model").exists():
         parser.error(f"--out: {options.out / 'model'} exists already; choose another folder or move it away")
     return options
@@ -327,12 +360,19 @@ def main(arguments: list[str] | None = None) -> None:
     encode = encoder(options.vae, vae_config, vae_params)
     if options.decoder is not None:
         vae_params = with_decoder(vae_params, load_vae(options.decoder, config.vae)[1])
-    data = build(options.vae, encode, options.out / "latents", options.clips, options.rich_share)
+    sets = []
+    for frames in options.lengths:
+        clips = options.clips if frames == options.lengths[0] else options.clips // OTHER_LENGTHS_CLIPS
+        sets.append(build(options.vae, encode, options.out / f"latents{frames}", clips, options.variety, frames))
     if options.latents_only:
         return
     build_tokenizer.main([str(options.out / "tokenizer.json")])
     tokenizer = Tokenizer(options.out / "tokenizer.json")
-    batches = Batches(data, tokenizer, config, options.batch, options.seed)
+    tokens = options.batch * sets[0].latents.shape[1]
+    batches = MixedLengths(
+        [Batches(one, tokenizer, config, max(1, round(tokens / one.latents.shape[1])), options.seed) for one in sets],
+        options.seed,
+    )
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((options.out / "checkpoints").resolve(), options=keep) as manager:
         state = new_state(running, options.seed) if model is None else state_of(model)
