@@ -231,7 +231,7 @@ def run(
         with timings.stage("denoise"):
             latents = denoise(model, conditions, negative, settings, progress, mesh, cross_bias)
         with timings.stage("decode"):
-            video = keyframes.from_unit(_decode(model.config.vae, model.params["vae"], latents))
+            video = decode(model, latents)
     return Result(video, latents, timings.seconds)
 
 
@@ -260,10 +260,12 @@ def denoise(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     until: int | None = None,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B samples, from seeded noise. FloatingPointError on NaN or inf.
 
-    `until` stops before that step, 0 .. steps, and gives the latents that enter it.
+    `until` stops before that step, 0 .. steps, and gives the latents that enter it. `noise`, standard normal in the
+    latents' shape, takes the place of the seed's.
     """
     config = model.config
     table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
@@ -272,7 +274,10 @@ def denoise(
         table = jax.tree.map(lambda rows: rows[:until], table)
         method = method.replace(strength=method.strength[:until])
     shape = (*conditions.latent.shape[:-1], config.dit.out_channels)
-    noise = jax.random.normal(jax.random.key(settings.seed), shape, jnp.float32)
+    if noise is None:
+        noise = jax.random.normal(jax.random.key(settings.seed), shape, jnp.float32)
+    elif noise.shape != shape:
+        raise ValueError(f"noise of shape {noise.shape}: the latents are {shape}")
     if mesh is not None:
         noise = sharding.shard_video(noise, mesh)
     with progress.open(len(table.sigma)) if progress is not None else nullcontext():
@@ -291,6 +296,11 @@ def denoise(
         )
         check(failed_step)
     return latents
+
+
+def decode(model: Model, latents: jax.Array) -> np.ndarray:
+    """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]."""
+    return keyframes.from_unit(_decode(model.config.vae, model.params["vae"], latents))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "on_step"))

@@ -1,0 +1,321 @@
+"""Makes the videos of an arm for a batch of clips.
+
+What a batch shares (fitted keyframes, conditions, noise) is made once and serves every arm. The noise of a clip
+comes from the seed and the clip's id, so neither the batch nor the order of arms nor a resumed run changes it, and
+all arms begin from the same one. Axis letters as in `wanjax.types`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from benchmarks.tgi import two_way
+from benchmarks.tgi.arms import Arm, shuffled_curve
+from samplers import pipeline, schedule, solvers
+from samplers.pipeline import Keyframes, Settings
+from samplers.sample import check, sample
+from wanjax import conditioning, keyframes, vae
+from wanjax.checkpoint import Model
+from wanjax.config import DiTConfig, VAEConfig
+from wanjax.dit import WanDiT
+from wanjax.guidance import guided
+from wanjax.method import Method, MethodArrays
+from wanjax.tiny.evaluate import baselines
+from wanjax.types import Conditions, CrossBias
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A batch to be inbetweened.
+
+    Attributes:
+      ids: of B clips.
+      captions: B prompts.
+      truth: uint8 [B, T, H, W, 3] at the size of the run; only its first and last frame are shown to a model.
+    """
+
+    ids: Sequence[str]
+    captions: Sequence[str]
+    truth: np.ndarray
+
+
+class Batch:
+    """What the arms of one batch share.
+
+    Args:
+      model: for inbetweening.
+      image_model: conditioned on one image, for the two-way schemes, or None where there is none.
+      settings: of the run; `frames` and `size` are those of `clips.truth`.
+      clips: the batch.
+    """
+
+    def __init__(self, model: Model, image_model: Model | None, settings: Settings, clips: Clips):
+        self.model, self.settings, self.clips = model, settings, clips
+        self._image_model = image_model
+        pairs = [(video[0], video[-1]) for video in clips.truth]
+        self._prepared = Keyframes.prepare(pairs, model.config, settings)
+
+    @cached_property
+    def conditions(self) -> tuple[Conditions, jax.Array]:
+        return pipeline.encode(self.model, self._prepared, list(self.clips.captions), self.settings)
+
+    def noise(self, seed: int) -> jax.Array:
+        """Standard normal [B, F, h, w, C]."""
+        shape = (*self.conditions[0].latent.shape[1:-1], self.model.config.dit.out_channels)
+        numbers = np.array([zlib.crc32(one.encode()) for one in self.clips.ids], np.uint32)
+        return _noise(np.uint32(seed), numbers, shape)
+
+    def first_frame_latent(self, model: Model, frame: np.ndarray) -> jax.Array:
+        """Condition channels [B, F, h, w, s + 16] of frames uint8 [B, H, W, 3] as the first and only keyframe."""
+        return _encode_first(
+            model.config.vae, model.params["vae"], keyframes.to_unit(frame), frames=self.settings.frames
+        )
+
+    def one_way(self) -> tuple[Model, Conditions, Conditions, jax.Array]:
+        """The image-to-video model, its conditions forwards and backwards, and the text of the pass without prompt.
+
+        Raises:
+          ValueError: there is no such model.
+        """
+        model = self._image_model
+        if model is None:
+            raise ValueError(
+                "trf, vibid: need a model conditioned on the first frame alone; give it with --image-model "
+                "(the tiny model is one itself)"
+            )
+        told, negative = self.conditions
+        if model is not self.model:
+            told, negative = pipeline.encode(model, self._prepared, list(self.clips.captions), self.settings)
+        ends = ((told.first, self._prepared.first), (told.last, self._prepared.last))
+        # The tiny model knows a withheld keyframe as zeros; a model of one keyframe has no place for it.
+        absent = jnp.zeros_like(told.last) if model.config.dit.num_images == 2 else None
+        forwards, backwards = (
+            told.replace(first=tokens, last=absent, latent=self.first_frame_latent(model, frame))
+            for tokens, frame in ends
+        )
+        return model, forwards, backwards, negative
+
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        return pipeline.decode(self.model, latents)
+
+
+def make(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    """The arm's videos, uint8 [B, T, H, W, 3].
+
+    Raises:
+      ValueError: settings that the model cannot have, or no model for a two-way scheme.
+      FloatingPointError: NaN or inf in the latents.
+    """
+    return _MAKERS[arm.kind](arm, batch, seed)
+
+
+def _denoised(batch: Batch, method: Method, seed: int, **more: Any) -> jax.Array:
+    settings = dataclasses.replace(batch.settings, method=method)
+    return pipeline.denoise(batch.model, *batch.conditions, settings, noise=batch.noise(seed), **more)
+
+
+def _method(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    return batch.decode(_denoised(batch, arm.method, seed))
+
+
+def _empty_caption(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    clips = dataclasses.replace(batch.clips, captions=[""] * len(batch.clips.ids))
+    return _method(arm, Batch(batch.model, None, batch.settings, clips), seed)
+
+
+def _shuffled_anchors(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    frames = batch.conditions[0].latent.shape[1]
+    kab = dataclasses.replace(arm.method.kab, curve=shuffled_curve(frames, seed))
+    return _method(dataclasses.replace(arm, method=dataclasses.replace(arm.method, kab=kab)), batch, seed)
+
+
+@struct.dataclass
+class Varying:
+    """What differs from step to step, float32 with a leading axis of steps.
+
+    Attributes:
+      strength: [steps, L, F] of KAB.
+      biased: [steps], 1 where a given bias is added.
+      hidden: [steps], 1 where the last keyframe is hidden.
+    """
+
+    strength: np.ndarray
+    biased: np.ndarray
+    hidden: np.ndarray
+
+
+def _random_bias(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    """Gaussian, with the root mean square that KAB's bias has in its first active step, by layer, clip, frame and
+    branch; added in KAB's steps."""
+    settings = dataclasses.replace(batch.settings, method=arm.method)
+    method = settings.method_arrays(batch.model.config)
+    active = method.strength.any((1, 2))
+    if not active.any():
+        raise ValueError(f"{arm.name}: KAB acts in none of {settings.steps} steps; take more")
+    step = int(np.flatnonzero(active)[0])
+    conditions = batch.conditions[0]
+    latents = _denoised(batch, arm.method, seed, until=step)
+    table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
+    size = _bias_size(batch.model.config.dit, batch.model.params["dit"], latents, table.timestep[step], conditions,
+                      method.replace(strength=method.strength[step]))  # fmt: skip
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), 3)
+    lengths = conditions.text.shape[1], conditions.first.shape[1], conditions.last.shape[1]
+    bias = CrossBias(*(_gaussian(key, of, n) for key, of, n in zip(keys, size, lengths, strict=True)))
+    nothing = np.zeros_like(method.strength)
+    varying = Varying(nothing, active.astype(np.float32), np.zeros(len(active), np.float32))
+    return batch.decode(_varied(batch, method, seed, varying, bias))
+
+
+def _gaussian(key: jax.Array, size: jax.Array, keys: int) -> jax.Array:
+    """Bias [L, B, F, K] of mean 0 and root mean square `size` [L, B, F]."""
+    return size[..., None] * jax.random.normal(key, (*size.shape, keys))
+
+
+def _random_mask(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    settings = dataclasses.replace(batch.settings, method=arm.method)
+    method = settings.method_arrays(batch.model.config)
+    hidden = np.zeros(settings.steps, np.float32)
+    hidden[np.random.default_rng([seed, 2]).permutation(settings.steps)[: settings.steps // 2]] = 1
+    varying = Varying(method.strength, np.zeros(settings.steps, np.float32), hidden)
+    return batch.decode(_varied(batch, method, seed, varying, CrossBias()))
+
+
+def _varied(batch: Batch, method: MethodArrays, seed: int, varying: Varying, bias: CrossBias) -> jax.Array:
+    settings, model = batch.settings, batch.model
+    conditions, negative = batch.conditions
+    hidden = batch.first_frame_latent(model, batch.clips.truth[:, 0])
+    table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
+    latents, failed_step = _sample_varied(
+        model.config.dit, model.params["dit"], batch.noise(seed), conditions, hidden, negative,
+        np.float32(settings.guidance), table, method.replace(strength=None), varying, bias,
+    )  # fmt: skip
+    check(failed_step)
+    return latents
+
+
+def _two_way(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    model, forwards, backwards, negative = batch.one_way()
+    options = two_way.Options(arm.kind, **dict(arm.options))
+    latents = two_way.sample(model, forwards, backwards, negative, batch.settings, options, batch.noise(seed), seed)
+    return pipeline.decode(model, latents)
+
+
+def _latent_interpolation(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    truth, config, params = batch.clips.truth, batch.model.config.vae, batch.model.params["vae"]
+    still = [np.repeat(truth[:, [end]], truth.shape[1], 1) for end in (0, -1)]
+    first, last = (_encode(config, params, keyframes.to_unit(video)) for video in still)
+    share = np.linspace(0, 1, first.shape[1], dtype=np.float32)[None, :, None, None, None]
+    return batch.decode(first + (last - first) * share)
+
+
+def _vae(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    model = batch.model
+    return batch.decode(_encode(model.config.vae, model.params["vae"], keyframes.to_unit(batch.clips.truth)))
+
+
+def _truth(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    return batch.clips.truth
+
+
+def _cross_fade(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    return baselines(batch.clips.truth)["crossfade"]
+
+
+def _nearest(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    return baselines(batch.clips.truth)["nearest"]
+
+
+_MAKERS: Mapping[str, Callable[[Arm, Batch, int], np.ndarray]] = MappingProxyType(
+    {
+        "method": _method,
+        "empty-caption": _empty_caption,
+        "shuffled-anchors": _shuffled_anchors,
+        "random-bias": _random_bias,
+        "random-mask": _random_mask,
+        "trf": _two_way,
+        "vibid": _two_way,
+        "latent-interpolation": _latent_interpolation,
+        "cross-fade": _cross_fade,
+        "nearest": _nearest,
+        "vae": _vae,
+        "truth": _truth,
+    }
+)
+KINDS = tuple(_MAKERS)
+SEEDLESS = ("latent-interpolation", "cross-fade", "nearest", "vae", "truth")
+"""Kinds that no noise enters: one seed says it all."""
+
+
+@partial(jax.jit, static_argnums=2)
+def _noise(seed: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
+    return vae.encode(config, params, video)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="frames")
+def _encode_first(config: VAEConfig, params: Any, first: jax.Array, *, frames: int) -> jax.Array:
+    latent = vae.encode(config, params, conditioning.pixel_condition(first, None, frames))
+    return conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, last=False))
+
+
+@partial(jax.jit, static_argnums=0)
+def _bias_size(
+    config: DiTConfig,
+    params: Any,
+    latents: jax.Array,
+    timestep: jax.Array,
+    conditions: Conditions,
+    method: MethodArrays,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Root mean square over keys of KAB's bias in one evaluation: [L, B, F] of text, first, last."""
+    batch = latents.shape[0]
+    strength = jnp.broadcast_to(method.strength[:, None], (config.num_layers, batch, method.strength.shape[1]))
+    _, seen = WanDiT(config, inspect=True).apply(
+        {"params": params}, latents, jnp.broadcast_to(timestep, (batch,)), conditions, method.table, None,
+        method.control.replace(strength=strength),
+    )  # fmt: skip
+    return tuple(jnp.sqrt(jnp.square(of).mean(-1)) for of in (seen.bias.text, seen.bias.first, seen.bias.last))
+
+
+@partial(jax.jit, static_argnums=0)
+def _sample_varied(
+    config: DiTConfig,
+    params: Any,
+    noise: jax.Array,
+    conditions: Conditions,
+    hidden: jax.Array,
+    negative: jax.Array,
+    guidance: jax.Array,
+    table: solvers.StepTable,
+    method: MethodArrays,
+    varying: Varying,
+    bias: CrossBias,
+) -> tuple[jax.Array, jax.Array]:
+    """The sampler with conditions and bias that change from step to step; `hidden` replaces `conditions.latent`."""
+
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
+        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
+
+    def denoise(latents: jax.Array, timestep: jax.Array, now: Varying) -> jax.Array:
+        told = conditions.replace(latent=jnp.where(now.hidden > 0, hidden, conditions.latent))
+        given = jax.tree.map(lambda leaf: leaf * now.biased, bias)
+        run = guided(model, told, negative, guidance, "sequential", method.control, given)
+        return run(latents, timestep, now.strength)
+
+    return sample(denoise, noise, table, None, varying)

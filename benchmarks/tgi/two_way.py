@@ -1,0 +1,194 @@
+"""Inbetweening with a model that sees one keyframe: forwards from the first, backwards from the last.
+
+Time-reversal fusion (TRF, arXiv 2403.14611) evaluates both directions in every step and fuses them frame by frame
+with linear weights; some steps are repeated after noise is put back. ViBiDSampler (arXiv 2410.05651) takes each step
+forwards, puts the noise back, and takes it again backwards; its guidance (CFG++, DDS) is not part of this. Both are
+Euler steps of one `lax.scan` here, so TRF's weights on velocities are weights on the denoised estimates, as in the
+paper.
+
+Reversing time in Wan's latents is not reversing them: a latent frame holds 1 pixel frame at first and 4 later, and
+sees only earlier ones. Flip "latent" reverses the latent frames all the same, as a port of these methods would do
+first; flip "pixel" decodes the data estimate, reverses the frames, encodes again, and reverses only the estimated
+noise as it is.
+
+Axis letters as in `wanjax.types`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from samplers import schedule
+from samplers.pipeline import Settings
+from wanjax import vae
+from wanjax.checkpoint import Model
+from wanjax.config import ModelConfig
+from wanjax.dit import WanDiT
+from wanjax.guidance import guided
+from wanjax.method import MethodArrays
+from wanjax.types import Conditions
+
+Scheme = Literal["trf", "vibid"]
+Flip = Literal["latent", "pixel"]
+SCHEMES: tuple[Scheme, ...] = ("trf", "vibid")
+FLIPS: tuple[Flip, ...] = ("latent", "pixel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the two directions are joined.
+
+    Attributes:
+      scheme: "trf" or "vibid".
+      flip: what is reversed in time, "latent" or "pixel" frames.
+      repeats: of TRF, how often a step is taken again from renewed noise.
+      repeat_share: of TRF, share of the run, from its start, whose steps are repeated.
+    """
+
+    scheme: Scheme
+    flip: Flip = "latent"
+    repeats: int = 2
+    repeat_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("scheme", self.scheme, SCHEMES), ("flip", self.flip, FLIPS)):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}: choose {' or '.join(allowed)}")
+        if self.repeats < 0 or not 0 <= self.repeat_share <= 1:
+            raise ValueError(f"repeats {self.repeats} in {self.repeat_share} of the run: give 0 or more, in 0 to 1")
+
+
+@struct.dataclass
+class Rows:
+    """One evaluation a row, float32 [rows].
+
+    Attributes:
+      sigma, following: noise level before and after the Euler step.
+      back: noise level that fresh noise then brings it to; `following` where none is added.
+      backwards: of ViBiD, 1 where the step is taken in reversed time.
+    """
+
+    sigma: np.ndarray
+    following: np.ndarray
+    back: np.ndarray
+    backwards: np.ndarray
+
+
+def rows(options: Options, levels: np.ndarray) -> Rows:
+    """The order of steps on noise levels float64 [steps + 1]; none is repeated from the last one, at 0."""
+    made = []
+    steps = len(levels) - 1
+    for i in range(steps):
+        here, after = levels[i], levels[i + 1]
+        if options.scheme == "vibid":
+            made += [(here, after, here, 0), (here, after, after, 1)]
+            continue
+        again = options.repeats if i < options.repeat_share * steps else 0
+        made += [(here, after, here, 0)] * again + [(here, after, after, 0)]
+    return Rows(*np.array(made, np.float32).T)
+
+
+def renoise(latents: jax.Array, noise: jax.Array, level: jax.Array, higher: jax.Array) -> jax.Array:
+    """Latents at noise `level` brought to a `higher` one by fresh standard normal noise; unchanged if they agree."""
+    keep = jnp.where(level < 1, (1 - higher) / jnp.maximum(1 - level, 1e-12), 1.0)
+    return keep * latents + jnp.sqrt(jnp.maximum(higher**2 - (keep * level) ** 2, 0)) * noise
+
+
+def sample(
+    model: Model,
+    forwards: Conditions,
+    backwards: Conditions,
+    negative: jax.Array,
+    settings: Settings,
+    options: Options,
+    noise: jax.Array,
+    seed: int,
+) -> jax.Array:
+    """Latents [B, F, h, w, 16] between two keyframes.
+
+    Args:
+      model: conditioned on one image: I2V, or one trained with the last keyframe withheld at times.
+      forwards, backwards: conditions that hold the first, and the last keyframe as if it were the first.
+      negative: text [B, L, text_dim] of the pass without the prompt.
+      settings: steps, shift, grid, guidance; the solver is Euler.
+      options: see `Options`.
+      noise: standard normal, in the latents' shape.
+      seed: of the noise that is put back.
+    """
+    levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
+    method = settings.method_arrays(model.config)
+    params = {part: model.params[part] for part in ("dit", "vae")}
+    table = method.replace(strength=method.strength[0])
+    made = _sample(model.config, options, params, forwards, backwards, negative, np.float32(settings.guidance), table,
+                   rows(options, levels), noise, np.uint32(seed))  # fmt: skip
+    if not bool(jnp.isfinite(made).all()):
+        raise FloatingPointError(f"{options.scheme}: NaN or inf in the latents; check the weights")
+    return made
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sample(
+    config: ModelConfig,
+    options: Options,
+    params: Any,
+    forwards: Conditions,
+    backwards: Conditions,
+    negative: jax.Array,
+    guidance: jax.Array,
+    method: MethodArrays,
+    steps: Rows,
+    noise: jax.Array,
+    seed: jax.Array,
+) -> jax.Array:
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
+        return WanDiT(config.dit).apply(
+            {"params": params["dit"]}, latents, timestep, conditions, method.table, bias, control
+        )
+
+    def velocity(conditions: Conditions) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        run = guided(model, conditions, negative, guidance, "sequential", method.control)
+        return lambda latents, sigma: run(latents, schedule.TRAIN_TIMESTEPS * sigma, method.strength * 0)
+
+    def reverse(data: jax.Array) -> jax.Array:
+        if options.flip == "latent":
+            return data[:, ::-1]
+        return vae.encode(config.vae, params["vae"], vae.decode(config.vae, params["vae"], data)[:, ::-1])
+
+    def in_reverse(latents: jax.Array, data: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The data estimate of the other direction, in forward time, from latents and their own data estimate."""
+        fresh = (latents - (1 - sigma) * data) / sigma
+        turned = (1 - sigma) * reverse(data) + sigma * fresh[:, ::-1]
+        return reverse(turned - sigma * velocity(backwards)(turned, sigma))
+
+    frames = noise.shape[1]
+    weight = jnp.linspace(1.0, 0.0, frames)[None, :, None, None, None]  # of the forward direction
+
+    def estimate(latents: jax.Array, row: Rows, last: jax.Array) -> jax.Array:
+        def ahead() -> jax.Array:
+            return latents - row.sigma * velocity(forwards)(latents, row.sigma)
+
+        if options.scheme == "vibid":
+            return lax.cond(row.backwards > 0, lambda: in_reverse(latents, last, row.sigma), ahead)
+        data = ahead()
+        return weight * data + (1 - weight) * in_reverse(latents, data, row.sigma)
+
+    def step(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Rows]) -> tuple[Any, None]:
+        latents, last = carry
+        index, row = inputs
+        data = estimate(latents, row, last)
+        latents = data + row.following / row.sigma * (latents - data)
+        fresh = jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), latents.shape)
+        return (renoise(latents, fresh, row.following, row.back), data), None
+
+    count = jnp.arange(len(steps.sigma))
+    (latents, _), _ = lax.scan(step, (noise.astype(jnp.float32), jnp.zeros_like(noise)), (count, steps))
+    return latents

@@ -1,0 +1,133 @@
+"""Time-reversal fusion and ViBiDSampler against their steps written out with the model itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nano import NANO, write_model
+from reference import relative_error
+
+from benchmarks.tgi import two_way
+from benchmarks.tgi.generate import Batch, Clips
+from benchmarks.tgi.two_way import Options
+from samplers import schedule
+from samplers.pipeline import Settings
+from wanjax import checkpoint, vae
+from wanjax.dit import WanDiT
+
+FRAMES = 9
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoint.load(write_model(tmp_path_factory.mktemp("models") / "nano"))
+
+
+@pytest.fixture(scope="module")
+def setup(model):
+    truth = np.random.default_rng(0).integers(0, 256, (2, FRAMES, 16, 24, 3), dtype=np.uint8)
+    settings = Settings.of(NANO, frames=FRAMES, steps=2, guidance=2.0)
+    batch = Batch(model, model, settings, Clips(["a", "b"], ["a red circle", "a blue square"], truth))
+    return batch, settings
+
+
+def velocity(model, settings, conditions, negative, latents, sigma):
+    """Guided velocity at a noise level, two plain passes."""
+    method = settings.method_arrays(model.config)
+    dit = WanDiT(model.config.dit)
+    told, untold = (
+        dit.apply({"params": model.params["dit"]}, latents, jnp.full(2, 1000 * sigma), c, method.table)
+        for c in (conditions, conditions.replace(text=negative))
+    )
+    return untold + settings.guidance * (told - untold)
+
+
+def test_conditions_hold_one_keyframe(setup):
+    batch, _ = setup
+    told, _ = batch.conditions
+    _, forwards, backwards, _ = batch.one_way()
+    for one, tokens in ((forwards, told.first), (backwards, told.last)):
+        np.testing.assert_array_equal(one.first, tokens)
+        assert not np.asarray(one.last).any()
+        given = np.asarray(one.latent)[..., :4]
+        assert (given[:, 0] == 1).all() and not given[:, 1:].any()
+    assert not np.array_equal(forwards.latent, backwards.latent)
+
+
+@pytest.mark.parametrize("flip", two_way.FLIPS)
+def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip):
+    batch, settings = setup
+    _, forwards, backwards, negative = batch.one_way()
+    options, noise = Options("trf", flip, repeats=0), batch.noise(0)
+    made = two_way.sample(model, forwards, backwards, negative, settings, options, noise, 0)
+    params, config = model.params["vae"], model.config.vae
+
+    def reverse(data):
+        if flip == "latent":
+            return data[:, ::-1]
+        return vae.encode(config, params, vae.decode(config, params, data)[:, ::-1])
+
+    @jax.jit
+    def expected(x):
+        levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
+        weight = jnp.linspace(1, 0, x.shape[1])[None, :, None, None, None]
+        for here, after in zip(levels[:-1], levels[1:], strict=True):
+            ahead = x - here * velocity(model, settings, forwards, negative, x, here)
+            rest = (x - (1 - here) * ahead) / here
+            turned = (1 - here) * reverse(ahead) + here * rest[:, ::-1]
+            behind = reverse(turned - here * velocity(model, settings, backwards, negative, turned, here))
+            data = weight * ahead + (1 - weight) * behind
+            x = data + after / here * (x - data)
+        return x
+
+    assert relative_error(made, expected(noise)) < 2e-5
+
+
+def test_vibid_goes_both_ways_in_every_step(model, setup):
+    batch, settings = setup
+    _, forwards, backwards, negative = batch.one_way()
+    settings = dataclasses.replace(settings, steps=1)
+    noise = batch.noise(0)
+    made = two_way.sample(model, forwards, backwards, negative, settings, Options("vibid"), noise, 5)
+
+    @jax.jit
+    def expected(x):
+        here = schedule.sigmas(settings.grid, 1, settings.shift)[0]
+        ahead = x - here * velocity(model, settings, forwards, negative, x, here)
+        fresh = jax.random.normal(jax.random.fold_in(jax.random.key(5), 0), x.shape)
+        x = (1 - here) * ahead + here * fresh
+        turned = x[:, ::-1]
+        return (turned - here * velocity(model, settings, backwards, negative, turned, here))[:, ::-1]
+
+    assert relative_error(made, expected(noise)) < 2e-5
+
+
+def test_order_of_steps():
+    levels = np.array([1.0, 0.8, 0.5, 0.0])
+    trf = two_way.rows(Options("trf", repeats=2, repeat_share=0.34), levels)
+    np.testing.assert_allclose(trf.sigma, [1, 1, 1, 0.8, 0.8, 0.8, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(trf.back, [1, 1, 0.8, 0.8, 0.8, 0.5, 0.0], rtol=1e-6)
+    vibid = two_way.rows(Options("vibid"), levels)
+    np.testing.assert_allclose(vibid.back, [1, 0.8, 0.8, 0.5, 0.5, 0], rtol=1e-6)
+    np.testing.assert_array_equal(vibid.backwards, [0, 1] * 3)
+
+
+@pytest.mark.parametrize("level, higher", [(0.3, 0.7), (0.0, 0.5), (0.5, 0.5), (0.9, 1.0)])
+def test_renoise_reaches_the_higher_level(level, higher):
+    """From x = (1 - a) data + a noise, the mixture at b has (1 - b) of the data and variance b^2 of noise."""
+    rng = np.random.default_rng(0)
+    data, first, second = (rng.normal(size=200_000) for _ in range(3))
+    made = np.asarray(two_way.renoise((1 - level) * data + level * first, second, level, higher))
+    share = (made * data).mean()
+    assert share == pytest.approx(1 - higher, abs=0.01)
+    assert np.std(made - (1 - higher) * data) == pytest.approx(higher, abs=0.01)
+    if level == higher:
+        np.testing.assert_allclose(made, (1 - level) * data + level * first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"scheme": "other"}, {"flip": "other"}, {"repeats": -1}, {"repeat_share": 2.0}])
+def test_bad_options(bad):
+    with pytest.raises(ValueError, match=next(iter(bad)).split("_")[0]):
+        Options(**{"scheme": "trf"} | bad)
