@@ -1,0 +1,199 @@
+"""Command lines of the evaluation: `python -m benchmarks.tgi run`, `report` and `tune`. See README.md beside this.
+
+Bad input ends with one line and exit code 2, a failed run with one line and 1, Ctrl-C with 130; what was scored by
+then stays and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tgi import arms, compare, neural, procedural, report, run, tune, vbench
+from benchmarks.tgi.data import DataSet
+from benchmarks.tgi.neural import Neural
+from benchmarks.tgi.run import Plan
+from benchmarks.tgi.scores import Scores, ScoresError, model_identity
+from benchmarks.tgi.tgi_bench import tgi_bench
+from benchmarks.tgi.videos import videos
+from samplers.pipeline import Settings
+from wanjax import checkpoint
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.tgi", description="Compare ways of inbetweening on clips.")
+    commands = p.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="make and score videos; the same command goes on with what is missing")
+    one.add_argument("--out", type=Path, required=True, help="folder of the results")
+    _add_data(one, "test")
+    _add_model(one)
+    one.add_argument("--arms", nargs="+", default=["all"], help="names, or 'all' (default): " + ", ".join(
+        arm.name for arm in arms.ARMS))  # fmt: skip
+    one.add_argument("--own-arms", type=Path, metavar="JSON", help="settings of one's own, as `tune` writes them")
+    one.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default 0)")
+    one.add_argument("--weights", type=Path, metavar="FOLDER", help="converted weights of LPIPS, Inception and I3D")
+    one.add_argument("--strips", type=int, default=12, help="clips a length kept as pictures (default %(default)s)")
+    one.add_argument("--videos", action="store_true", help="keep every video, as VBench wants them")
+    one.set_defaults(run=_run)
+
+    two = commands.add_parser("report", help="tables, claims and plots of one run, or of several training seeds")
+    two.add_argument("folders", type=Path, nargs="+", help="folders that `run` wrote, one for each model")
+    two.add_argument("--out", type=Path, required=True, help="folder of the report")
+    two.add_argument("--names", nargs="+", help="of the runs (default: the folders' names)")
+    two.add_argument("--vbench", nargs="+", default=[], metavar="ARM=JSON", help="results of upstream VBench")
+    two.set_defaults(run=_report)
+
+    three = commands.add_parser("tune", help="search settings of KAB and ReTRo, on development clips only")
+    three.add_argument("--out", type=Path, required=True, help="folder of the scores, and of tuned.json")
+    _add_data(three, "dev")
+    _add_model(three)
+    three.add_argument("--trials", type=int, default=24, help="settings tried for each method (default %(default)s)")
+    three.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default 0)")
+    three.set_defaults(run=_tune)
+    return p
+
+
+def _add_data(p: argparse.ArgumentParser, split: str) -> None:
+    p.add_argument("--data", default=f"procedural-{split}", help="procedural-test, procedural-dev, tgi:FOLDER "
+                   "(TGI-Bench as published) or videos:FOLDER (default %(default)s)")  # fmt: skip
+    p.add_argument("--captions", type=Path, metavar="JSON", help="of videos: {file name: caption}")
+    p.add_argument("--lengths", type=int, nargs="+", default=[25], help="frames (default 25)")
+    p.add_argument("--clips", type=int, help="the first so many of a length (default: all; procedural: 144)")
+
+
+def _add_model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default="tiny", help="'tiny' or a model folder (default %(default)s)")
+    p.add_argument("--image-model", help="conditioned on one image, for trf and vibid (tiny: itself)")
+    p.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default: the model's)")
+    p.add_argument("--batch", type=int, default=12, help="clips at once (default %(default)s)")
+    for name, kind, words in (("steps", int, "denoising steps"), ("guidance", float, "guidance scale"),
+                              ("shift", float, "timestep shift"), ("solver", str, "sampler"),
+                              ("grid", str, "sigma grid"), ("negative-prompt", str, "what guidance steers away from"),
+                              ("fit", str, "of keyframes"), ("guidance-mode", str, "of the passes")):  # fmt: skip
+        p.add_argument(f"--{name}", type=kind, help=f"{words} (default: the model's)")
+
+
+def _sets(options: argparse.Namespace) -> tuple[DataSet, ...]:
+    kind, _, folder = options.data.partition(":")
+    if options.captions is not None and kind != "videos":
+        raise ValueError("--captions: belongs to --data videos:FOLDER")
+    if len(set(options.lengths)) < len(options.lengths):
+        raise ValueError(f"--lengths {options.lengths}: one is named twice; name each once")
+    sources: dict[str, Callable[[int], DataSet]] = {
+        "procedural-test": lambda n: procedural.procedural("test", n, options.clips or procedural.CLIPS),
+        "procedural-dev": lambda n: procedural.procedural("dev", n, options.clips or procedural.CLIPS),
+        "tgi": lambda n: tgi_bench(folder, n),
+        "videos": lambda n: videos(folder, n, options.captions),
+    }
+    if kind not in sources or (kind in ("tgi", "videos")) != bool(folder):
+        raise ValueError(f"--data {options.data}: give procedural-test, procedural-dev, tgi:FOLDER or videos:FOLDER")
+    if options.clips is not None and options.clips < 1:
+        raise ValueError(f"--clips {options.clips}: take at least 1")
+    return tuple(run.first(sources[kind](length), options.clips) for length in options.lengths)
+
+
+def _plan(options: argparse.Namespace, config: Any, chosen: Sequence[arms.Arm], **more: Any) -> Plan:
+    names = ("steps", "guidance", "shift", "solver", "grid", "negative_prompt", "fit", "guidance_mode")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.size is not None:
+        given["size"] = tuple(options.size)
+    if options.batch < 1:
+        raise ValueError(f"--batch {options.batch}: take at least 1")
+    if len(set(options.seeds)) < len(options.seeds) or not all(0 <= seed < 2**32 for seed in options.seeds):
+        raise ValueError(f"--seeds {options.seeds}: give different whole numbers from 0 to {2**32 - 1}")
+    settings = Settings.of(config, **given)
+    return Plan(_sets(options), tuple(chosen), tuple(options.seeds), settings, options.batch, **more)
+
+
+def _score(options: argparse.Namespace, plan: Plan, networks: Neural, config: Any, folder: Path) -> Scores:
+    """Checks everything, then runs the plan; the scores come back closed."""
+    image_folder = image_config = None
+    if options.image_model is not None:
+        image_folder, image_config = checkpoint.read_config(options.image_model)
+    elif config.name == "tiny":  # trained with the last keyframe withheld at times, so that it is such a model too
+        image_config = config
+    plan.check(config, image_config)
+    identity = {"name": config.name, "sha256": model_identity(folder)}
+    if image_folder is not None:
+        identity["image_model"] = model_identity(image_folder)
+    with Scores(options.out, plan.describe(identity, networks)) as scores:
+        model = checkpoint.load(options.model)
+        image_model = None if image_config is None else model
+        if image_folder is not None:
+            image_model = checkpoint.load(options.image_model)
+        run.run(plan, model, image_model, scores, networks)
+    return scores
+
+
+def _run(options: argparse.Namespace) -> None:
+    own = () if options.own_arms is None else arms.read_own(options.own_arms)
+    folder, config = checkpoint.read_config(options.model)
+    plan = _plan(options, config, arms.choose(options.arms, own), strips=options.strips, videos=options.videos)
+    scores = _score(options, plan, Neural(options.weights), config, folder)
+    for length, arm, clips, value in run.summary(scores, options.lengths):
+        print(f"{length:3d} frames  {arm:22s} {clips:4d} clips  interior PSNR {value:6.2f} dB")
+
+
+def _report(options: argparse.Namespace) -> None:
+    names = options.names or [folder.name for folder in options.folders]
+    if len(names) != len(options.folders) or len(set(names)) < len(names):
+        raise ValueError(f"--names {' '.join(names)}: give {len(options.folders)} different names")
+    upstream = vbench_results(options.vbench)
+    runs = [Scores(folder, None) for folder in options.folders]
+    for one in runs:
+        if not one.lines:
+            raise ScoresError(f"{one.folder}: no scores yet; `run` goes on with it")
+    compare.compatible(runs, names)
+    sets = [{str(n): neural.distances(one, n, compare.arms(one, n)) for n in compare.lengths(one)} for one in runs]
+    made = report.write(report.collect(runs, names, sets, upstream), runs, options.out)
+    print(f"{made[0]} and {len(made) - 1} more files")
+
+
+def vbench_results(pairs: Sequence[str]) -> dict[str, Any]:
+    """ARM=JSON pairs read: arm -> dimension -> {"mean", "videos"}. ValueError for what is not such a pair or file."""
+    found = {}
+    for pair in pairs:
+        arm, equals, file = pair.partition("=")
+        if not (arm and equals and file):
+            raise ValueError(f"--vbench {pair}: give ARM=JSON, such as paper=results/x_eval_results.json")
+        found[arm] = vbench.read(Path(file))
+    return found
+
+
+def _tune(options: argparse.Namespace) -> None:
+    if options.data == "procedural-test":
+        raise ValueError("--data procedural-test: settings are not chosen on test clips; take procedural-dev")
+    if options.trials < 1:
+        raise ValueError(f"--trials {options.trials}: take at least 1")
+    folder, config = checkpoint.read_config(options.model)
+    plan = _plan(options, config, tune.candidates(options.trials, config.dit.num_layers), strips=0)
+    scores = _score(options, plan, Neural(None), config, folder)
+    best = tune.best(scores, options.lengths)
+    tune.write(best, options.out / "tuned.json")
+    for name, one in best.items():
+        print(f"{name}: {one['gain']:+.3f} dB over wan on development clips, {one['settings']}")
+    print(options.out / "tuned.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"benchmarks.tgi {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError) as error:
+        print(f"benchmarks.tgi {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"benchmarks.tgi {options.command}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""From scores to figures: means, paired differences with intervals, corrected p, and which claims held.
+
+A claim about the method is judged over all runs given, one for each training seed of the model: it holds only if in
+every run the difference has the expected sign, its interval excludes 0 and Holm's p is below 0.05.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.tgi import paired
+from benchmarks.tgi.arms import ARMS, BASELINE, CLAIMS, Claim
+from benchmarks.tgi.metrics import HIGHER_IS_BETTER
+from benchmarks.tgi.scores import Scores, by_clip
+
+PRIMARY = "psnr_interior"
+COMPARED = ("psnr_interior", "ssim_interior", "lpips_interior", "pace_distance")
+ALPHA = 0.05
+ENOUGH_CLIPS, ENOUGH_RUNS = 128, 2
+
+
+def lengths(scores: Scores) -> list[int]:
+    return sorted({line["length"] for line in scores.lines})
+
+
+def arms(scores: Scores, length: int) -> list[str]:
+    """Arms with scores at a length: those of ARMS in its order, then others."""
+    found = {line["arm"] for line in scores.lines if line["length"] == length}
+    known = [arm.name for arm in ARMS if arm.name in found]
+    return known + sorted(found - set(known))
+
+
+def challenges(scores: Scores, length: int) -> list[str]:
+    return sorted({line["challenge"] for line in scores.lines if line["length"] == length})
+
+
+def means(scores: Scores, length: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """arm -> metric -> {"mean", "low", "high", "clips"}; a metric without a value on any clip is absent."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm in arms(scores, length):
+        table[arm] = {}
+        for metric in HIGHER_IS_BETTER:
+            values = np.array(list(by_clip(scores.lines, length, arm, metric).values()))
+            if len(values):
+                low, high = paired.interval(values)
+                table[arm][metric] = _plain({"mean": values.mean(), "low": low, "high": high, "clips": len(values)})
+    return table
+
+
+def differences(scores: Scores, length: int, metric: str, challenge: str | None = None) -> dict[str, dict[str, Any]]:
+    """arm -> paired difference to BASELINE on the clips that both have, with Holm's p over the arms of the table."""
+    base = by_clip(scores.lines, length, BASELINE, metric, challenge)
+    rows = {}
+    for arm in arms(scores, length):
+        own = by_clip(scores.lines, length, arm, metric, challenge)
+        shared = own.keys() & base.keys()
+        if arm != BASELINE and shared:
+            rows[arm] = paired.compare({c: own[c] for c in shared}, {c: base[c] for c in shared})
+    # The bounds are no rivals: they would only use up the correction.
+    family = {arm: row.p for arm, row in rows.items() if _group(arm) != "bound"}
+    corrected = paired.holm(family)
+    return {arm: _plain(dataclasses.asdict(row)) | {"p_holm": corrected.get(arm)} for arm, row in rows.items()}
+
+
+def _group(arm: str) -> str:
+    return next((one.group for one in ARMS if one.name == arm), "own")
+
+
+def judge(runs: Sequence[Scores], length: int) -> list[dict[str, Any]]:
+    """Every claim whose arms were run, with its difference in each run and the verdict.
+
+    Verdicts: "held" and "opposite" (in every run, see the module's docstring), "not shown" otherwise. `enough` says
+    whether there were at least 2 runs and 128 clips in each: without them a verdict stands for these clips and this
+    model alone.
+    """
+    rows = []
+    for claim in CLAIMS:
+        pairs = [_pair(run, length, claim) for run in runs]
+        if all(pair is not None for pair in pairs):
+            rows.append({"claim": claim, "runs": [paired.compare(*pair) for pair in pairs]})
+    for number in range(len(runs)):
+        corrected = paired.holm({str(i): row["runs"][number].p for i, row in enumerate(rows)})
+        for i, row in enumerate(rows):
+            row.setdefault("p_holm", []).append(corrected[str(i)])
+    return [_judged(row) for row in rows]
+
+
+def _pair(run: Scores, length: int, claim: Claim) -> tuple[dict[str, float], dict[str, float]] | None:
+    own, other = (by_clip(run.lines, length, arm, PRIMARY) for arm in (claim.arm, claim.against))
+    shared = own.keys() & other.keys()
+    return ({c: own[c] for c in shared}, {c: other[c] for c in shared}) if shared else None
+
+
+def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
+    claim, found = row["claim"], row["runs"]
+    sign = 1 if claim.expected == "better" else -1
+    sure = all(p < ALPHA for p in row["p_holm"])
+
+    def all_one_side(side: int) -> bool:
+        return sure and all(min(side * d.low, side * d.high) > 0 for d in found)
+
+    verdict = "held" if all_one_side(sign) else "opposite" if all_one_side(-sign) else "not shown"
+    return {
+        **dataclasses.asdict(claim),
+        "runs": [_plain(dataclasses.asdict(d)) | {"p_holm": p} for d, p in zip(found, row["p_holm"], strict=True)],
+        "verdict": verdict,
+        "enough": len(found) >= ENOUGH_RUNS and all(d.clips >= ENOUGH_CLIPS for d in found),
+    }
+
+
+def curves(scores: Scores, length: int) -> dict[str, list[float]]:
+    """arm -> PSNR in dB of each frame, mean over clips and seeds."""
+    table: dict[str, list[list[float]]] = {}
+    for line in scores.lines:
+        if line["length"] == length:
+            table.setdefault(line["arm"], []).append(line["psnr_frames"])
+    return {arm: np.mean(table[arm], 0).round(4).tolist() for arm in arms(scores, length)}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON knows: NaN, an interval of a single clip, becomes null."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (float, np.floating)):
+            return None if math.isnan(value) else round(float(value), 6)
+        return value
+
+    return {name: one(value) for name, value in values.items()}
+
+
+def compatible(runs: Sequence[Scores], names: Sequence[str]) -> None:
+    """Raises ValueError unless runs differ at most in their model, arms and seeds."""
+    for run, name in zip(runs[1:], names[1:], strict=True):
+        for entry in ("sets", "settings", "metrics"):
+            if run.config[entry] != runs[0].config[entry]:
+                raise ValueError(f"{name}: its {entry} are not those of {names[0]}; report it by itself")
+        if run.config["model"]["sha256"] == runs[0].config["model"]["sha256"]:
+            raise ValueError(f"{name}: the same model as {names[0]}; give runs of models trained from different seeds")

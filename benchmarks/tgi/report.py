@@ -1,0 +1,243 @@
+"""The report of one run, or of several with models of different training seeds: markdown, JSON and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from benchmarks.tgi import compare, plots
+from benchmarks.tgi.arms import ARMS, BASELINE
+from benchmarks.tgi.compare import COMPARED, PRIMARY
+from benchmarks.tgi.scores import Scores
+from samplers import video
+
+SHOWN = {
+    "psnr_interior": ("PSNR interior", 2),
+    "ssim_interior": ("SSIM interior", 4),
+    "lpips_interior": ("LPIPS interior", 4),
+    "fid": ("FID", 2),
+    "fvd": ("FVD", 2),
+    "psnr_all": ("PSNR all", 2),
+    "psnr_ends": ("PSNR ends", 2),
+    "pace_distance": ("pace distance", 4),
+    "pace_variance": ("pace variance", 3),
+    "flicker": ("flicker", 3),
+}
+"""Columns of the main table: heading and digits."""
+WALL_SCALE = 2
+
+
+def collect(
+    runs: Sequence[Scores],
+    names: Sequence[str],
+    frechet: Sequence[Mapping[str, Any]],
+    vbench: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Every figure of the report as plain JSON.
+
+    Args:
+      runs: compatible ones.
+      names: of each, as the report calls it.
+      frechet: of each run, length (as text) -> arm -> {"fid": figure or reason, "fvd": ...}.
+      vbench: arm -> what `vbench.read` made of upstream's results.
+    """
+    lengths = [length for length in compare.lengths(runs[0]) if all(length in compare.lengths(r) for r in runs)]
+    report: dict[str, Any] = {
+        "config": {entry: runs[0].config[entry] for entry in ("sets", "settings", "metrics", "batch", "seeds")},
+        "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines)}
+                 for name, run in zip(names, runs, strict=True)],
+        "vbench": dict(vbench or {}),
+        "lengths": {},
+    }  # fmt: skip
+    for length in lengths:
+        report["lengths"][str(length)] = {
+            "runs": [_one(run, length, sets.get(str(length), {})) for run, sets in zip(runs, frechet, strict=True)],
+            "claims": compare.judge(runs, length),
+        }
+    return report
+
+
+def _one(run: Scores, length: int, sets: Mapping[str, Any]) -> dict[str, Any]:
+    by_challenge = {
+        challenge: compare.differences(run, length, PRIMARY, challenge) for challenge in compare.challenges(run, length)
+    }
+    return {
+        "means": compare.means(run, length),
+        "frechet": dict(sets),
+        "differences": {metric: compare.differences(run, length, metric) for metric in COMPARED},
+        "by_challenge": by_challenge,
+        "curves": compare.curves(run, length),
+    }
+
+
+def write(report: Mapping[str, Any], runs: Sequence[Scores], folder: Path) -> list[Path]:
+    """report.md, report.json, plots and walls in a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for length in report["lengths"]:
+        files += plots.draw(report, length, folder)
+        files += _walls(runs[0], int(length), folder)
+    video.write_json(folder / "report.json", report)
+    text = folder / "report.md"
+    text.write_text(markdown(report, [file.name for file in files]), encoding="utf-8")
+    return [text, folder / "report.json", *files]
+
+
+def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The report as text: one section a length."""
+    parts = ["# Inbetweening, arms compared\n", _preamble(report)]
+    for length, found in report["lengths"].items():
+        parts.append(f"## {length} frames\n")
+        for run, name in zip(found["runs"], report["runs"], strict=True):
+            parts += [f"### {name['name']}\n", _table(run), _challenge_table(run)]
+        parts += ["### Claims\n", _claims(found["claims"], report["runs"])]
+        parts += [f"![{name}]({name})\n" for name in pictures if name.split("-")[0] == length]
+    parts += ["## VBench\n", _vbench(report["vbench"])]
+    return "\n".join(parts)
+
+
+def _vbench(found: Mapping[str, Any]) -> str:
+    if not found:
+        return "Unavailable: upstream's results were not given (benchmarks/tgi/README.md says how to make them).\n"
+    dimensions = sorted({dimension for results in found.values() for dimension in results})
+    rows = [
+        [f"`{arm}`", *(f"{results[d]['mean']:.4f}" if d in results else "unavailable" for d in dimensions)]
+        for arm, results in found.items()
+    ]
+    return f"By the upstream package, each dimension by itself.\n\n{_grid(['arm', *dimensions], rows)}"
+
+
+def _preamble(report: Mapping[str, Any]) -> str:
+    settings = report["config"]["settings"]
+    sets = report["config"]["sets"]
+    name = next(iter(sets.values()))["name"]
+    models = "; ".join(f"{one['name']}: {one['model']['name']} ({one['model']['sha256']})" for one in report["runs"])
+    words = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return (
+        f"Data: {name}. Models: {models}. Settings: {words}. Noise seeds: {report['config']['seeds']}.\n\n"
+        f"Differences are to `{BASELINE}`, paired by clip and noise seed, in dB of interior PSNR, with 95% bootstrap "
+        "intervals over clips; p is of the sign-flip test after Holm's correction over the arms. How each metric is "
+        "computed stands in report.json under config.metrics.\n"
+    )
+
+
+def _table(run: Mapping[str, Any]) -> str:
+    columns = [
+        m for m in SHOWN if m in ("fid", "fvd", "lpips_interior") or any(m in row for row in run["means"].values())
+    ]
+    head = ["arm", *(SHOWN[m][0] for m in columns), "difference", "p", "wins"]
+    rows = []
+    for arm, figures in run["means"].items():
+        cells = [f"`{arm}`", *(_cell(m, figures, run["frechet"].get(arm, {})) for m in columns)]
+        change = run["differences"][PRIMARY].get(arm)
+        cells += ["", "", ""] if change is None else [_change(change), _p(change["p_holm"]), f"{change['wins']:.0%}"]
+        rows.append(cells)
+    about = {arm.name: arm.about for arm in ARMS}
+    legend = "\n".join(f"- `{arm}`: {about[arm]}" for arm in run["means"] if arm in about)
+    return f"{_grid(head, rows)}\n{legend}\n"
+
+
+def _cell(metric: str, figures: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
+    digits = SHOWN[metric][1]
+    if metric in ("fid", "fvd"):
+        found = sets.get(metric, "unavailable")
+        return found if isinstance(found, str) else f"{found['distance']:.{digits}f}"
+    return f"{figures[metric]['mean']:.{digits}f}" if metric in figures else "unavailable"
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    if change["low"] is None:
+        return f"{change['mean']:+.2f} (one clip)"
+    return f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if value >= 1e-4 else "<0.0001"
+
+
+def _challenge_table(run: Mapping[str, Any]) -> str:
+    names = list(run["by_challenge"])
+    if len(names) < 2:
+        return ""
+    clips = [max((d["clips"] for d in run["by_challenge"][n].values()), default=0) for n in names]
+    head = ["arm", *(f"{n} ({count})" for n, count in zip(names, clips, strict=True))]
+    rows = [
+        [f"`{arm}`", *(_change(run["by_challenge"][n][arm]) if arm in run["by_challenge"][n] else "" for n in names)]
+        for arm in run["differences"][PRIMARY]
+    ]
+    return f"Differences by category (clips):\n\n{_grid(head, rows)}"
+
+
+def _claims(claims: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
+    if not claims:
+        return "None of the claims can be judged with these arms.\n"
+    head = ["expected", "source", *(f"{r['name']}: difference, p" for r in runs), "verdict"]
+    rows = []
+    for one in claims:
+        sign = ">" if one["expected"] == "better" else "<"
+        found = [f"{_change(d)}, {_p(d['p_holm'])}" for d in one["runs"]]
+        rows.append([f"`{one['arm']}` {sign} `{one['against']}`", one["source"], *found, one["verdict"]])
+    few = "" if all(one["enough"] for one in claims) else (
+        f"Fewer than {compare.ENOUGH_RUNS} training seeds or {compare.ENOUGH_CLIPS} clips: the verdicts stand for this "
+        "model and these clips alone, not for the method.\n"
+    )  # fmt: skip
+    return f"{_grid(head, rows)}\n{few}"
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _walls(run: Scores, length: int, folder: Path) -> list[Path]:
+    """One picture of arms under each other for every two clips of which the run kept strips."""
+    kept = sorted((run.folder / "strips" / str(length)).glob("*"))
+    order = [
+        arm for arm in ("truth", *compare.arms(run, length)) if any((clip / f"{arm}.png").exists() for clip in kept)
+    ]
+    order = list(dict.fromkeys(order))
+    if not order:
+        return []
+    files = []
+    for start in range(0, len(kept), 6):
+        columns = [_column(clip, order) for clip in kept[start : start + 6]]
+        labels = _labels(order, columns[0].height // len(order))
+        wall = Image.new("RGB", (labels.width + sum(c.width + 8 for c in columns), columns[0].height), "white")
+        wall.paste(labels, (0, 0))
+        left = labels.width
+        for column in columns:
+            wall.paste(column, (left, 0))
+            left += column.width + 8
+        file = folder / f"{length}-wall-{start // 6}.png"
+        video.write_png(file, np.asarray(wall))
+        files.append(file)
+    return files
+
+
+def _column(clip: Path, order: Sequence[str]) -> Image.Image:
+    """Strips of one clip, an empty place where an arm has none."""
+    strips = {}
+    for arm in order:
+        if (clip / f"{arm}.png").exists():
+            with Image.open(clip / f"{arm}.png") as strip:
+                strips[arm] = strip.convert("RGB").copy()
+    width, height = next(iter(strips.values())).size
+    scale = WALL_SCALE if height <= 64 else 1
+    column = Image.new("RGB", (width * scale, (height * scale + 4) * len(order)), "white")
+    for row, arm in enumerate(order):
+        if arm in strips:
+            big = strips[arm].resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            column.paste(big, (0, row * (height * scale + 4)))
+    return column
+
+
+def _labels(order: Sequence[str], height: int) -> Image.Image:
+    labels = Image.new("RGB", (150, height * len(order)), "white")
+    draw = ImageDraw.Draw(labels)
+    for row, arm in enumerate(order):
+        draw.text((4, row * height + height // 2 - 6), arm, fill="black")
+    return labels

@@ -1,0 +1,92 @@
+"""Chooses settings of KAB and ReTRo for a model: random search on development clips, never on test clips.
+
+The methods' defaults were made for 40 layers and 50 steps; a shallow model may want others. Candidates are drawn once
+from fixed ranges with a fixed seed, scored like any arms, and the best mean gain over `wan` in interior PSNR wins,
+the paper's own settings among the candidates. Both go into the final comparison: the search's winner as `kab-tuned`,
+`retro-tuned` and `both-tuned` beside `paper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.tgi.arms import ARMS, BASELINE, Arm
+from benchmarks.tgi.compare import PRIMARY
+from benchmarks.tgi.scores import Scores, by_clip
+from samplers.video import write_json
+from wanjax.kab import KAB
+from wanjax.method import Isolation, Method
+from wanjax.retro import ReTRo
+from wanjax.rope import MODES
+
+SEED = 7
+GROUPS = {"kab": "kab-tuned", "retro": "retro-tuned", "both": "both-tuned"}
+
+
+def candidates(trials: int, layers: int) -> tuple[Arm, ...]:
+    """`wan`, the paper's settings of each method, and `trials` drawn ones of each of KAB, ReTRo and both.
+
+    Args:
+      trials: at least 1.
+      layers: of the model.
+    """
+    rng = np.random.default_rng(SEED)
+    made = [arm for arm in ARMS if arm.name in (BASELINE, "kab", "retro", "paper", "release")]
+    for number in range(trials):
+        kab, retro = _kab(rng, layers), _retro(rng)
+        isolation = Isolation() if rng.random() < 0.5 else None
+        for group, method in (
+            ("kab", Method(isolation, kab)),
+            ("retro", Method(retro=retro)),
+            ("both", Method(isolation, kab, retro)),
+        ):
+            made.append(Arm(f"{group}-{number:03d}", group, "a candidate", method=method))
+    return tuple(made)
+
+
+def _kab(rng: np.random.Generator, layers: int) -> KAB:
+    first = int(rng.integers(layers))
+    last = int(rng.integers(first, layers))
+    low = float(rng.choice([0.0, 0.2, 0.5]))
+    high = float(rng.choice([share for share in (0.2, 0.4, 0.7, 1.0) if share > low]))
+    end, mid = (round(float(value), 2) for value in rng.uniform(0.05, 1.0, 2))
+    return KAB(beta_end=end, beta_mid=mid, layers=(first, last), steps=(low, high))
+
+
+def _retro(rng: np.random.Generator) -> ReTRo:
+    edge, mid = (round(float(value), 3) for value in (rng.uniform(0.95, 1.2), rng.uniform(0.85, 1.05)))
+    return ReTRo(mode=str(rng.choice(MODES)), s_edge=edge, s_mid=mid, smooth=int(rng.integers(0, 3)))
+
+
+def best(scores: Scores, lengths: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """The best arm of each group: tuned name -> {"arm", "gain" in dB, "settings"}.
+
+    The gain is the mean over lengths of the mean over clips, so that every length counts alike.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    base = {length: by_clip(scores.lines, length, BASELINE, PRIMARY) for length in lengths}
+    for arm, told in scores.config["arms"].items():
+        group = {"paper": "both", "release": "both"}.get(arm, arm.split("-")[0])
+        if group not in GROUPS:
+            continue
+        gains = []
+        for length in lengths:
+            own = by_clip(scores.lines, length, arm, PRIMARY)
+            gains.append(np.mean([own[clip] - base[length][clip] for clip in own]))
+        gain, name = float(np.mean(gains)), GROUPS[group]
+        if name not in found or gain > found[name]["gain"]:
+            found[name] = {"arm": arm, "gain": gain, "settings": told["method"]}
+    return found
+
+
+def write(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """A file of arms for `run --own-arms`."""
+    arms = {}
+    for name, one in found.items():
+        parts = {part: settings for part, settings in one["settings"].items() if settings is not None}
+        arms[name] = {"about": f"the best on development clips: {one['gain']:+.3f} dB over wan there"} | parts
+    write_json(file, arms)

@@ -1,0 +1,125 @@
+"""Comparison and report on made-up scores whose answers are known."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.tgi import compare, report
+from benchmarks.tgi.scores import Scores
+
+CATEGORIES = ("occlusion", "near-static")
+
+
+def write_run(folder, effects, clips=140, sha="1", seed=0, length=25):
+    """Scores of `wan` at 20 dB a clip with a spread of 5, and of arms that differ by (mean, spread)."""
+    arms = {"wan": {}} | {arm: {} for arm in effects}
+    sets = {str(length): {"name": "made up"}}
+    config = {"model": {"name": "m", "sha256": sha}, "settings": {"steps": 3}, "sets": sets,
+              "metrics": {}, "batch": 4, "seeds": [0], "arms": arms}  # fmt: skip
+    rng = np.random.default_rng(seed)
+    base = rng.normal(20, 5, clips)
+    lines = []
+    for arm, (mean, spread) in {"wan": (0.0, 0.0), **effects}.items():
+        noise = rng.normal(0, 1, clips)
+        noise = (noise - noise.mean()) / (noise.std() or 1.0)
+        for n, value in enumerate(base + mean + spread * noise):
+            about = {"length": length, "clip": f"c{n:03d}", "arm": arm, "seed": 0, "challenge": CATEGORIES[n % 2]}
+            figures = {"metrics": {"psnr_interior": float(value)}, "psnr_frames": [40.0, float(value), 40.0]}
+            lines.append(about | figures)
+    with Scores(folder, config) as scores:
+        scores.append(lines)
+    return scores
+
+
+EFFECTS = {"paper": (0.3, 1.0), "kab": (0.2, 1.0), "retro": (0.0, 1.0), "isolation": (-0.5, 1.0), "vae": (9.0, 1.0),
+           "kab-joint": (0.6, 1.0)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [write_run(folder / str(n), EFFECTS, sha=str(n), seed=n) for n in range(2)]
+
+
+def test_differences_are_those_put_in(runs):
+    found = compare.differences(runs[0], 25, "psnr_interior")
+    for arm, (mean, spread) in EFFECTS.items():
+        half = 1.96 * spread / np.sqrt(140)
+        assert found[arm]["mean"] == pytest.approx(mean, abs=1e-6)
+        assert found[arm]["high"] - found[arm]["low"] == pytest.approx(2 * half, rel=0.1)
+    assert found["paper"]["p_holm"] < 0.05 < found["retro"]["p_holm"]
+    assert found["vae"]["p_holm"] is None, "a bound is no rival"
+    assert "wan" not in found
+    part = compare.differences(runs[0], 25, "psnr_interior", "occlusion")
+    assert part["paper"]["clips"] == 70
+
+
+def test_holm_counts_the_rivals_alone(runs):
+    found = compare.differences(runs[0], 25, "psnr_interior")
+    raw = {arm: row["p"] for arm, row in found.items() if arm != "vae"}
+    smallest = min(raw, key=raw.get)
+    assert found[smallest]["p_holm"] == pytest.approx(len(raw) * raw[smallest], abs=1e-6)
+
+
+def verdicts(runs):
+    return {(c["arm"], c["against"]): c for c in compare.judge(runs, 25)}
+
+
+def test_verdicts(runs):
+    found = verdicts(runs)
+    assert found["paper", "wan"]["verdict"] == "held"
+    assert found["retro", "wan"]["verdict"] == "not shown"
+    assert found["isolation", "kab"]["verdict"] == "held"  # expected to be worse, and is
+    assert found["kab-joint", "kab"]["verdict"] == "opposite"
+    assert all(one["enough"] for one in found.values())
+    assert ("trf", "paper") not in found, "not run, not judged"
+
+
+def test_one_contrary_run_undoes_a_claim(runs, tmp_path):
+    contrary = write_run(tmp_path / "c", EFFECTS | {"paper": (-0.3, 1.0)}, sha="c", seed=5)
+    assert verdicts([runs[0], contrary])["paper", "wan"]["verdict"] == "not shown"
+
+
+def test_few_clips_or_one_run_are_not_enough(runs, tmp_path):
+    assert not any(one["enough"] for one in verdicts(runs[:1]).values())
+    few = [write_run(tmp_path / str(n), EFFECTS, clips=127, sha=str(n)) for n in range(2)]
+    assert not any(one["enough"] for one in verdicts(few).values())
+
+
+def test_the_report_is_written(runs, tmp_path):
+    strips = runs[0].folder / "strips" / "25" / "c000"
+    strips.mkdir(parents=True, exist_ok=True)
+    for arm in ("wan", "paper"):
+        Image.new("RGB", (90, 16), "red").save(strips / f"{arm}.png")
+    sets = [{"25": {"wan": {"fid": {"distance": 12.5, "low": 11.0, "high": 14.0}, "fvd": "undefined"}}}, {}]
+    made = report.collect(runs, ["one", "two"], sets, {"wan": {"subject_consistency": {"mean": 0.9, "videos": {}}}})
+    files = report.write(made, runs, tmp_path / "report")
+    assert {file.name for file in files} == {
+        "report.md", "report.json", "25-differences.png", "25-categories.png", "25-frames.png", "25-wall-0.png"
+    }  # fmt: skip
+    assert all(file.stat().st_size > 200 for file in files)
+    text = (tmp_path / "report" / "report.md").read_text()
+    for words in ("### one", "### two", "`paper` > `wan`", "held", "not shown", "opposite", "12.50", "undefined",
+                  "unavailable", "subject_consistency", "0.9000", "+0.30 [", "near-static (70)"):  # fmt: skip
+        assert words in text, words
+    assert "Fewer than" not in text
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(made))
+
+
+def test_a_single_clip_has_no_interval(tmp_path):
+    one = write_run(tmp_path / "one", {"paper": (0.5, 0.0)}, clips=1)
+    found = compare.differences(one, 25, "psnr_interior")["paper"]
+    assert found["low"] is None and found["clips"] == 1
+    text = report.markdown(report.collect([one], ["one"], [{}]))
+    assert "(one clip)" in text and "Fewer than" in text
+    assert verdicts([one])["paper", "wan"]["verdict"] == "not shown"
+
+
+@pytest.mark.parametrize("change, message", [({"sha": "0"}, "the same model"), ({"length": 33}, "sets are not those")])
+def test_runs_that_do_not_go_together(runs, tmp_path, change, message):
+    other = write_run(tmp_path / "x", EFFECTS, **{"sha": "x"} | change)
+    with pytest.raises(ValueError, match=message):
+        compare.compatible([runs[0], other], ["one", "x"])
+    compare.compatible(runs, ["one", "two"])

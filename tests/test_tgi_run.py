@@ -1,0 +1,293 @@
+"""The runner on a random model: paired noise, one program for all variants, kill and resume, every kind of arm."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from nano import NANO, write_model
+
+from benchmarks.tgi import __main__ as cli
+from benchmarks.tgi import generate, run
+from benchmarks.tgi.arms import ARMS, CLAIMS, Arm, choose, read_own, shuffled_curve
+from benchmarks.tgi.generate import Batch, Clips
+from benchmarks.tgi.neural import Neural
+from benchmarks.tgi.procedural import procedural
+from benchmarks.tgi.run import Plan
+from benchmarks.tgi.scores import LINES, Scores, by_clip
+from samplers import pipeline
+from samplers.pipeline import Keyframes, Settings
+from wanjax import checkpoint
+from wanjax.kab import KAB
+from wanjax.method import METHODS, Isolation, Method
+
+FRAMES = 9
+VARIANTS = ("wan", "paper", "release", "kab", "retro", "kab-joint", "isolation", "retro-uniform", "retro-position",
+            "shuffled-anchors", "mask-only")  # fmt: skip
+CONFIG = dataclasses.replace(NANO, dit=dataclasses.replace(NANO.dit, text_length=40))  # whole captions
+NANO_METHOD = Method(Isolation(), KAB(layers=(0, 1), steps=(0.0, 1.0)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "nano", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return checkpoint.load(folder)
+
+
+def plan(arms, clips=3, batch=2, seeds=(0,), **more):
+    settings = Settings.of(NANO, steps=3)
+    chosen = choose(arms) if all(isinstance(arm, str) for arm in arms) else arms
+    return Plan((procedural("dev", FRAMES, clips),), chosen, seeds, settings, batch, **more)
+
+
+def start(a_plan, folder, model):
+    """Runs a plan to its end; the closed scores."""
+    with Scores(folder, a_plan.describe({"name": "nano", "sha256": "0"}, Neural(None))) as scores:
+        run.run(a_plan, model, model, scores, Neural(None), quiet=True)
+    return scores
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    items = procedural("dev", FRAMES, 2).items
+    clips = Clips([i.id for i in items], [i.caption for i in items], np.stack([i.frames((16, 24)) for i in items]))
+    return Batch(model, model, Settings.of(NANO, frames=FRAMES, steps=3), clips)
+
+
+def test_wan_is_the_pipeline(model, batch):
+    """The arm without a method makes what the product makes from the same noise."""
+    pairs = [(video[0], video[-1]) for video in batch.clips.truth]
+    prepared = Keyframes.prepare(pairs, model.config, batch.settings)
+    conditions, negative = pipeline.encode(model, prepared, list(batch.clips.captions), batch.settings)
+    latents = pipeline.denoise(model, conditions, negative, batch.settings, noise=batch.noise(4))
+    np.testing.assert_array_equal(generate.make(choose(["wan"])[0], batch, 4), pipeline.decode(model, latents))
+
+
+def test_a_clips_noise_is_its_own(model, batch):
+    turned = Clips(batch.clips.ids[::-1], batch.clips.captions[::-1], batch.clips.truth[::-1])
+    other = Batch(model, None, batch.settings, turned)
+    noise = np.asarray(batch.noise(0))
+    np.testing.assert_array_equal(noise, np.asarray(other.noise(0))[::-1])
+    assert not np.array_equal(noise[0], noise[1]) and not np.array_equal(noise, batch.noise(1))
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+def test_variants_of_the_method_are_one_program(batch):
+    made = {}
+    first, *others = choose(VARIANTS)
+    made[first.name] = generate.make(first, batch, 0)
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for arm in others:
+            made[arm.name] = generate.make(arm, batch, 0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+    np.testing.assert_array_equal(made["retro-uniform"], made["kab"])
+    assert not np.array_equal(made["isolation"], made["wan"])
+    assert not np.array_equal(made["retro"], made["wan"])
+
+
+def test_random_bias_has_the_size_of_kabs(model, batch):
+    """Its root mean square over keys is KAB's, in KAB's layers and frames and nowhere else."""
+    settings = dataclasses.replace(batch.settings, method=NANO_METHOD)
+    method = settings.method_arrays(model.config)
+    latents = generate._denoised(batch, NANO_METHOD, 0, until=1)
+    size = generate._bias_size(model.config.dit, model.params["dit"], latents, 500.0, batch.conditions[0],
+                               method.replace(strength=method.strength[1]))  # fmt: skip
+    for one in size:
+        sizes = np.asarray(one)
+        assert (sizes[:, :, [0, -1]] == 0).all() and (sizes[:, :, 1:-1] > 0).all()
+        drawn = np.asarray(generate._gaussian(jax.random.key(0), one, 4000))
+        np.testing.assert_allclose(np.sqrt(np.square(drawn).mean(-1)), sizes, rtol=0.06, atol=1e-9)
+    arm = Arm("r", "control", "", "random-bias", NANO_METHOD)
+    biased, plain = generate.make(arm, batch, 0), generate.make(dataclasses.replace(arm, kind="method"), batch, 0)
+    assert not np.array_equal(biased, plain)
+    with pytest.raises(ValueError, match="KAB acts in none of 1 steps"):
+        generate.make(arm, Batch(model, None, dataclasses.replace(batch.settings, steps=1), batch.clips), 0)
+
+
+def test_random_mask_hides_the_last_keyframe_in_half_of_the_steps(batch, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "_varied", lambda batch, method, seed, varying, bias: seen.append(varying) or 0)
+    monkeypatch.setattr(Batch, "decode", lambda self, latents: latents)
+    long = Batch(batch.model, None, dataclasses.replace(batch.settings, steps=10), batch.clips)
+    for seed in (0, 0, 1):
+        generate.make(choose(["random-mask"])[0], long, seed)
+    hidden = [varying.hidden for varying in seen]
+    assert all(one.sum() == 5 for one in hidden)
+    np.testing.assert_array_equal(hidden[0], hidden[1])
+    assert not np.array_equal(hidden[0], hidden[2])
+
+
+def test_nothing_hidden_and_no_bias_is_the_plain_sampler(batch):
+    arm = choose(["mask-only"])[0]
+    method = dataclasses.replace(batch.settings, method=arm.method).method_arrays(batch.model.config)
+    off = generate.Varying(method.strength, np.zeros(3, np.float32), np.zeros(3, np.float32))
+    latents = generate._varied(batch, method, 0, off, generate.CrossBias())
+    np.testing.assert_allclose(latents, generate._denoised(batch, arm.method, 0), rtol=2e-5, atol=2e-5)
+    on = dataclasses.replace(off, hidden=np.ones(3, np.float32))
+    assert not np.allclose(generate._varied(batch, method, 0, on, generate.CrossBias()), latents, atol=1e-2)
+
+
+def test_shuffled_anchors_move_every_inner_frame():
+    for frames in (5, 7, 21):
+        curve = np.linspace(0, 1, frames)
+        for seed in range(5):
+            mixed = np.array(shuffled_curve(frames, seed))
+            assert mixed[0] == 0 and mixed[-1] == 1
+            np.testing.assert_allclose(np.sort(mixed), curve)
+            assert (np.abs(mixed - curve)[1:-1] > 1e-9).all()
+
+
+def test_every_arm_runs_and_is_scored(tmp_path, model):
+    """All arms that need no large program of their own; the rest is in test_two_way."""
+    arms = [arm.name for arm in ARMS if arm.kind not in ("trf", "vibid", "random-bias")]
+    scores = start(plan(arms, clips=2, seeds=(0, 1), strips=1, videos=True), tmp_path / "out", model)
+    for name in arms:
+        seedless = choose([name])[0].kind in generate.SEEDLESS
+        assert sum(line["arm"] == name for line in scores.lines) == (2 if seedless else 4), name
+    assert set(by_clip(scores.lines, FRAMES, "truth", "psnr_interior").values()) == {60.0}
+    assert set(by_clip(scores.lines, FRAMES, "cross-fade", "psnr_ends").values()) == {60.0}
+    assert {line["challenge"] for line in scores.lines} == {"large motion", "linear motion"}
+    strips = sorted((tmp_path / "out" / "strips" / "9").rglob("*.png"))
+    assert len(strips) == len(arms) and {file.parent.name for file in strips} == {"dev-00000"}
+    assert (tmp_path / "out" / "videos" / "wan" / "9" / "dev-00001-1.mp4").stat().st_size > 0
+
+
+def test_every_claim_and_kind_is_known():
+    names = {arm.name for arm in ARMS}
+    assert len(names) == len(ARMS) and {arm.kind for arm in ARMS} <= set(generate.KINDS)
+    assert all({claim.arm, claim.against} <= names and claim.expected in ("better", "worse") for claim in CLAIMS)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_stopped_run_ends_with_the_same_scores(tmp_path, model, monkeypatch, stop):
+    """Stopped after some appends, its last line torn: byte for byte the file of an uninterrupted run."""
+    a_plan = plan(["wan", "kab", "cross-fade"], clips=3, batch=2)
+    whole = start(a_plan, tmp_path / "whole", model)
+    append = Scores.append
+
+    def stopping(self, lines):
+        append(self, lines)
+        stopping.calls += 1
+        if stopping.calls == stop:
+            raise Killed
+
+    stopping.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Scores, "append", stopping)
+        with pytest.raises(Killed):
+            start(a_plan, tmp_path / "cut", model)
+    file = tmp_path / "cut" / LINES
+    os.truncate(file, file.stat().st_size - 7)
+    start(a_plan, tmp_path / "cut", model)
+    assert file.read_bytes() == (tmp_path / "whole" / LINES).read_bytes()
+    assert len(whole.lines) == 9
+
+
+def test_a_killed_process_goes_on(tmp_path, folder, model):
+    """SIGKILL in the middle of the command, then the same command again."""
+    options = ["run", "--data", "procedural-dev", "--lengths", str(FRAMES), "--clips", "6", "--batch", "2", "--model",
+               str(folder), "--arms", "wan", "nearest", "--steps", "3", "--size", "16", "24"]  # fmt: skip
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.tgi", *options, "--out", str(out)],
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / LINES).exists() and (out / LINES).stat().st_size:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    early = (out / LINES).read_bytes()
+    assert 0 < early.count(b"\n") < 12
+    assert cli.main([*options, "--out", str(out)]) == 0
+    assert cli.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    assert (out / LINES).read_bytes() == (tmp_path / "whole" / LINES).read_bytes()
+    assert (out / LINES).read_bytes().startswith(early[: early.rfind(b"\n") + 1])
+
+
+BAD = {
+    "unknown arm": (["run", "--arms", "nonsense"], "arm 'nonsense'"),
+    "arm twice": (["run", "--arms", "wan", "wan"], "named twice"),
+    "no model": (["run", "--model", "/nowhere"], "/nowhere"),
+    "data": (["run", "--data", "tgi:"], "--data tgi:"),
+    "tgi folder": (["run", "--data", "tgi:/nowhere"], "/nowhere"),
+    "length": (["run", "--lengths", "24", "--data", "procedural-dev"], "frames 24"),
+    "test length": (["run", "--lengths", "29"], "frozen for"),
+    "lengths twice": (["run", "--lengths", "25", "25"], "named twice"),
+    "clips": (["run", "--clips", "0"], "--clips 0"),
+    "batch": (["run", "--batch", "0"], "--batch 0"),
+    "seeds": (["run", "--seeds", "1", "1"], "--seeds"),
+    "seed": (["run", "--seeds", "-1"], "--seeds"),
+    "steps": (["run", "--steps", "0"], "steps"),
+    "solver": (["run", "--solver", "magic"], "solver 'magic'"),
+    "size": (["run", "--size", "30", "32"], "nearest size"),
+    "weights": (["run", "--weights", "/nowhere"], "--weights /nowhere"),
+    "captions": (["run", "--captions", "x.json"], "--captions"),
+    "own arms": (["run", "--own-arms", "/nowhere.json"], "/nowhere.json"),
+    "tune on test": (["tune", "--data", "procedural-test"], "not chosen on test clips"),
+    "trials": (["tune", "--trials", "0"], "--trials 0"),
+    "report": (["report", "/nowhere"], "/nowhere"),
+    "names": (["report", "a", "b", "--names", "x"], "--names"),
+    "vbench": (["report", "a", "--vbench", "x"], "--vbench x"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, arguments, message):
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_way_arms_need_a_model_of_one_image(tmp_path, folder, capsys):
+    assert cli.main(["run", "--model", str(folder), "--arms", "trf", "--out", str(tmp_path / "out")]) == 2
+    assert "arm trf: needs a model conditioned on the first frame" in capsys.readouterr().err
+
+
+def test_own_arms_are_read(tmp_path):
+    file = tmp_path / "arms.json"
+    file.write_text('{"mine": {"about": "x", "isolation": {}, "kab": {"beta_mid": 0.5, "layers": [1, 1]}}}')
+    (mine,) = read_own(file)
+    assert mine.method == Method(Isolation(), KAB(beta_mid=0.5, layers=(1, 1))) and mine.about == "x"
+    assert choose(["wan", "mine"], (mine,))[-1] is mine
+    for text in (
+        "[]",
+        "{",
+        '{"a": {"kab": {"nonsense": 1}}}',
+        '{"a": {"other": {}}}',
+        '{"a": {"kab": {"beta_mid": -1}}}',
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="not a file of arms"):
+            read_own(file)
+    file.write_text('{"wan": {}}')
+    with pytest.raises(ValueError, match="'wan' is taken"):
+        read_own(file)
+
+
+def test_profiles_are_the_products():
+    for name, method in METHODS.items():
+        assert choose([name])[0].method == method
