@@ -291,3 +291,14 @@ def test_own_arms_are_read(tmp_path):
 def test_profiles_are_the_products():
     for name, method in METHODS.items():
         assert choose([name])[0].method == method
+
+
+def test_videos_are_laid_out_for_vbench(tmp_path, model, capsys):
+    start(plan(["wan"], clips=2, videos=True), tmp_path / "out", model)
+    line = ["vbench", str(tmp_path / "out"), "--arm", "wan", "--length", str(FRAMES), "--out", str(tmp_path / "vb")]
+    assert cli.main(line) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6 and all(f"--videos_path {tmp_path / 'vb' / 'videos'}" in one for one in printed)
+    assert {file.name for file in (tmp_path / "vb" / "videos").iterdir()} == {"dev-00000-0.mp4", "dev-00001-0.mp4"}
+    assert cli.main([*line[:3], "paper", *line[4:]]) == 2
+    assert "no videos" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Command lines of the evaluation: `python -m benchmarks.tgi run`, `report` and `tune`. See README.md beside this.
+"""Command lines of the evaluation, `python -m benchmarks.tgi run|report|tune|vbench`; see README.md beside this.
 
 Bad input ends with one line and exit code 2, a failed run with one line and 1, Ctrl-C with 130; what was scored by
 then stays and the same command goes on from there.
@@ -7,6 +7,7 @@ then stays and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,8 +44,16 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("folders", type=Path, nargs="+", help="folders that `run` wrote, one for each model")
     two.add_argument("--out", type=Path, required=True, help="folder of the report")
     two.add_argument("--names", nargs="+", help="of the runs (default: the folders' names)")
-    two.add_argument("--vbench", nargs="+", default=[], metavar="ARM=JSON", help="results of upstream VBench")
+    two.add_argument("--vbench", nargs="+", default=[], metavar="ARM=PATH", help="results of upstream VBench, "
+                     "a file or the folder of all")  # fmt: skip
     two.set_defaults(run=_report)
+
+    vb = commands.add_parser("vbench", help="lay out a run's videos for upstream VBench and print its commands")
+    vb.add_argument("folder", type=Path, help="folder that `run --videos` wrote")
+    vb.add_argument("--arm", required=True, help="whose videos")
+    vb.add_argument("--length", type=int, required=True, help="frames")
+    vb.add_argument("--out", type=Path, required=True, help="new folder: videos/ and, for upstream, results/")
+    vb.set_defaults(run=_vbench)
 
     three = commands.add_parser("tune", help="search settings of KAB and ReTRo, on development clips only")
     three.add_argument("--out", type=Path, required=True, help="folder of the scores, and of tuned.json")
@@ -153,14 +162,24 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def vbench_results(pairs: Sequence[str]) -> dict[str, Any]:
-    """ARM=JSON pairs read: arm -> dimension -> {"mean", "videos"}. ValueError for what is not such a pair or file."""
+    """ARM=PATH pairs read: arm -> dimension -> {"mean", "videos"}. ValueError for what is not such a pair or file."""
     found = {}
     for pair in pairs:
         arm, equals, file = pair.partition("=")
         if not (arm and equals and file):
-            raise ValueError(f"--vbench {pair}: give ARM=JSON, such as paper=results/x_eval_results.json")
+            raise ValueError(f"--vbench {pair}: give ARM=PATH, such as paper=results/x_eval_results.json")
         found[arm] = vbench.read(Path(file))
     return found
+
+
+def _vbench(options: argparse.Namespace) -> None:
+    source = options.folder / "videos" / options.arm / str(options.length)
+    files = {file.stem: file for file in sorted(source.glob("*.mp4"))}
+    if not files:
+        raise ValueError(f"{source}: no videos; make them with run --videos --lengths {options.length}")
+    vbench.lay_out(files, options.out / "videos")
+    for command in vbench.commands(options.out / "videos", options.out / "results"):
+        print(shlex.join(command))
 
 
 def _tune(options: argparse.Namespace) -> None:
