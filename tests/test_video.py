@@ -144,8 +144,10 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch, suffix, error, at):
 
 def test_ctrl_c_in_another_process(tmp_path):
     script = """
+        import signal
         import numpy as np
         from samplers import video
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
         print("ready", flush=True)
         while True:
             frames = np.random.default_rng(0).integers(0, 256, (81, 256, 256, 3), np.uint8)
@@ -164,7 +166,10 @@ def test_ctrl_c_in_another_process(tmp_path):
         while not any(hidden.iterdir() for hidden in tmp_path.glob(".wanjax-*")):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+        try:
+            assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert os.listdir(tmp_path) == []
 
 

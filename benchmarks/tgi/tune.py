@@ -24,6 +24,8 @@ from wanjax.retro import ReTRo
 from wanjax.rope import MODES
 
 SEED = 7
+ISOLATIONS = (None, Isolation(), Isolation((1.0, 0.5, 0.5)))
+"""The last keeps the images' share: two softmaxes in the place of a joint one otherwise add up to twice as much."""
 GROUPS = {"kab": "kab-tuned", "retro": "retro-tuned", "both": "both-tuned"}
 
 
@@ -38,7 +40,7 @@ def candidates(trials: int, layers: int) -> tuple[Arm, ...]:
     made = [arm for arm in ARMS if arm.name in (BASELINE, "kab", "retro", "paper", "release")]
     for number in range(trials):
         kab, retro = _kab(rng, layers), _retro(rng)
-        isolation = Isolation() if rng.random() < 0.5 else None
+        isolation = ISOLATIONS[int(rng.integers(len(ISOLATIONS)))]
         for group, method in (
             ("kab", Method(isolation, kab)),
             ("retro", Method(retro=retro)),
