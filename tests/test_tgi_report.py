@@ -97,7 +97,7 @@ def test_the_report_is_written(runs, tmp_path):
     made = report.collect(runs, ["one", "two"], sets, {"wan": {"subject_consistency": {"mean": 0.9, "videos": {}}}})
     files = report.write(made, runs, tmp_path / "report")
     assert {file.name for file in files} == {
-        "report.md", "report.json", "25-differences.png", "25-categories.png", "25-frames.png", "25-wall-0.png"
+        "report.md", "report.json", "25-differences.png", "25-categories.png", "25-frames.png", "25-wall.png"
     }  # fmt: skip
     assert all(file.stat().st_size > 200 for file in files)
     text = (tmp_path / "report" / "report.md").read_text()

@@ -28,7 +28,7 @@ SHOWN = {
     "flicker": ("flicker", 3),
 }
 """Columns of the main table: heading and digits."""
-WALL_SCALE = 2
+WALL_CLIPS, GAP = 6, 4
 
 
 def collect(
@@ -194,28 +194,23 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _walls(run: Scores, length: int, folder: Path) -> list[Path]:
-    """One picture of arms under each other for every two clips of which the run kept strips."""
-    kept = sorted((run.folder / "strips" / str(length)).glob("*"))
-    order = [
-        arm for arm in ("truth", *compare.arms(run, length)) if any((clip / f"{arm}.png").exists() for clip in kept)
-    ]
-    order = list(dict.fromkeys(order))
+    """A picture of all arms under each other for the first clips that the run kept strips of."""
+    kept = sorted((run.folder / "strips" / str(length)).glob("*"))[:WALL_CLIPS]
+    order = dict.fromkeys(("truth", *compare.arms(run, length)))
+    order = [arm for arm in order if any((clip / f"{arm}.png").exists() for clip in kept)]
     if not order:
         return []
-    files = []
-    for start in range(0, len(kept), 6):
-        columns = [_column(clip, order) for clip in kept[start : start + 6]]
-        labels = _labels(order, columns[0].height // len(order))
-        wall = Image.new("RGB", (labels.width + sum(c.width + 8 for c in columns), columns[0].height), "white")
-        wall.paste(labels, (0, 0))
-        left = labels.width
-        for column in columns:
-            wall.paste(column, (left, 0))
-            left += column.width + 8
-        file = folder / f"{length}-wall-{start // 6}.png"
-        video.write_png(file, np.asarray(wall))
-        files.append(file)
-    return files
+    columns = [_column(clip, order) for clip in kept]
+    labels = _labels(order, columns[0].height // len(order))
+    wall = Image.new("RGB", (labels.width + sum(c.width + GAP for c in columns), columns[0].height), "white")
+    wall.paste(labels, (0, 0))
+    left = labels.width
+    for column in columns:
+        wall.paste(column, (left, 0))
+        left += column.width + GAP
+    file = folder / f"{length}-wall.png"
+    video.write_png(file, np.asarray(wall))
+    return [file]
 
 
 def _column(clip: Path, order: Sequence[str]) -> Image.Image:
@@ -226,12 +221,10 @@ def _column(clip: Path, order: Sequence[str]) -> Image.Image:
             with Image.open(clip / f"{arm}.png") as strip:
                 strips[arm] = strip.convert("RGB").copy()
     width, height = next(iter(strips.values())).size
-    scale = WALL_SCALE if height <= 64 else 1
-    column = Image.new("RGB", (width * scale, (height * scale + 4) * len(order)), "white")
+    column = Image.new("RGB", (width, (height + GAP) * len(order)), "white")
     for row, arm in enumerate(order):
         if arm in strips:
-            big = strips[arm].resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            column.paste(big, (0, row * (height * scale + 4)))
+            column.paste(strips[arm], (0, row * (height + GAP)))
     return column
 
 
