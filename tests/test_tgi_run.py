@@ -205,20 +205,36 @@ def test_a_stopped_run_ends_with_the_same_scores(tmp_path, model, monkeypatch, s
     assert len(whole.lines) == 9
 
 
-def test_a_killed_process_goes_on(tmp_path, folder, model):
-    """SIGKILL in the middle of the command, then the same command again."""
-    options = ["run", "--data", "procedural-dev", "--lengths", str(FRAMES), "--clips", "6", "--batch", "2", "--model",
+# A background job inherits Ctrl-C ignored; the command is to be tested as a terminal starts it.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from benchmarks.tgi.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_killed_process_goes_on(tmp_path, folder, model, number, code):
+    """SIGKILL or Ctrl-C in the middle of the command, then the same command again."""
+    options = ["run", "--data", "procedural-dev", "--lengths", str(FRAMES), "--clips", "6", "--batch", "1", "--model",
                str(folder), "--arms", "wan", "nearest", "--steps", "3", "--size", "16", "24"]  # fmt: skip
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.tgi", *options, "--out", str(out)],
-                               stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / LINES).exists() and (out / LINES).stat().st_size:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    line = [sys.executable, "-c", COMMAND, *options, "--out", str(out)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / LINES).exists() and (out / LINES).stat().st_size:
+                break
+            time.sleep(0.005)
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == code, "it was to be stopped before its end"
+    if number == signal.SIGINT:
+        assert "stopped; the same command goes on" in error and "Traceback" not in error
     early = (out / LINES).read_bytes()
     assert 0 < early.count(b"\n") < 12
     assert cli.main([*options, "--out", str(out)]) == 0
@@ -260,6 +276,17 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["tune"], ["report", "x"], ["vbench", "x", "--arm", "a", "--length", "9"]]
+)
+def test_a_file_in_the_place_of_the_folder(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "inner"):
+        assert cli.main([*command, "--out", str(out)]) == 2
+        assert f"{tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_two_way_arms_need_a_model_of_one_image(tmp_path, folder, capsys):

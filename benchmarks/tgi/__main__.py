@@ -197,10 +197,18 @@ def _tune(options: argparse.Namespace) -> None:
     print(options.out / "tuned.json")
 
 
+def _check_out(out: Path) -> None:
+    """Raises ValueError unless `out` is a folder, or can become one as far as its name goes."""
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--out {out}: {place} is a file; name a folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
+        _check_out(options.out)
         options.run(options)
     except ValueError as error:
         print(f"benchmarks.tgi {options.command}: {error}", file=sys.stderr)

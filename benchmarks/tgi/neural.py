@@ -115,14 +115,11 @@ def distances(scores: Scores, length: int, arms: Sequence[str], draws: int = 200
     "unavailable": the run had no such weights, or not the arm `truth`. "undefined": fewer than 2 samples, or fewer
     frames than the network takes.
     """
-    return {
-        arm: {metric: _distance(scores, length, arm, network, draws) for metric, network in SETS.items()}
-        for arm in arms
-    }
+    return {arm: {metric: _distance(scores, length, arm, metric, draws) for metric in SETS} for arm in arms}
 
 
-def _distance(scores: Scores, length: int, arm: str, network: str, draws: int) -> dict[str, Any] | str:
-    metric = next(name for name, of in SETS.items() if of == network)
+def _distance(scores: Scores, length: int, arm: str, metric: str, draws: int) -> dict[str, Any] | str:
+    network = SETS[metric]
     if scores.config["metrics"].get(metric, {}).get("weights", "unavailable") == "unavailable":
         return "unavailable"
     if network == "i3d" and length < i3d.MIN_FRAMES:
