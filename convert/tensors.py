@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert import torchfile
 from convert.keymap import Shape
+from convert.torchpickle import TorchFileError
 
 DTYPES: MappingProxyType[str, np.dtype] = MappingProxyType(
     {
@@ -123,7 +124,7 @@ def open_file(path: Path) -> Tensors:
     if path.suffix in TORCH_SUFFIXES:
         try:
             arrays = torchfile.read(path)
-        except torchfile.TorchFileError as error:
+        except TorchFileError as error:
             raise SourceError(str(error)) from error
         return Tensors((path,), {name: _of_array(array) for name, array in arrays.items()})
     return _open_safetensors(path)

@@ -15,8 +15,7 @@ from reference import numpy_state, randomize
 from safetensors import safe_open
 from test_inception import Inception
 
-from benchmarks.tgi.networks import legacy, weights
-from convert.torchfile import TorchFileError
+from benchmarks.tgi.networks import weights
 
 CONVOLUTIONS = {"0": (64, 3, 11), "3": (192, 64, 5), "6": (384, 192, 3), "8": (256, 384, 3), "10": (256, 256, 3)}
 
@@ -242,46 +241,3 @@ def test_available_are_those_that_are_there(tmp_path):
 
 def test_digest(tmp_path):
     assert weights.digest(text(tmp_path / "x", b"abc")) == hashlib.sha256(b"abc").hexdigest()
-
-
-def test_old_files_hold_the_same_numbers(tmp_path):
-    base = torch.arange(24.0)
-    state = OrderedDict(
-        turned=base.view(4, 6).T, part=base[5:9], scalar=base[3], empty=torch.zeros(0, 3), half=base.half()[::2],
-        parameter=torch.nn.Parameter(base.view(2, 12).clone()), count=torch.tensor(7),
-    )  # fmt: skip
-    for name, value in {"bare": state, "wrapped": {"state_dict": state}}.items():
-        path = old(value, tmp_path / f"{name}.pth")
-        assert legacy.is_legacy(path)
-        found = legacy.read(path)
-        assert list(found) == list(state)
-        for key, tensor in state.items():
-            assert found[key].dtype == tensor.detach().numpy().dtype
-            assert not found[key].flags.writeable or not found[key].size
-            np.testing.assert_array_equal(found[key], tensor.detach().numpy())
-
-
-def test_the_oldest_way_to_write_a_tensor(tmp_path):
-    """torch 0.2 and 0.3, of which I3D's weights are: `_rebuild_tensor` of storage, offset, size and stride."""
-    tensor = torch.arange(6.0).view(2, 3)
-    path = old(OrderedDict(x=_OldTensor(tensor)), tmp_path / "x.pth")
-    assert b"_rebuild_tensor\n" in path.read_bytes() and b"_rebuild_tensor_v2" not in path.read_bytes()
-    np.testing.assert_array_equal(legacy.read(path)["x"], tensor)
-
-
-class _OldTensor:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __reduce__(self):
-        t = self.tensor
-        parts = (torch.storage.TypedStorage(wrap_storage=t.untyped_storage(), dtype=t.dtype, _internal=True), 0)
-        return (torch._utils._rebuild_tensor, (*parts, tuple(t.shape), t.stride()))
-
-
-@pytest.mark.parametrize("part", [0.02, 0.1, 0.3, 0.5, 0.8, 0.999])
-def test_old_files_cut_off_anywhere(part, tmp_path):
-    whole = old(OrderedDict(x=torch.arange(40.0), y=torch.zeros(3)), tmp_path / "whole.pth").read_bytes()
-    path = text(tmp_path / "cut.pth", whole[: int(part * len(whole))])
-    with pytest.raises(TorchFileError, match="damaged or truncated"):
-        legacy.read(path)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from convert.torchfile import TorchFileError, read
+from convert.torchfile import read
+from convert.torchpickle import TorchFileError
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -119,14 +121,15 @@ def test_a_tensor_outside_its_storage(tmp_path):
 def test_damaged_and_foreign_files(tmp_path):
     good = saved(tmp_path / "good.pth", {"x": torch.zeros(5000), "y": torch.ones(3)})
     data = good.read_bytes()
-    legacy = io.BytesIO()
-    torch.save({"x": torch.zeros(2)}, legacy, _use_new_zipfile_serialization=False)
+    ancient = io.BytesIO()
+    with tarfile.open(fileobj=ancient, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("a.txt", "hello")
     cases = {
         "truncated": (data[: len(data) // 2], "damaged or truncated"),
-        "legacy": (legacy.getvalue(), "before 1.6"),
+        "ancient": (ancient.getvalue(), "tar format"),
         "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         "page": (b"<!doctype html><html>", "a web page"),
         "empty": (b"", "not a torch file"),

@@ -28,10 +28,9 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from benchmarks.tgi.networks import i3d, inception, legacy, lpips
+from benchmarks.tgi.networks import i3d, inception, lpips
 from benchmarks.tgi.networks.layout import differences
-from convert.tensors import TORCH_SUFFIXES, SourceError, open_file, sha256
-from convert.torchfile import TorchFileError
+from convert.tensors import SourceError, open_file, sha256
 
 BAD_INPUT = 2
 SUFFIX = ".safetensors"
@@ -89,20 +88,11 @@ def _read(sources: Sequence[Path]) -> dict[str, np.ndarray]:
     """All tensors of the sources together."""
     named: dict[str, np.ndarray] = {}
     for source in sources:
-        found = _tensors(source)
+        found = {name: tensor.read() for name, tensor in open_file(source).named.items()}
         if twice := sorted(set(named) & set(found)):
             raise ValueError(f"{source}: holds {', '.join(twice[:5])} as a source before it does; give each file once")
         named |= found
     return named
-
-
-def _tensors(source: Path) -> dict[str, np.ndarray]:
-    try:
-        if source.suffix in TORCH_SUFFIXES and legacy.is_legacy(source):
-            return legacy.read(source)
-    except TorchFileError as error:
-        raise SourceError(str(error)) from error
-    return {name: tensor.read() for name, tensor in open_file(source).named.items()}
 
 
 def _write(out: Path, content: bytes) -> None:

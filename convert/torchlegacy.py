@@ -1,6 +1,5 @@
 """Reads the tensors of a `torch.save` file from before torch 1.6, without torch and without running code from it.
 
-`convert.torchfile` reads the zip files that came after; the weights of LPIPS and some others are older than that.
 Such a file is four pickles in a row (a magic number, a protocol number, facts about the machine, the structure), a
 fifth with the keys of the storages, and then, for each key, a count and the bare values. The structure is read by the
 same unpickler as in a zip file, which knows tensors and dictionaries only.
@@ -18,10 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from convert import torchfile
-from convert.torchfile import TorchFileError
+from convert.torchpickle import Known, Storage, TorchFileError, Unpickler
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first pickle, the magic number that torch wrote."""
 PROTOCOL = 1001
 
 
@@ -32,7 +31,7 @@ class _Plain(pickle.Unpickler):
         raise ValueError(f"{module}.{name} where plain values belong")
 
 
-class _Keys(torchfile._Unpickler):
+class _Keys(Unpickler):
     """The structure, told the length and the dtype of each storage; also torch's first way to write a tensor."""
 
     def __init__(self, stream: BinaryIO, path: Path, storage: Callable[[np.dtype, str, int], Any]) -> None:
@@ -46,45 +45,30 @@ class _Keys(torchfile._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, _, length, view = pid
-        dtype = dtype.value if isinstance(dtype, torchfile._Known) else dtype
+        dtype = dtype.value if isinstance(dtype, Known) else dtype
         if kind != "storage" or not isinstance(dtype, np.dtype) or view is not None or type(length) is not int:
             raise ValueError(f"unknown reference {kind!r}")
         return self._sized(dtype, str(key), length)
 
 
-def is_legacy(path: Path) -> bool:
-    """Whether a file begins as those of torch before 1.6 do.
-
-    Raises:
-      TorchFileError: it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise TorchFileError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, as read-only memory maps.
+def structure(path: Path, file: BinaryIO) -> Any:
+    """What the pickles describe: nested dicts with read-only memory maps as leaves.
 
     Args:
-      path: as `is_legacy`; of a state dict, or of {"state_dict": one}.
+      path: of the file, for messages.
+      file: begins with `MAGIC`.
 
     Raises:
       TorchFileError: damaged, or holding anything but tensors and dictionaries.
+      OSError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            tree = _structure(path, file)
-    except TorchFileError:
+        return _structure(path, file)
+    except (TorchFileError, OSError):
         raise
-    except OSError as error:
-        raise TorchFileError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a hostile pickle can raise anything: stack underflow, bad opcodes, types
         reason = f"{type(error).__name__}: {error}"
         raise TorchFileError(f"{path}: damaged or truncated ({reason}); get it again") from error
-    return torchfile._named(path, tree)
 
 
 def _structure(path: Path, file: BinaryIO) -> Any:
@@ -100,12 +84,12 @@ def _structure(path: Path, file: BinaryIO) -> Any:
     places = file.tell()
     sizes: dict[str, tuple[np.dtype, int]] = {}
 
-    def note(dtype: np.dtype, key: str, length: int) -> torchfile._Storage:
+    def note(dtype: np.dtype, key: str, length: int) -> Storage:
         if sizes.setdefault(key, (dtype, length)) != (dtype, length):
             raise ValueError(f"storage {key} is used in two ways")
         if not 0 <= length * dtype.itemsize <= os.fstat(file.fileno()).st_size:
             raise ValueError(f"storage {key} is longer than the file")
-        return torchfile._Storage(dtype, np.broadcast_to(np.zeros((), dtype), (length,)))
+        return Storage(dtype, np.broadcast_to(np.zeros((), dtype), (length,)))
 
     file.seek(start)
     _Keys(file, path, note).load()
@@ -114,7 +98,7 @@ def _structure(path: Path, file: BinaryIO) -> Any:
     storages = {}
     for key in keys:
         dtype, length = sizes[key]
-        storages[key] = torchfile._Storage(dtype, _mapped(path, file, places, dtype, length))
+        storages[key] = Storage(dtype, _mapped(path, file, places, dtype, length))
         places += 8 + length * dtype.itemsize
     file.seek(start)
     return _Keys(file, path, lambda dtype, key, length: storages[key]).load()
