@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.tgi import compare, report
+from benchmarks.tgi.arms import Arm
 from benchmarks.tgi.scores import Scores
+from wanjax.kab import KAB
+from wanjax.method import Method
 
 CATEGORIES = ("occlusion", "near-static")
 
@@ -61,6 +64,13 @@ def test_holm_counts_the_rivals_alone(runs):
     raw = {arm: row["p"] for arm, row in found.items() if arm != "vae"}
     smallest = min(raw, key=raw.get)
     assert found[smallest]["p_holm"] == pytest.approx(len(raw) * raw[smallest], abs=1e-6)
+
+
+def test_an_own_arm_is_told_by_its_settings(tmp_path):
+    run = write_run(tmp_path / "run", {"mine": (0.1, 1.0)}, clips=4)
+    run.config["arms"]["mine"] = Arm("mine", "own", "", "random-bias", Method(kab=KAB(beta_mid=0.1))).plain()
+    text = report.markdown(report.collect([run], ["one"], [{}]))
+    assert "- `wan`: Wan2.1 as it is\n- `mine`: random-bias; kab {beta_end: 0.7, beta_mid: 0.1, eps: " in text
 
 
 def verdicts(runs):

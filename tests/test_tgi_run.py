@@ -173,7 +173,9 @@ def test_every_arm_runs_and_is_scored(tmp_path, model):
 def test_every_claim_and_kind_is_known():
     names = {arm.name for arm in ARMS}
     assert len(names) == len(ARMS) and {arm.kind for arm in ARMS} <= set(generate.KINDS)
-    assert all({claim.arm, claim.against} <= names and claim.expected in ("better", "worse") for claim in CLAIMS)
+    fixed = [claim for claim in CLAIMS if not claim.source.startswith("tuned")]  # those: test_tune
+    assert len(fixed) == 17 and all({claim.arm, claim.against} <= names for claim in fixed)
+    assert {claim.expected for claim in CLAIMS} == {"better", "worse"}
 
 
 class Killed(Exception):
@@ -306,6 +308,8 @@ def test_own_arms_are_read(tmp_path):
         '{"a": {"kab": {"nonsense": 1}}}',
         '{"a": {"other": {}}}',
         '{"a": {"kab": {"beta_mid": -1}}}',
+        '{"a": {"kind": "trf"}}',
+        '{"a": {"kind": "random-bias", "retro": {}}}',
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match="not a file of arms"):

@@ -1,11 +1,13 @@
 """The search for settings: what is tried, what wins, and that it goes on into a comparison."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.tgi import tune
-from benchmarks.tgi.arms import read_own
+from benchmarks.tgi.arms import CLAIMS, read_own
 from benchmarks.tgi.scores import Scores
-from wanjax.method import METHODS
+from wanjax.method import METHODS, Method
 
 
 def test_candidates_are_fixed_and_hold_the_papers_settings():
@@ -38,6 +40,16 @@ def test_the_best_of_each_group_wins_and_can_be_run(tmp_path):
         "both-tuned": ("release", pytest.approx(0.05)),
     }
     tune.write(found, tmp_path / "tuned.json")
-    own = {arm.name: arm.method for arm in read_own(tmp_path / "tuned.json")}
+    own = {arm.name: (arm.kind, arm.method) for arm in read_own(tmp_path / "tuned.json")}
     by_name = {arm.name: arm.method for arm in arms}
-    assert own == {"kab-tuned": by_name["kab-001"], "retro-tuned": by_name["retro"], "both-tuned": METHODS["release"]}
+    kab, retro = by_name["kab-001"], by_name["retro"]
+    uniform = Method(retro=dataclasses.replace(retro.retro, s_edge=1.0, s_mid=1.0))  # the mean of 1.06 and 0.94
+    assert own == {
+        "kab-tuned": ("method", kab),
+        "retro-tuned": ("method", retro),
+        "both-tuned": ("method", METHODS["release"]),
+        "kab-tuned-shuffled": ("shuffled-anchors", kab),
+        "kab-tuned-random": ("random-bias", kab),
+        "retro-tuned-uniform": ("method", uniform),
+    } | ({} if kab.isolation is None else {"kab-tuned-isolation": ("method", Method(kab.isolation))})
+    assert {claim.arm for claim in CLAIMS if claim.source.startswith("tuned")} <= {*own, "kab-tuned-isolation"}

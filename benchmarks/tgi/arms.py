@@ -115,6 +115,9 @@ class Claim:
 _CLAIMS = {
     "paper": """paper > wan; release > wan; kab > wan; retro > wan; paper > kab; paper > retro; kab-joint < kab;
         retro-uniform < paper; retro-edge-large < paper; retro-mid-small < paper; trf < paper""",
+    "tuned": """kab-tuned > wan; retro-tuned > wan; both-tuned > wan""",
+    "tuned control": """kab-tuned-isolation < kab-tuned; kab-tuned-shuffled < kab-tuned; kab-tuned-random < kab-tuned;
+        retro-tuned-uniform < retro-tuned""",
     "control": """isolation < kab; shuffled-anchors < kab; random-bias < kab; uniform-0.94 < retro;
         uniform-1.06 < retro; empty-caption < wan""",
 }
@@ -123,7 +126,8 @@ CLAIMS = tuple(
     for source, text in _CLAIMS.items()
     for arm, sign, against in (claim.split() for claim in text.split(";"))
 )
-"""The arrows of the paper's tables ("paper"), and what must hold if the reasons given for them do ("control")."""
+"""The arrows of the paper's tables ("paper"), the same of settings that `tune` chose ("tuned"), and what must hold if
+the reasons given for them do ("control")."""
 
 
 def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
@@ -143,10 +147,14 @@ def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
     return tuple(arm for name, arm in known.items() if name in names)
 
 
-def read_own(path: Path) -> tuple[Arm, ...]:
-    """A caller's arms from JSON: {name: {"about": text, "isolation": {...}, "kab": {...}, "retro": {...}}}.
+OWN_KINDS = ("method", "shuffled-anchors", "random-bias")
 
-    A part that is left out is off; {} takes its defaults. `tune` writes such a file.
+
+def read_own(path: Path) -> tuple[Arm, ...]:
+    """A caller's arms from JSON: {name: {"kind": text, "isolation": {...}, "kab": {...}, "retro": {...}}}.
+
+    A part that is left out is off; {} takes its defaults. "kind" is one of OWN_KINDS, "method" where it is left out.
+    "about" may say something. `tune` writes such a file.
 
     Raises:
       ValueError: not such a file, or settings that a part refuses.
@@ -157,9 +165,11 @@ def read_own(path: Path) -> tuple[Arm, ...]:
         arms = []
         for name, fields in told.items():
             fields = dict(fields)
-            about = fields.pop("about", "settings of one's own")
+            about, kind = fields.pop("about", "settings of one's own"), fields.pop("kind", OWN_KINDS[0])
             made = {part: parts[part](**{k: _frozen(v) for k, v in given.items()}) for part, given in fields.items()}
-            arms.append(Arm(name, "own", about, method=Method(**made)))
+            if kind not in OWN_KINDS or (kind != OWN_KINDS[0] and "kab" not in made):
+                raise ValueError(f"{name}: kind {kind!r}; take {', '.join(OWN_KINDS)}, the last two with kab")
+            arms.append(Arm(name, "own", about, kind, Method(**made)))
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: not a file of arms ({type(error).__name__}: {error}); "

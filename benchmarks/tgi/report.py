@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def collect(
     lengths = [length for length in compare.lengths(runs[0]) if all(length in compare.lengths(r) for r in runs)]
     report: dict[str, Any] = {
         "config": {entry: runs[0].config[entry] for entry in ("sets", "settings", "metrics", "batch", "seeds")},
-        "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines)}
+        "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines), "arms": run.config["arms"]}
                  for name, run in zip(names, runs, strict=True)],
         "vbench": dict(vbench or {}),
         "lengths": {},
@@ -93,7 +94,7 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     for length, found in report["lengths"].items():
         parts.append(f"## {length} frames\n")
         for run, name in zip(found["runs"], report["runs"], strict=True):
-            parts += [f"### {name['name']}\n", _table(run), _challenge_table(run)]
+            parts += [f"### {name['name']}\n", _table(run, name["arms"]), _challenge_table(run)]
         parts += ["### Claims\n", _claims(found["claims"], report["runs"])]
         parts += [f"![{name}]({name})\n" for name in pictures if name.split("-")[0] == length]
     parts += ["## VBench\n", _vbench(report["vbench"])]
@@ -125,7 +126,7 @@ def _preamble(report: Mapping[str, Any]) -> str:
     )
 
 
-def _table(run: Mapping[str, Any]) -> str:
+def _table(run: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     columns = [
         m for m in SHOWN if m in ("fid", "fvd", "lpips_interior") or any(m in row for row in run["means"].values())
     ]
@@ -137,8 +138,14 @@ def _table(run: Mapping[str, Any]) -> str:
         cells += ["", "", ""] if change is None else [_change(change), _p(change["p_holm"]), f"{change['wins']:.0%}"]
         rows.append(cells)
     about = {arm.name: arm.about for arm in ARMS}
-    legend = "\n".join(f"- `{arm}`: {about[arm]}" for arm in run["means"] if arm in about)
+    legend = "\n".join(f"- `{arm}`: {about.get(arm) or _own(settings[arm])}" for arm in run["means"])
     return f"{_grid(head, rows)}\n{legend}\n"
+
+
+def _own(arm: Mapping[str, Any]) -> str:
+    """Settings of an arm that is not one of ARMS, in a line."""
+    parts = [f"{part} {json.dumps(settings)}" for part, settings in arm["method"].items() if settings is not None]
+    return "; ".join([arm["kind"], *parts]).replace('"', "")
 
 
 def _cell(metric: str, figures: Mapping[str, Any], sets: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 The methods' defaults were made for 40 layers and 50 steps; a shallow model may want others. Candidates are drawn once
 from fixed ranges with a fixed seed, scored like any arms, and the best mean gain over `wan` in interior PSNR wins,
 the paper's own settings among the candidates. Both go into the final comparison: the search's winner as `kab-tuned`,
-`retro-tuned` and `both-tuned` beside `paper`.
+`retro-tuned` and `both-tuned` beside `paper`, and with them controls of the same settings, as what a search finds may
+owe its gain to something else than the method's idea.
 """
 
 from __future__ import annotations
@@ -86,9 +87,26 @@ def best(scores: Scores, lengths: Sequence[int]) -> dict[str, dict[str, Any]]:
 
 
 def write(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """A file of arms for `run --own-arms`."""
+    """A file of arms for `run --own-arms`: what `best` found, and controls of KAB's and ReTRo's."""
     arms = {}
     for name, one in found.items():
         parts = {part: settings for part, settings in one["settings"].items() if settings is not None}
         arms[name] = {"about": f"the best on development clips: {one['gain']:+.3f} dB over wan there"} | parts
-    write_json(file, arms)
+    write_json(file, arms | _controls(arms))
+
+
+def _controls(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    kab = {part: settings for part, settings in arms["kab-tuned"].items() if part != "about"}
+    retro = arms["retro-tuned"]["retro"]
+    mean = (retro["s_edge"] + retro["s_mid"]) / 2
+    made = {
+        "kab-tuned-shuffled": {"about": "as kab-tuned, with the anchors' mixture permuted over the frames",
+                               "kind": "shuffled-anchors"} | kab,
+        "kab-tuned-random": {"about": "a random bias of the size, layers and steps of kab-tuned's",
+                             "kind": "random-bias"} | kab,
+        "retro-tuned-uniform": {"about": "as retro-tuned, s the mean of its two everywhere",
+                                "retro": retro | {"s_edge": mean, "s_mid": mean}},
+    }  # fmt: skip
+    if "isolation" in kab:
+        made["kab-tuned-isolation"] = {"about": "kab-tuned's isolation alone", "isolation": kab["isolation"]}
+    return made
