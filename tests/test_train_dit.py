@@ -12,7 +12,7 @@ from reference import relative_error
 from samplers import pipeline
 from samplers.pipeline import Keyframes, Settings
 from wanjax import checkpoint, keyframes, vae
-from wanjax.tiny import build_tokenizer, evaluate, latents, train_dit, train_vae
+from wanjax.tiny import build_tokenizer, evaluate, latents, torch_vae, train_dit
 from wanjax.tiny.clips import clip
 from wanjax.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def vae_folder(tmp_path_factory):
     sizes = {"base_dim": NANO.vae.base_dim, "dim_mult": list(NANO.vae.dim_mult)}
     stats = {"latents_mean": [0.1 * i for i in range(16)], "latents_std": [1.0 + 0.1 * i for i in range(16)]}
     folder = tmp_path_factory.mktemp("vae")
-    train_vae.AutoencoderKLWan(**train_vae.CONFIG | sizes | stats).save_pretrained(folder)
+    torch_vae.AutoencoderKLWan(**torch_vae.CONFIG | sizes | stats).save_pretrained(folder)
     return folder
 
 
@@ -36,7 +36,7 @@ def setup(vae_folder, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(latents, "SHARD", CLIPS)
     patch.setattr(latents, "IMAGE_SHARE", 2)
-    patch.setattr(train_vae, "_fused_norm_silu", lambda: train_vae.norm_silu)
+    patch.setattr(torch_vae, "_fused_norm_silu", lambda: torch_vae.norm_silu)
 
     patch.setattr(latents, "training_clip", lambda number, variety, frames: clip(number, "train", frames, SIZE))
     folder = tmp_path_factory.mktemp("run")

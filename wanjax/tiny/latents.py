@@ -106,13 +106,13 @@ def encoder(folder: Path, config: VAEConfig, params: Any) -> Encoder:
     # Imported here: on accelerators this stage needs no torch.
     import torch
 
-    from wanjax.tiny import train_vae
+    from wanjax.tiny import torch_vae
 
-    model = train_vae.AutoencoderKLWan.from_pretrained(folder)
+    model = torch_vae.AutoencoderKLWan.from_pretrained(folder)
 
     @torch.no_grad()
     def encode(video: np.ndarray) -> np.ndarray:
-        mean, _ = train_vae.encode(model, torch.tensor(video).permute(0, 4, 1, 2, 3))
+        mean, _ = torch_vae.encode(model, torch.tensor(video).permute(0, 4, 1, 2, 3))
         return (mean.permute(0, 2, 3, 4, 1).numpy() - config.latent_mean) / config.latent_std
 
     return encode
