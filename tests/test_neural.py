@@ -29,7 +29,8 @@ def video(seed, frames=20):
 
 
 def scored(tmp_path, networks, clips, frames=20, arms=("truth", "wan")):
-    config = {"arms": {arm: {} for arm in arms}, "seeds": [0], "metrics": networks.policy()}
+    config = {"arms": {arm: {} for arm in arms}, "seeds": [0], "metrics": networks.policy(), "sets": {},
+              "environments": []}  # fmt: skip
     with Scores(tmp_path / "out", config) as scores:
         for n in range(clips):
             for number, arm in enumerate(arms):
@@ -65,6 +66,18 @@ def test_distances_are_of_the_interior_frames_and_whole_clips(folder, tmp_path):
     assert found["wan"]["fid"]["distance"] == pytest.approx(frechet.distance(*rows), rel=1e-6)
     assert found["wan"]["fid"]["samples"] == 54 and found["wan"]["fvd"]["samples"] == 3
     assert found["wan"]["fid"]["low"] <= found["wan"]["fid"]["high"]
+
+
+def test_more_seeds_are_not_more_samples(folder, tmp_path):
+    """The truth has one video of a clip and no seed: an arm with two must not have a lower distance for it."""
+    networks = Neural(folder)
+    scores = scored(tmp_path, networks, 3)
+    once = neural.distances(scores, 20, ["wan"], draws=5)
+    for n in range(3):
+        key = Key(20, f"c{n}", "wan", 1)
+        networks.measure(key, video(50 + n), video(10 * n), scores.folder)
+        scores.append([{"length": 20, "clip": key.clip, "arm": "wan", "seed": 1, "challenge": "", "metrics": {}}])
+    assert neural.distances(scores, 20, ["wan"], draws=5) == once
 
 
 def test_too_little_is_undefined(folder, tmp_path):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks.tgi import freeze
-from benchmarks.tgi.data import DataError
+from benchmarks.tgi.data import DataError, stretched
 from benchmarks.tgi.procedural import CLIPS, LENGTHS, MANIFEST, draw, procedural
-from wanjax.tiny.challenges import challenge
+from wanjax.tiny.challenges import backwards, challenge
 
 ROOT = Path(__file__).parents[1]
 # A new manifest must not slip in unseen: who freezes another test set changes these too.
@@ -63,10 +63,11 @@ def test_items_hold_the_clips():
         assert item.id == f"test-{seed:05d}" and item.length == 33
         assert item.extra == {"ambiguous": drawn.ambiguous, "seed": seed}
         assert (item.challenge, item.caption) == (drawn.category, drawn.caption)
+        assert item.backwards == backwards(drawn.story).caption
         assert item.first_image_desc == drawn.story.first_image_desc
         assert item.last_image_desc == drawn.story.last_image_desc
         np.testing.assert_array_equal(item.read(), drawn.video)
-    assert item.frames((48, 64)).shape == (33, 48, 64, 3)
+    assert stretched(item.read(), (48, 64)).shape == (33, 48, 64, 3)
 
 
 def test_dev_takes_any_length_count_and_size():

@@ -1,14 +1,28 @@
 """The results file: what may be gone on with, torn lines, other runs, two writers."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks.tgi.scores import CONFIG, LINES, Key, Scores, ScoresError, by_clip, key_of, model_identity
+from benchmarks.tgi.scores import (
+    CONFIG,
+    LINES,
+    Key,
+    Scores,
+    ScoresError,
+    by_clip,
+    key_of,
+    model_identity,
+    pairs,
+    unfinished,
+)
+from wanjax import checkpoint, store
 
 CONFIGURATION = {"model": {"name": "m", "sha256": "0"}, "settings": {"steps": 3}, "seeds": [0],
+                 "sets": {"25": {"ids": ["a", "b"]}}, "environments": [{"date": "1", "commit": "x"}],
                  "arms": {"wan": {"kind": "method"}}}  # fmt: skip
 
 
@@ -62,6 +76,7 @@ def test_a_line_that_stands_there_twice(folder):
         ({"settings": {"steps": 4}}, "settings"),
         ({"model": {"name": "m", "sha256": "1"}}, "model"),
         ({"arms": {"wan": {"kind": "other"}}}, "arm wan"),
+        ({"sets": {"25": {"ids": ["a"]}}}, "clips of length 25"),
         ({"more": 1}, "more"),
     ],
 )
@@ -72,11 +87,19 @@ def test_another_run_is_refused_by_name(folder, change, named):
     assert (folder / CONFIG).read_bytes() == before
 
 
-def test_arms_and_seeds_may_join(folder):
-    with Scores(folder, CONFIGURATION | {"arms": {"kab": {"kind": "method"}}, "seeds": [1]}):
+def test_lengths_arms_and_seeds_may_join(folder):
+    more = {"arms": {"kab": {"kind": "method"}}, "seeds": [1], "sets": {"33": {"ids": ["a"]}}}
+    with Scores(folder, CONFIGURATION | more):
         grown = Scores(folder, None)
     assert list(grown.config["arms"]) == ["wan", "kab"] and grown.config["seeds"] == [0, 1]
-    assert len(grown.lines) == 2
+    assert list(grown.config["sets"]) == ["25", "33"] and len(grown.lines) == 2
+
+
+def test_every_environment_is_listed_once(folder):
+    same, other = {"date": "2", "commit": "x"}, {"date": "3", "commit": "y"}
+    for one in (same, other, same):
+        Scores(folder, CONFIGURATION | {"environments": [one]}).close()
+    assert Scores(folder, None).config["environments"] == [*CONFIGURATION["environments"], other]
 
 
 def test_two_writers_at_once_are_refused(folder):
@@ -109,11 +132,49 @@ def test_by_clip_averages_seeds_and_leaves_out_what_is_missing():
     assert by_clip(lines, 25, "wan", "psnr_interior", "static") == {"b": 10.0}
 
 
-def test_a_models_identity_is_its_files(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "weights").write_bytes(b"12")
-    first = model_identity(tmp_path)
-    assert model_identity(tmp_path) == first
-    (tmp_path / "part" / "weights").write_bytes(b"13")
-    assert model_identity(tmp_path) != first
+def test_only_what_two_arms_share_is_compared():
+    """Clip a has seeds 0 and 1 of wan and seed 1 alone of kab: a mean over all of wan's would compare other noise."""
+    lines = [
+        line("a", 20.0),
+        line("a", 30.0, seed=1),
+        line("a", 31.0, "kab", 1),
+        line("b", 9.0),
+        line("c", 8.0, "kab"),
+        line("d", 7.0),
+        line("d", 7.5, "kab", 1),
+        line("a", 12.0, "nearest", None),
+        line("a", 13.0, "vae", None),
+    ]
+    assert pairs(lines, 25, "kab", "wan", "psnr_interior") == ({"a": 31.0}, {"a": 30.0})
+    assert pairs(lines, 25, "nearest", "wan", "psnr_interior") == ({"a": 12.0}, {"a": 25.0})
+    assert pairs(lines, 25, "kab", "nearest", "psnr_interior") == ({"a": 31.0}, {"a": 12.0})
+    assert pairs(lines, 25, "vae", "nearest", "psnr_interior") == ({"a": 13.0}, {"a": 12.0})
+
+
+def test_unfinished_arms_are_counted():
+    config = {"sets": {"25": {"ids": ["a", "b"]}, "33": {"ids": ["a"]}}, "arms": {"wan": {}, "kab": {}, "vae": {}}}
+    lines = [line("a"), line("b"), line("a", arm="kab"), line("a", arm="kab", seed=1), line("b", arm="kab"),
+             line("a", arm="vae", seed=None), line("b", arm="vae", seed=None), line("a", length=33)]  # fmt: skip
+    assert unfinished(config, lines) == [(25, "kab", 1, 2), (33, "kab", 0, 1), (33, "vae", 0, 1)]
+
+
+def test_a_models_identity_is_what_is_loaded(tmp_path):
+    shutil.copytree(checkpoint.bundled(), tmp_path / "tiny")
+    first = model_identity(tmp_path / "tiny")
+    (tmp_path / "tiny" / "notes.txt").write_text("mine")
+    assert model_identity(tmp_path / "tiny") == first
+    with open(tmp_path / "tiny" / "dit.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    assert model_identity(tmp_path / "tiny") != first
+
+
+def test_a_converted_models_identity_is_its_manifests(tmp_path):
+    for name in (checkpoint.CONFIG, checkpoint.TOKENIZER):
+        (tmp_path / name).write_text("{}")
+    found = []
+    for digest, tool in (("1", "a"), ("1", "b"), ("2", "a")):
+        arrays = {"dit/x": {"shape": [1], "dtype": "float32", "sha256": digest * 64}}
+        (tmp_path / store.MANIFEST).write_text(store.Manifest(arrays, {}, tool, "float32").dumps())
+        found.append(model_identity(tmp_path))
+    assert found[0] == found[1] != found[2]

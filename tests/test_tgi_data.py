@@ -10,7 +10,7 @@ import pytest
 import tgi_tree
 from PIL import Image
 
-from benchmarks.tgi.data import DataError, refuse
+from benchmarks.tgi.data import DataError, refuse, stretched
 from benchmarks.tgi.tgi_bench import canonical, tgi_bench
 from wanjax.tiny.challenges import CATEGORIES, challenge
 
@@ -58,11 +58,11 @@ def test_a_whole_tree(whole, length):
 
 def test_frames_are_stretched_as_keyframes_are(whole):
     item = tgi_bench(str(whole), 25).items[2]
-    fitted = item.frames((48, 16))
+    fitted = stretched(item.read(), (48, 16))
     assert fitted.dtype == np.uint8 and fitted.shape == (25, 48, 16, 3)
     wanted = Image.fromarray(item.read()[4]).resize((16, 48), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(fitted[4], np.asarray(wanted))
-    np.testing.assert_array_equal(item.frames((32, 32)), item.read())
+    np.testing.assert_array_equal(stretched(item.read(), (32, 32)), item.read())
 
 
 def test_items_can_be_sent_to_another_process(whole):
@@ -277,7 +277,7 @@ def test_what_only_reading_tells(tree):
     with pytest.raises(DataError, match=r"folder clip_05: 00011\.jpg is 32x48, 00000\.jpg 32x32"):
         items[5].read()
     with pytest.raises(DataError, match=r"folder clip_06: .*00004\.jpg: truncated"):
-        items[6].frames((32, 32))
+        stretched(items[6].read(), (32, 32))
     os.remove(frame(tree, 7, 2))
     with pytest.raises(DataError, match=r"folder clip_07: .*00002\.jpg: no such file"):
         items[7].read()

@@ -6,21 +6,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.tgi import __main__ as cli
 from benchmarks.tgi import compare, report
 from benchmarks.tgi.arms import Arm
-from benchmarks.tgi.scores import Scores
+from benchmarks.tgi.scores import LINES, Scores
 from wanjax.kab import KAB
 from wanjax.method import Method
 
 CATEGORIES = ("occlusion", "near-static")
+ENVIRONMENT = {"device": "cpu", "processor": "made up", "cores": 2, "versions": {"jax": "0.10"}, "commit": "abc",
+               "command": "python -m benchmarks.tgi run", "date": "2026-01-02T03:04:05"}  # fmt: skip
 
 
 def write_run(folder, effects, clips=140, sha="1", seed=0, length=25):
     """Scores of `wan` at 20 dB a clip with a spread of 5, and of arms that differ by (mean, spread)."""
     arms = {"wan": {}} | {arm: {} for arm in effects}
-    sets = {str(length): {"name": "made up"}}
+    sets = {str(length): {"name": "made up", "ids": [f"c{n:03d}" for n in range(clips)]}}
     config = {"model": {"name": "m", "sha256": sha}, "settings": {"steps": 3}, "sets": sets,
-              "metrics": {}, "batch": 4, "seeds": [0], "arms": arms}  # fmt: skip
+              "metrics": {}, "batch": 4, "seeds": [0], "arms": arms,
+              "environments": [ENVIRONMENT]}  # fmt: skip
     rng = np.random.default_rng(seed)
     base = rng.normal(20, 5, clips)
     lines = []
@@ -112,7 +116,8 @@ def test_the_report_is_written(runs, tmp_path):
     assert all(file.stat().st_size > 200 for file in files)
     text = (tmp_path / "report" / "report.md").read_text()
     for words in ("### one", "### two", "`paper` > `wan`", "held", "not shown", "opposite", "12.50", "undefined",
-                  "unavailable", "subject_consistency", "0.9000", "+0.30 [", "near-static (70)"):  # fmt: skip
+                  "unavailable", "subject_consistency", "0.9000", "+0.30 [", "near-static (70)",
+                  "- cpu (made up, 2 cores), jax 0.10, commit abc, from 2026-01-02: `python -m"):  # fmt: skip
         assert words in text, words
     assert "Fewer than" not in text
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(made))
@@ -127,9 +132,43 @@ def test_a_single_clip_has_no_interval(tmp_path):
     assert verdicts([one])["paper", "wan"]["verdict"] == "not shown"
 
 
-@pytest.mark.parametrize("change, message", [({"sha": "0"}, "the same model"), ({"length": 33}, "sets are not those")])
+@pytest.mark.parametrize("change, message", [
+    ({"sha": "0"}, "x: the same model as one"),
+    ({"sha": "1"}, "x: the same model as two"),
+    ({"length": 33}, "x: its lengths are not those of one"),
+    ({"clips": 139}, "x: its clips of length 25 are not those of one"),
+])  # fmt: skip
 def test_runs_that_do_not_go_together(runs, tmp_path, change, message):
     other = write_run(tmp_path / "x", EFFECTS, **{"sha": "x"} | change)
     with pytest.raises(ValueError, match=message):
-        compare.compatible([runs[0], other], ["one", "x"])
+        compare.compatible([*runs, other], ["one", "two", "x"])
     compare.compatible(runs, ["one", "two"])
+
+
+def test_runs_whose_arms_differ_in_settings_do_not_go_together(runs, tmp_path):
+    other = write_run(tmp_path / "x", EFFECTS, sha="x")
+    other.config["arms"]["kab"] = {"kind": "method"}
+    with pytest.raises(ValueError, match="its arm kab are not those"):
+        compare.compatible([runs[0], other], ["one", "x"])
+
+
+def test_two_seeds_are_paired_by_seed(tmp_path):
+    """Every clip of `paper` is 1 dB over `wan` in seed 0, its only one; seed 1 of `wan` is 4 dB better."""
+    run = write_run(tmp_path / "run", {"paper": (1.0, 0.0)}, clips=8)
+    more = [line | {"seed": 1, "metrics": {"psnr_interior": line["metrics"]["psnr_interior"] + 4}}
+            for line in run.lines if line["arm"] == "wan"]  # fmt: skip
+    run.append(more)
+    assert compare.differences(run, 25, "psnr_interior")["paper"]["mean"] == pytest.approx(1.0)
+    assert verdicts([run])["paper", "wan"]["runs"][0]["mean"] == pytest.approx(1.0)
+
+
+def test_an_unfinished_run_is_refused_or_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", {"paper": (1.0, 1.0)}, clips=8)
+    file = run.folder / LINES
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-3]))
+    line = ["report", str(run.folder), "--out", str(tmp_path / "report")]
+    assert cli.main(line) == 2
+    assert "paper has 5 of 8 clips of 25 frames" in capsys.readouterr().err and not (tmp_path / "report").exists()
+    assert cli.main([*line, "--partial"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "UNFINISHED" in text and "paper 5 of 8 at 25 frames" in text

@@ -19,12 +19,13 @@ from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.neural import Neural
 from benchmarks.tgi.procedural import procedural
 from benchmarks.tgi.run import Plan
-from benchmarks.tgi.scores import LINES, Scores, by_clip
+from benchmarks.tgi.scores import LINES, Scores, by_clip, unfinished
 from samplers import pipeline
 from samplers.pipeline import Keyframes, Settings
 from wanjax import checkpoint
 from wanjax.kab import KAB
 from wanjax.method import METHODS, Isolation, Method
+from wanjax.retro import ReTRo, scale_vector
 
 FRAMES = 9
 VARIANTS = ("wan", "paper", "release", "kab", "retro", "kab-joint", "isolation", "retro-uniform", "retro-position",
@@ -51,21 +52,26 @@ def plan(arms, clips=3, batch=2, seeds=(0,), **more):
 
 def start(a_plan, folder, model):
     """Runs a plan to its end; the closed scores."""
-    with Scores(folder, a_plan.describe({"name": "nano", "sha256": "0"}, Neural(None))) as scores:
+    described = a_plan.describe({"name": "nano", "sha256": "0"}, Neural(None)) | {"environments": []}
+    with Scores(folder, described) as scores:
         run.run(a_plan, model, model, scores, Neural(None), quiet=True)
     return scores
 
 
 @pytest.fixture(scope="module")
 def batch(model):
-    items = procedural("dev", FRAMES, 2).items
-    clips = Clips([i.id for i in items], [i.caption for i in items], np.stack([i.frames((16, 24)) for i in items]))
+    clips = run.clips_of(procedural("dev", FRAMES, 2).items, (16, 24))
     return Batch(model, model, Settings.of(NANO, frames=FRAMES, steps=3), clips)
 
 
+def turned_round(clips):
+    """The same clips in the other order."""
+    return Clips(*(getattr(clips, field.name)[::-1] for field in dataclasses.fields(clips)))
+
+
 def test_wan_is_the_pipeline(model, batch):
-    """The arm without a method makes what the product makes from the same noise."""
-    pairs = [(video[0], video[-1]) for video in batch.clips.truth]
+    """The arm without a method makes what the product makes from the same noise and the keyframes as they are."""
+    pairs = [(item.read()[0], item.read()[-1]) for item in procedural("dev", FRAMES, 2).items]
     prepared = Keyframes.prepare(pairs, model.config, batch.settings)
     conditions, negative = pipeline.encode(model, prepared, list(batch.clips.captions), batch.settings)
     latents = pipeline.denoise(model, conditions, negative, batch.settings, noise=batch.noise(4))
@@ -73,12 +79,13 @@ def test_wan_is_the_pipeline(model, batch):
 
 
 def test_a_clips_noise_is_its_own(model, batch):
-    turned = Clips(batch.clips.ids[::-1], batch.clips.captions[::-1], batch.clips.truth[::-1])
-    other = Batch(model, None, batch.settings, turned)
+    other = Batch(model, None, batch.settings, turned_round(batch.clips))
     noise = np.asarray(batch.noise(0))
     np.testing.assert_array_equal(noise, np.asarray(other.noise(0))[::-1])
     assert not np.array_equal(noise[0], noise[1]) and not np.array_equal(noise, batch.noise(1))
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    uses = [jax.random.key_data(batch.keys(0, use)) for use in (None, 1, 2)]
+    assert len({row.tobytes() for keys in map(np.asarray, uses) for row in keys}) == 6
 
 
 def test_variants_of_the_method_are_one_program(batch):
@@ -104,7 +111,7 @@ def test_variants_of_the_method_are_one_program(batch):
 
 
 def test_random_bias_has_the_size_of_kabs(model, batch):
-    """Its root mean square over keys is KAB's, in KAB's layers and frames and nowhere else."""
+    """Its spread is KAB's, in KAB's layers and frames and nowhere else."""
     settings = dataclasses.replace(batch.settings, method=NANO_METHOD)
     method = settings.method_arrays(model.config)
     latents = generate._denoised(batch, NANO_METHOD, 0, until=1)
@@ -113,13 +120,52 @@ def test_random_bias_has_the_size_of_kabs(model, batch):
     for one in size:
         sizes = np.asarray(one)
         assert (sizes[:, :, [0, -1]] == 0).all() and (sizes[:, :, 1:-1] > 0).all()
-        drawn = np.asarray(generate._gaussian(jax.random.key(0), one, 4000))
+        drawn = np.asarray(generate._gaussian(batch.keys(0, 1), one, 4000))
         np.testing.assert_allclose(np.sqrt(np.square(drawn).mean(-1)), sizes, rtol=0.06, atol=1e-9)
     arm = Arm("r", "control", "", "random-bias", NANO_METHOD)
     biased, plain = generate.make(arm, batch, 0), generate.make(dataclasses.replace(arm, kind="method"), batch, 0)
     assert not np.array_equal(biased, plain)
-    with pytest.raises(ValueError, match="KAB acts in none of 1 steps"):
-        generate.make(arm, Batch(model, None, dataclasses.replace(batch.settings, steps=1), batch.clips), 0)
+    other = generate.make(arm, Batch(model, None, batch.settings, turned_round(batch.clips)), 0)
+    assert np.abs(other[::-1].astype(int) - biased).max() <= 1, "a clip's bias is its own"
+
+
+@pytest.mark.parametrize("isolation", [Isolation(), None])
+def test_the_size_of_a_bias_is_what_its_softmax_sees(model, batch, isolation):
+    """A constant added to all keys of one softmax changes nothing, so it is no part of the size."""
+    method = Method(isolation, NANO_METHOD.kab)
+    method = dataclasses.replace(batch.settings, method=method).method_arrays(model.config)
+    latents, conditions = batch.noise(0), batch.conditions[0]
+    control = method.at(1, 2)
+    _, seen = generate.WanDiT(model.config.dit, inspect=True).apply(
+        {"params": model.params["dit"]}, latents, np.full(2, 500.0), conditions, method.table, None, control
+    )
+    size = generate._bias_size(model.config.dit, model.params["dit"], latents, 500.0, conditions,
+                               method.replace(strength=method.strength[1]))  # fmt: skip
+    text, first, last = (np.asarray(of, np.float64) for of in (seen.bias.text, seen.bias.first, seen.bias.last))
+    joint = np.concatenate([first, last], -1)
+    np.testing.assert_allclose(size[0], text.std(-1), rtol=1e-4, atol=1e-6)
+    if isolation is None:
+        squares = (np.square(np.asarray(size[1])) + np.square(np.asarray(size[2]))) / 2
+        np.testing.assert_allclose(np.sqrt(squares), joint.std(-1), rtol=1e-4, atol=1e-6)
+    else:
+        np.testing.assert_allclose(size[1], first.std(-1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(size[2], last.std(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_uniform_scale_is_the_mean_of_the_factors(model, batch):
+    retro = ReTRo("magnitude", 1.3, 0.8, smooth=0)
+    mean = scale_vector(retro, FRAMES, 3).mean()
+    made = generate.make(Arm("u", "own", "", "uniform-scale", Method(retro=retro)), batch, 0)
+    wanted = Arm("w", "own", "", "method", Method(retro=ReTRo("magnitude", mean, mean)))
+    np.testing.assert_array_equal(made, generate.make(wanted, batch, 0))
+    assert not np.array_equal(made, generate.make(dataclasses.replace(wanted, method=Method()), batch, 0))
+
+
+def test_wan_by_euler_steps(batch):
+    euler = Batch(batch.model, None, dataclasses.replace(batch.settings, solver="euler"), batch.clips)
+    wan, by_euler = choose(["wan", "wan-euler"])
+    np.testing.assert_array_equal(generate.make(by_euler, batch, 0), generate.make(wan, euler, 0))
+    assert batch.settings.solver != "euler"
 
 
 def test_random_mask_hides_the_last_keyframe_in_half_of_the_steps(batch, monkeypatch):
@@ -157,10 +203,10 @@ def test_shuffled_anchors_move_every_inner_frame():
 
 def test_every_arm_runs_and_is_scored(tmp_path, model):
     """All arms that need no large program of their own; the rest is in test_two_way."""
-    arms = [arm.name for arm in ARMS if arm.kind not in ("trf", "vibid", "random-bias")]
+    arms = [arm.name for arm in ARMS if arm.kind not in ("two-way", "random-bias")]
     scores = start(plan(arms, clips=2, seeds=(0, 1), strips=1, videos=True), tmp_path / "out", model)
     for name in arms:
-        seedless = choose([name])[0].kind in generate.SEEDLESS
+        seedless = choose([name])[0].seedless
         assert sum(line["arm"] == name for line in scores.lines) == (2 if seedless else 4), name
     assert set(by_clip(scores.lines, FRAMES, "truth", "psnr_interior").values()) == {60.0}
     assert set(by_clip(scores.lines, FRAMES, "cross-fade", "psnr_ends").values()) == {60.0}
@@ -176,6 +222,24 @@ def test_every_claim_and_kind_is_known():
     fixed = [claim for claim in CLAIMS if not claim.source.startswith("tuned")]  # those: test_tune
     assert len(fixed) == 17 and all({claim.arm, claim.against} <= names for claim in fixed)
     assert {claim.expected for claim in CLAIMS} == {"better", "worse"}
+
+
+def test_files_asked_for_later_are_made_and_scores_stay(tmp_path, model):
+    """--videos and --strips on a finished folder: what lacks them is made again, and no line is written twice."""
+    arms = ["wan", "nearest"]
+    start(plan(arms, strips=0), tmp_path / "out", model)
+    lines = (tmp_path / "out" / LINES).read_bytes()
+    scores = start(plan(arms, strips=2, videos=True), tmp_path / "out", model)
+    assert (tmp_path / "out" / LINES).read_bytes() == lines and not unfinished(scores.config, scores.lines)
+    names = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.*") if file.is_file()}
+    videos = {f"videos/wan/9/dev-0000{n}-0.mp4" for n in range(3)} | {
+        f"videos/nearest/9/dev-0000{n}.mp4" for n in range(3)
+    }
+    strips = {f"strips/9/dev-0000{n}/{arm}.png" for n in range(2) for arm in arms}
+    assert names - {LINES, "config.json", ".lock"} == videos | strips
+    (tmp_path / "out" / "videos" / "wan" / "9" / "dev-00001-0.mp4").unlink()
+    start(plan(arms, strips=2, videos=True), tmp_path / "out", model)
+    assert (tmp_path / "out" / "videos" / "wan" / "9" / "dev-00001-0.mp4").stat().st_size > 0
 
 
 class Killed(Exception):
@@ -265,6 +329,12 @@ BAD = {
     "captions": (["run", "--captions", "x.json"], "--captions"),
     "own arms": (["run", "--own-arms", "/nowhere.json"], "/nowhere.json"),
     "tune on test": (["tune", "--data", "procedural-test"], "not chosen on test clips"),
+    "tune on test, a colon": (["tune", "--data", "procedural-test:"], "not chosen on test clips"),
+    "random bias": (["run", "--arms", "random-bias", "--steps", "2"], "KAB acts in none of 2 steps"),
+    "image model": (
+        ["run", "--arms", "trf", "--image-model", "FOLDER"],
+        "nano takes 2 keyframes; give an image-to-video",
+    ),
     "trials": (["tune", "--trials", "0"], "--trials 0"),
     "report": (["report", "/nowhere"], "/nowhere"),
     "names": (["report", "a", "b", "--names", "x"], "--names"),
@@ -273,7 +343,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line_and_code_2(tmp_path, folder, capsys, arguments, message):
+    arguments = [str(folder) if one == "FOLDER" else one for one in arguments]
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
@@ -310,6 +381,7 @@ def test_own_arms_are_read(tmp_path):
         '{"a": {"kab": {"beta_mid": -1}}}',
         '{"a": {"kind": "trf"}}',
         '{"a": {"kind": "random-bias", "retro": {}}}',
+        '{"a": {"kind": "uniform-scale", "kab": {}}}',
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match="not a file of arms"):
@@ -332,4 +404,7 @@ def test_videos_are_laid_out_for_vbench(tmp_path, model, capsys):
     assert len(printed) == 6 and all(f"--videos_path {tmp_path / 'vb' / 'videos'}" in one for one in printed)
     assert {file.name for file in (tmp_path / "vb" / "videos").iterdir()} == {"dev-00000-0.mp4", "dev-00001-0.mp4"}
     assert cli.main([*line[:3], "paper", *line[4:]]) == 2
-    assert "no videos" in capsys.readouterr().err
+    assert "no scores for arm paper" in capsys.readouterr().err
+    (tmp_path / "out" / "videos" / "wan" / str(FRAMES) / "dev-00001-0.mp4").unlink()
+    assert cli.main([*line[:-1], str(tmp_path / "other")]) == 2
+    assert "1 of 2 videos missing, dev-00001-0 first" in capsys.readouterr().err and not (tmp_path / "other").exists()

@@ -1,7 +1,5 @@
 """The search for settings: what is tried, what wins, and that it goes on into a comparison."""
 
-import dataclasses
-
 import pytest
 
 from benchmarks.tgi import tune
@@ -25,7 +23,8 @@ def test_candidates_are_fixed_and_hold_the_papers_settings():
 def test_the_best_of_each_group_wins_and_can_be_run(tmp_path):
     arms = tune.candidates(3, 6)
     gains = {"kab": 0.1, "kab-001": 0.3, "retro": 0.2, "paper": -0.1, "release": 0.05, "both-002": 0.04}
-    config = {"arms": {arm.name: arm.plain() for arm in arms}, "seeds": [0]}
+    sets = {str(length): {"ids": ["a", "b"]} for length in (25, 33)}
+    config = {"arms": {arm.name: arm.plain() for arm in arms}, "seeds": [0], "sets": sets, "environments": []}
     lines = [
         {"length": length, "clip": clip, "arm": arm.name, "seed": 0, "challenge": "",
          "metrics": {"psnr_interior": base + gains.get(arm.name, -1.0) * (arm.name != "wan")}}
@@ -33,23 +32,51 @@ def test_the_best_of_each_group_wins_and_can_be_run(tmp_path):
     ]  # fmt: skip
     with Scores(tmp_path, config) as scores:
         scores.append(lines)
-    found = tune.best(scores, [25, 33])
+    found = tune.best(scores, arms, [25, 33])
     assert {name: (one["arm"], one["gain"]) for name, one in found.items()} == {
         "kab-tuned": ("kab-001", pytest.approx(0.3)),
         "retro-tuned": ("retro", pytest.approx(0.2)),
         "both-tuned": ("release", pytest.approx(0.05)),
     }
-    tune.write(found, tmp_path / "tuned.json")
+    tune.write(found, "procedural-dev", tmp_path / "tuned.json")
     own = {arm.name: (arm.kind, arm.method) for arm in read_own(tmp_path / "tuned.json")}
     by_name = {arm.name: arm.method for arm in arms}
     kab, retro = by_name["kab-001"], by_name["retro"]
-    uniform = Method(retro=dataclasses.replace(retro.retro, s_edge=1.0, s_mid=1.0))  # the mean of 1.06 and 0.94
     assert own == {
         "kab-tuned": ("method", kab),
         "retro-tuned": ("method", retro),
         "both-tuned": ("method", METHODS["release"]),
         "kab-tuned-shuffled": ("shuffled-anchors", kab),
         "kab-tuned-random": ("random-bias", kab),
-        "retro-tuned-uniform": ("method", uniform),
+        "retro-tuned-uniform": ("uniform-scale", retro),
     } | ({} if kab.isolation is None else {"kab-tuned-isolation": ("method", Method(kab.isolation))})
     assert {claim.arm for claim in CLAIMS if claim.source.startswith("tuned")} <= {*own, "kab-tuned-isolation"}
+
+
+def test_an_arm_that_lacks_clips_does_not_win(tmp_path):
+    """Scored on the easier clip alone it would; nor does one that is not tried any more."""
+    arms = tune.candidates(1, 6)
+    config = {"arms": {arm.name: arm.plain() for arm in arms}, "seeds": [0], "sets": {"25": {"ids": ["a", "b"]}},
+              "environments": []}  # fmt: skip
+    lines = [
+        {"length": 25, "clip": clip, "arm": arm.name, "seed": 0, "challenge": "", "metrics": {"psnr_interior": value}}
+        for arm in arms for clip, value in (("a", 30.0), ("b", 10.0)) if (arm.name, clip) != ("kab-000", "b")
+    ]  # fmt: skip
+    with Scores(tmp_path, config) as scores:
+        scores.append(lines)
+    with pytest.raises(ValueError, match="kab-000 has 1 of 2 clips of 25 frames"):
+        tune.best(scores, arms, [25])
+    left = [arm for arm in arms if arm.name != "kab-000"]
+    assert tune.best(scores, left, [25])["kab-tuned"]["arm"] == "kab"
+
+
+@pytest.mark.parametrize("mode, has", [("frequency", True), ("position", False)])
+def test_a_uniform_scale_is_a_control_where_it_changes_something(tmp_path, mode, has):
+    retro = {"mode": mode, "s_edge": 1.1, "s_mid": 0.9, "w_edge": None, "smooth": 0}
+    found = {
+        "kab-tuned": {"gain": 0.0, "settings": {"kab": {}}},
+        "retro-tuned": {"gain": 0.0, "settings": {"retro": retro}},
+    }
+    tune.write(found, "mine", tmp_path / "tuned.json")
+    own = {arm.name: arm for arm in read_own(tmp_path / "tuned.json")}
+    assert ("retro-tuned-uniform" in own) == has and "on mine" in own["kab-tuned"].about

@@ -9,10 +9,11 @@ import pytest
 from nano import NANO, write_model
 from reference import relative_error
 
-from benchmarks.tgi import two_way
+from benchmarks.tgi import generate, two_way
+from benchmarks.tgi.arms import choose
 from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.two_way import Options
-from samplers import schedule
+from samplers import pipeline, schedule
 from samplers.pipeline import Settings
 from wanjax import checkpoint, vae
 from wanjax.dit import WanDiT
@@ -29,7 +30,9 @@ def model(tmp_path_factory):
 def setup(model):
     truth = np.random.default_rng(0).integers(0, 256, (2, FRAMES, 16, 24, 3), dtype=np.uint8)
     settings = Settings.of(NANO, frames=FRAMES, steps=2, guidance=2.0)
-    batch = Batch(model, model, settings, Clips(["a", "b"], ["a red circle", "a blue square"], truth))
+    told, backwards = ["a red circle", "a blue square"], ["a circle moves left", None]
+    ends = [(video[0], video[-1]) for video in truth]
+    batch = Batch(model, model, settings, Clips(["a", "b"], told, backwards, ends, truth))
     return batch, settings
 
 
@@ -47,7 +50,7 @@ def velocity(model, settings, conditions, negative, latents, sigma):
 def test_conditions_hold_one_keyframe(setup):
     batch, _ = setup
     told, _ = batch.conditions
-    _, forwards, backwards, _ = batch.one_way()
+    _, forwards, backwards, _ = batch.one_way
     for one, tokens in ((forwards, told.first), (backwards, told.last)):
         np.testing.assert_array_equal(one.first, tokens)
         assert not np.asarray(one.last).any()
@@ -56,52 +59,103 @@ def test_conditions_hold_one_keyframe(setup):
     assert not np.array_equal(forwards.latent, backwards.latent)
 
 
-@pytest.mark.parametrize("flip", two_way.FLIPS)
-def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip):
+def test_each_direction_is_told_what_it_shows(model, setup):
+    """What nobody says stays without a prompt."""
     batch, settings = setup
-    _, forwards, backwards, negative = batch.one_way()
-    options, noise = Options("trf", flip, repeats=0), batch.noise(0)
-    made = two_way.sample(model, forwards, backwards, negative, settings, options, noise, 0)
-    params, config = model.params["vae"], model.config.vae
+    _, forwards, backwards, _ = batch.one_way
+    for conditions, prompts in (
+        (forwards, ["a red circle", "a blue square"]),
+        (backwards, ["a circle moves left", ""]),
+    ):
+        other = Batch(model, None, settings, dataclasses.replace(batch.clips, captions=prompts))
+        np.testing.assert_allclose(conditions.text, other.conditions[0].text, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(forwards.text, backwards.text, atol=1e-3)
 
-    def reverse(data):
-        if flip == "latent":
-            return data[:, ::-1]
-        return vae.encode(config, params, vae.decode(config, params, data)[:, ::-1])
+
+def reversal(model, flip):
+    """Latents -> latents of the reversed video."""
+    params, config = model.params["vae"], model.config.vae
+    if flip == "latent":
+        return lambda data: data[:, ::-1]
+    return lambda data: vae.encode(config, params, vae.decode(config, params, data)[:, ::-1])
+
+
+def fresh(keys, row, shape):
+    """The noise that is put back after evaluation number `row`, a sample at a time."""
+    return jnp.stack(
+        [jax.random.normal(jax.random.fold_in(key, row), shape[1:]) for key in (keys[n] for n in range(shape[0]))]
+    )
+
+
+def behind(model, settings, conditions, negative, reverse, x, ahead, here):
+    """The estimate of the backwards direction, in forward time."""
+    rest = (x - (1 - here) * ahead) / here
+    turned = (1 - here) * reverse(ahead) + here * rest[:, ::-1]
+    return reverse(turned - here * velocity(model, settings, conditions, negative, turned, here))
+
+
+@pytest.mark.parametrize("flip, repeats", [("latent", 0), ("pixel", 0), ("latent", 1)])
+def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip, repeats):
+    """With repeats, each step of the first half is taken again from renewed noise."""
+    batch, settings = setup
+    _, forwards, backwards, negative = batch.one_way
+    options, noise, keys = Options("trf", flip, repeats=repeats), batch.noise(0), batch.keys(0, 4)
+    made = two_way.sample(model, forwards, backwards, negative, settings, options, noise, keys)
+    reverse = reversal(model, flip)
 
     @jax.jit
     def expected(x):
         levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
         weight = jnp.linspace(1, 0, x.shape[1])[None, :, None, None, None]
-        for here, after in zip(levels[:-1], levels[1:], strict=True):
+        steps = [(here, after, here) for here, after in zip(levels[:1], levels[1:2], strict=True)] * repeats
+        steps += [(here, after, after) for here, after in zip(levels[:-1], levels[1:], strict=True)]
+        for row, (here, after, back) in enumerate(steps):
             ahead = x - here * velocity(model, settings, forwards, negative, x, here)
-            rest = (x - (1 - here) * ahead) / here
-            turned = (1 - here) * reverse(ahead) + here * rest[:, ::-1]
-            behind = reverse(turned - here * velocity(model, settings, backwards, negative, turned, here))
-            data = weight * ahead + (1 - weight) * behind
+            data = weight * ahead + (1 - weight) * behind(
+                model, settings, backwards, negative, reverse, x, ahead, here
+            )  # fmt: skip
             x = data + after / here * (x - data)
+            if back > after:  # from the mixture at `after` to that at `back`
+                keep = (1 - back) / (1 - after)
+                x = keep * x + np.sqrt(back**2 - (keep * after) ** 2) * fresh(keys, row, x.shape)
         return x
 
     assert relative_error(made, expected(noise)) < 2e-5
 
 
-def test_vibid_goes_both_ways_in_every_step(model, setup):
+@pytest.mark.parametrize("flip", two_way.FLIPS)
+def test_vibid_goes_both_ways_in_every_step(model, setup, flip):
     batch, settings = setup
-    _, forwards, backwards, negative = batch.one_way()
+    _, forwards, backwards, negative = batch.one_way
     settings = dataclasses.replace(settings, steps=1)
-    noise = batch.noise(0)
-    made = two_way.sample(model, forwards, backwards, negative, settings, Options("vibid"), noise, 5)
+    noise, keys, reverse = batch.noise(0), batch.keys(5, 4), reversal(model, flip)
+    made = two_way.sample(model, forwards, backwards, negative, settings, Options("vibid", flip), noise, keys)
 
     @jax.jit
     def expected(x):
         here = schedule.sigmas(settings.grid, 1, settings.shift)[0]
         ahead = x - here * velocity(model, settings, forwards, negative, x, here)
-        fresh = jax.random.normal(jax.random.fold_in(jax.random.key(5), 0), x.shape)
-        x = (1 - here) * ahead + here * fresh
-        turned = x[:, ::-1]
-        return (turned - here * velocity(model, settings, backwards, negative, turned, here))[:, ::-1]
+        x = (1 - here) * ahead + here * fresh(keys, 0, x.shape)
+        return behind(model, settings, backwards, negative, reverse, x, ahead, here)
 
     assert relative_error(made, expected(noise)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["trf", "vibid"])
+def test_the_arm_is_the_scheme(model, setup, name):
+    """And a clip's video does not depend on the others of its batch, its renewed noise included."""
+    batch, settings = setup
+    (arm,) = choose([name])
+    noise, keys = batch.noise(3), batch.keys(3, 4)
+    made = generate.make(arm, batch, 3)
+    latents = two_way.sample(*batch.one_way, settings, arm.options, noise, keys)
+    np.testing.assert_array_equal(made, pipeline.decode(model, latents))
+    clips = batch.clips
+    turned = Clips(
+        clips.ids[::-1], clips.captions[::-1], clips.backwards[::-1], clips.keyframes[::-1], clips.truth[::-1]
+    )
+    other = generate.make(arm, Batch(model, model, settings, turned), 3)
+    assert np.abs(other[::-1].astype(int) - made).max() <= 1
 
 
 def test_order_of_steps():

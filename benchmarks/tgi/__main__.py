@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import measure
 from benchmarks.tgi import arms, compare, neural, procedural, report, run, tune, vbench
 from benchmarks.tgi.data import DataSet
 from benchmarks.tgi.neural import Neural
 from benchmarks.tgi.run import Plan
-from benchmarks.tgi.scores import Scores, ScoresError, model_identity
+from benchmarks.tgi.scores import Scores, ScoresError, model_identity, unfinished
 from benchmarks.tgi.tgi_bench import tgi_bench
 from benchmarks.tgi.videos import videos
 from samplers.pipeline import Settings
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("folders", type=Path, nargs="+", help="folders that `run` wrote, one for each model")
     two.add_argument("--out", type=Path, required=True, help="folder of the report")
     two.add_argument("--names", nargs="+", help="of the runs (default: the folders' names)")
+    two.add_argument("--partial", action="store_true", help="report arms that lack clips, on those that they have")
     two.add_argument("--vbench", nargs="+", default=[], metavar="ARM=PATH", help="results of upstream VBench, "
                      "a file or the folder of all")  # fmt: skip
     two.set_defaults(run=_report)
@@ -81,7 +83,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     for name, kind, words in (("steps", int, "denoising steps"), ("guidance", float, "guidance scale"),
                               ("shift", float, "timestep shift"), ("solver", str, "sampler"),
                               ("grid", str, "sigma grid"), ("negative-prompt", str, "what guidance steers away from"),
-                              ("fit", str, "of keyframes"), ("guidance-mode", str, "of the passes")):  # fmt: skip
+                              ("guidance-mode", str, "of the passes")):  # fmt: skip
         p.add_argument(f"--{name}", type=kind, help=f"{words} (default: the model's)")
 
 
@@ -105,7 +107,7 @@ def _sets(options: argparse.Namespace) -> tuple[DataSet, ...]:
 
 
 def _plan(options: argparse.Namespace, config: Any, chosen: Sequence[arms.Arm], **more: Any) -> Plan:
-    names = ("steps", "guidance", "shift", "solver", "grid", "negative_prompt", "fit", "guidance_mode")
+    names = ("steps", "guidance", "shift", "solver", "grid", "negative_prompt", "guidance_mode")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.size is not None:
         given["size"] = tuple(options.size)
@@ -122,13 +124,14 @@ def _score(options: argparse.Namespace, plan: Plan, networks: Neural, config: An
     image_folder = image_config = None
     if options.image_model is not None:
         image_folder, image_config = checkpoint.read_config(options.image_model)
-    elif config.name == "tiny":  # trained with the last keyframe withheld at times, so that it is such a model too
+    elif run.knows_one_keyframe(config):
         image_config = config
     plan.check(config, image_config)
     identity = {"name": config.name, "sha256": model_identity(folder)}
     if image_folder is not None:
         identity["image_model"] = model_identity(image_folder)
-    with Scores(options.out, plan.describe(identity, networks)) as scores:
+    described = plan.describe(identity, networks) | {"environments": [measure.environment()]}
+    with Scores(options.out, described) as scores:
         model = checkpoint.load(options.model)
         image_model = None if image_config is None else model
         if image_folder is not None:
@@ -155,6 +158,12 @@ def _report(options: argparse.Namespace) -> None:
     for one in runs:
         if not one.lines:
             raise ScoresError(f"{one.folder}: no scores yet; `run` goes on with it")
+        lacking = unfinished(one.config, one.lines)
+        if lacking and not options.partial:
+            length, arm, done, clips = lacking[0]
+            more = f", and {len(lacking) - 1} more arms" if len(lacking) > 1 else ""
+            raise ScoresError(f"{one.folder}: {arm} has {done} of {clips} clips of {length} frames{more}; `run` goes "
+                              "on with it, or take --partial")  # fmt: skip
     compare.compatible(runs, names)
     sets = [{str(n): neural.distances(one, n, compare.arms(one, n)) for n in compare.lengths(one)} for one in runs]
     made = report.write(report.collect(runs, names, sets, upstream), runs, options.out)
@@ -173,27 +182,30 @@ def vbench_results(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _vbench(options: argparse.Namespace) -> None:
-    source = options.folder / "videos" / options.arm / str(options.length)
-    files = {file.stem: file for file in sorted(source.glob("*.mp4"))}
-    if not files:
-        raise ValueError(f"{source}: no videos; make them with run --videos --lengths {options.length}")
+    scores = Scores(options.folder, None)
+    keys = [key for key in scores.done if (key.arm, key.length) == (options.arm, options.length)]
+    files = {key.name: run.video_file(options.folder, key) for key in sorted(keys, key=lambda key: key.name)}
+    absent = [name for name, file in files.items() if not file.exists()]
+    if not files or absent:
+        what = f"{len(absent)} of {len(files)} videos missing, {absent[0]} first" if files else "no scores"
+        raise ValueError(f"{options.folder}: {what} for arm {options.arm} at {options.length} frames; the command that "
+                         "made the folder makes them, with --videos")  # fmt: skip
     vbench.lay_out(files, options.out / "videos")
     for command in vbench.commands(options.out / "videos", options.out / "results"):
         print(shlex.join(command))
 
 
 def _tune(options: argparse.Namespace) -> None:
-    if options.data == "procedural-test":
-        raise ValueError("--data procedural-test: settings are not chosen on test clips; take procedural-dev")
     if options.trials < 1:
         raise ValueError(f"--trials {options.trials}: take at least 1")
     folder, config = checkpoint.read_config(options.model)
     plan = _plan(options, config, tune.candidates(options.trials, config.dit.num_layers), strips=0)
+    tune.refuse_test_clips(plan.sets)
     scores = _score(options, plan, Neural(None), config, folder)
-    best = tune.best(scores, options.lengths)
-    tune.write(best, options.out / "tuned.json")
+    best = tune.best(scores, plan.arms, options.lengths)
+    tune.write(best, plan.sets[0].name, options.out / "tuned.json")
     for name, one in best.items():
-        print(f"{name}: {one['gain']:+.3f} dB over wan on development clips, {one['settings']}")
+        print(f"{name}: {one['gain']:+.3f} dB over wan on {plan.sets[0].name}, {one['settings']}")
     print(options.out / "tuned.json")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.tgi.two_way import Options
 from wanjax.kab import KAB
 from wanjax.method import METHODS, Isolation, Method
 from wanjax.retro import ReTRo
@@ -36,7 +37,7 @@ class Arm:
       about: one line for the report.
       kind: a name in `generate.KINDS`: "method" samples the model with `method`; the others are described there.
       method: of the kinds that sample the model once.
-      options: of kinds that have some (see `two_way.Options`).
+      options: of kind "two-way".
     """
 
     name: str
@@ -44,12 +45,21 @@ class Arm:
     about: str
     kind: str = "method"
     method: Method = Method()
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options | None = None
+
+    @property
+    def seedless(self) -> bool:
+        """Whether no noise enters, so that one video says it all."""
+        return self.kind in SEEDLESS
 
     def plain(self) -> dict[str, Any]:
         """What decides its videos, as JSON: not the words of the report."""
         method = {name: part and dataclasses.asdict(part) for name, part in vars(self.method).items()}
-        return {"kind": self.kind, "method": method, "options": dict(self.options)}
+        options = {} if self.options is None else dataclasses.asdict(self.options)
+        return {"kind": self.kind, "method": method, "options": options}
+
+
+SEEDLESS = ("latent-interpolation", "cross-fade", "nearest", "vae", "truth")
 
 
 PAPER = METHODS["paper"]
@@ -81,17 +91,18 @@ ARMS: tuple[Arm, ...] = (
         method=Method(retro=ReTRo(s_edge=0.94, s_mid=0.94))),
     Arm("uniform-1.06", "control", "ReTRo alone, s = 1.06 everywhere",
         method=Method(retro=ReTRo(s_edge=1.06, s_mid=1.06))),
+    Arm("wan-euler", "control", "Wan2.1 by Euler steps, as the two-way schemes take them", "euler"),
     Arm("empty-caption", "control", "Wan2.1 without the caption", "empty-caption"),
     Arm("mask-only", "baseline", "keyframes by mask and latent alone, no image tokens (the SEINE family)",
         method=Method(Isolation((1.0, 0.0, 0.0)))),
     Arm("random-mask", "baseline", "as mask-only, the last keyframe hidden in a random half of the steps",
         "random-mask", Method(Isolation((1.0, 0.0, 0.0)))),
-    Arm("trf", "baseline", "time-reversal fusion on first-frame conditioning, latents flipped", "trf",
-        options=(("flip", "latent"),)),
-    Arm("trf-pixel", "baseline", "time-reversal fusion, pixels flipped", "trf", options=(("flip", "pixel"),)),
-    Arm("vibid", "baseline", "ViBiDSampler's sequential two-way sampling, latents flipped", "vibid",
-        options=(("flip", "latent"),)),
-    Arm("vibid-pixel", "baseline", "ViBiDSampler, pixels flipped", "vibid", options=(("flip", "pixel"),)),
+    Arm("trf", "baseline", "time-reversal fusion on first-frame conditioning, latents flipped", "two-way",
+        options=Options("trf", "latent")),
+    Arm("trf-pixel", "baseline", "time-reversal fusion, pixels flipped", "two-way", options=Options("trf", "pixel")),
+    Arm("vibid", "baseline", "ViBiDSampler's sequential two-way sampling, latents flipped", "two-way",
+        options=Options("vibid", "latent")),
+    Arm("vibid-pixel", "baseline", "ViBiDSampler, pixels flipped", "two-way", options=Options("vibid", "pixel")),
     Arm("latent-interpolation", "baseline", "straight line between the latents of the keyframes held still",
         "latent-interpolation"),
     Arm("cross-fade", "baseline", "straight line between the keyframes' pixels", "cross-fade"),
@@ -147,13 +158,14 @@ def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
     return tuple(arm for name, arm in known.items() if name in names)
 
 
-OWN_KINDS = ("method", "shuffled-anchors", "random-bias")
+OWN_KINDS = {"method": (), "shuffled-anchors": ("kab",), "random-bias": ("kab",), "uniform-scale": ("retro",)}
+"""Kinds that a file of arms may name, and the parts that they need."""
 
 
 def read_own(path: Path) -> tuple[Arm, ...]:
     """A caller's arms from JSON: {name: {"kind": text, "isolation": {...}, "kab": {...}, "retro": {...}}}.
 
-    A part that is left out is off; {} takes its defaults. "kind" is one of OWN_KINDS, "method" where it is left out.
+    A part that is left out is off; {} takes its defaults. "kind" is a name in OWN_KINDS, "method" where it is left out.
     "about" may say something. `tune` writes such a file.
 
     Raises:
@@ -165,10 +177,11 @@ def read_own(path: Path) -> tuple[Arm, ...]:
         arms = []
         for name, fields in told.items():
             fields = dict(fields)
-            about, kind = fields.pop("about", "settings of one's own"), fields.pop("kind", OWN_KINDS[0])
+            about, kind = fields.pop("about", "settings of one's own"), fields.pop("kind", "method")
             made = {part: parts[part](**{k: _frozen(v) for k, v in given.items()}) for part, given in fields.items()}
-            if kind not in OWN_KINDS or (kind != OWN_KINDS[0] and "kab" not in made):
-                raise ValueError(f"{name}: kind {kind!r}; take {', '.join(OWN_KINDS)}, the last two with kab")
+            if kind not in OWN_KINDS or not all(part in made for part in OWN_KINDS[kind]):
+                known = (f"{one} with {', '.join(needs)}" if needs else one for one, needs in OWN_KINDS.items())
+                raise ValueError(f"{name}: kind {kind!r}; take {'; '.join(known)}")
             arms.append(Arm(name, "own", about, kind, Method(**made)))
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from benchmarks.tgi import paired
-from benchmarks.tgi.arms import ARMS, BASELINE, CLAIMS, Claim
+from benchmarks.tgi.arms import ARMS, BASELINE, CLAIMS
 from benchmarks.tgi.metrics import HIGHER_IS_BETTER
-from benchmarks.tgi.scores import Scores, by_clip
+from benchmarks.tgi.scores import GROWING_TABLES, Scores, by_clip, pairs
 
 PRIMARY = "psnr_interior"
 COMPARED = ("psnr_interior", "ssim_interior", "lpips_interior", "pace_distance")
@@ -53,14 +54,13 @@ def means(scores: Scores, length: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def differences(scores: Scores, length: int, metric: str, challenge: str | None = None) -> dict[str, dict[str, Any]]:
-    """arm -> paired difference to BASELINE on the clips that both have, with Holm's p over the arms of the table."""
-    base = by_clip(scores.lines, length, BASELINE, metric, challenge)
+    """arm -> paired difference to BASELINE on the clips and seeds that both have, with Holm's p over the arms of the
+    table."""
     rows = {}
     for arm in arms(scores, length):
-        own = by_clip(scores.lines, length, arm, metric, challenge)
-        shared = own.keys() & base.keys()
-        if arm != BASELINE and shared:
-            rows[arm] = paired.compare({c: own[c] for c in shared}, {c: base[c] for c in shared})
+        own, base = pairs(scores.lines, length, arm, BASELINE, metric, challenge)
+        if arm != BASELINE and own:
+            rows[arm] = paired.compare(own, base)
     # The bounds are no rivals: they would only use up the correction.
     family = {arm: row.p for arm, row in rows.items() if _group(arm) != "bound"}
     corrected = paired.holm(family)
@@ -80,20 +80,14 @@ def judge(runs: Sequence[Scores], length: int) -> list[dict[str, Any]]:
     """
     rows = []
     for claim in CLAIMS:
-        pairs = [_pair(run, length, claim) for run in runs]
-        if all(pair is not None for pair in pairs):
-            rows.append({"claim": claim, "runs": [paired.compare(*pair) for pair in pairs]})
+        found = [pairs(run.lines, length, claim.arm, claim.against, PRIMARY) for run in runs]
+        if all(own for own, _ in found):
+            rows.append({"claim": claim, "runs": [paired.compare(*pair) for pair in found]})
     for number in range(len(runs)):
         corrected = paired.holm({str(i): row["runs"][number].p for i, row in enumerate(rows)})
         for i, row in enumerate(rows):
             row.setdefault("p_holm", []).append(corrected[str(i)])
     return [_judged(row) for row in rows]
-
-
-def _pair(run: Scores, length: int, claim: Claim) -> tuple[dict[str, float], dict[str, float]] | None:
-    own, other = (by_clip(run.lines, length, arm, PRIMARY) for arm in (claim.arm, claim.against))
-    shared = own.keys() & other.keys()
-    return ({c: own[c] for c in shared}, {c: other[c] for c in shared}) if shared else None
 
 
 def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,10 +128,16 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compatible(runs: Sequence[Scores], names: Sequence[str]) -> None:
-    """Raises ValueError unless runs differ at most in their model, arms and seeds."""
-    for run, name in zip(runs[1:], names[1:], strict=True):
-        for entry in ("sets", "settings", "metrics"):
-            if run.config[entry] != runs[0].config[entry]:
-                raise ValueError(f"{name}: its {entry} are not those of {names[0]}; report it by itself")
-        if run.config["model"]["sha256"] == runs[0].config["model"]["sha256"]:
-            raise ValueError(f"{name}: the same model as {names[0]}; give runs of models trained from different seeds")
+    """Raises ValueError unless runs are of different models, and alike in what both have of lengths and arms."""
+    for (one, first), (other, second) in combinations(zip(runs, names, strict=True), 2):
+        a, b = one.config, other.config
+        wrong = [entry for entry in ("settings", "metrics") if a[entry] != b[entry]]
+        for table, what in GROWING_TABLES.items():
+            shared = [member for member in a[table] if member in b[table]]
+            wrong += [f"{what} {member}" for member in shared if a[table][member] != b[table][member]]
+        if not a["sets"].keys() & b["sets"].keys():
+            wrong.append("lengths")
+        if wrong:
+            raise ValueError(f"{second}: its {', '.join(wrong)} are not those of {first}; report it by itself")
+        if a["model"]["sha256"] == b["model"]["sha256"]:
+            raise ValueError(f"{second}: the same model as {first}; give runs of models trained from different seeds")

@@ -40,6 +40,7 @@ class Item:
       length: frames L.
       extra: what else is known, as JSON. Procedural clips: {"ambiguous": bool, "seed": int}.
       read: the frames, uint8 [L, H, W, 3] at their own size; raises DataError.
+      backwards: caption of the clip in reversed time, None where nobody says.
     """
 
     id: str
@@ -50,14 +51,12 @@ class Item:
     length: int
     extra: Mapping[str, Any] = field(hash=False)
     read: Callable[[], np.ndarray] = field(compare=False, repr=False)
+    backwards: str | None = None
 
-    def frames(self, size: tuple[int, int]) -> np.ndarray:
-        """The frames uint8 [L, height, width, 3], stretched to `size` (height, width) as keyframes are.
 
-        Raises:
-          DataError: see `read`.
-        """
-        return np.stack([fit(Image.fromarray(frame), *size) for frame in self.read()])
+def stretched(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Frames uint8 [L, H, W, 3] brought to `size` (height, width) as keyframes are, uint8 [L, height, width, 3]."""
+    return np.stack([fit(Image.fromarray(frame), *size) for frame in frames])
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from wanjax.config import DiTConfig, VAEConfig
 from wanjax.dit import WanDiT
 from wanjax.guidance import guided
 from wanjax.method import Method, MethodArrays
+from wanjax.retro import scale_vector
 from wanjax.tiny.evaluate import baselines
 from wanjax.types import Conditions, CrossBias
 
@@ -42,11 +43,15 @@ class Clips:
     Attributes:
       ids: of B clips.
       captions: B prompts.
+      backwards: B prompts that say what the clip shows in reversed time, None where nobody says.
+      keyframes: B pairs of uint8 [H, W, 3] at their own size.
       truth: uint8 [B, T, H, W, 3] at the size of the run; only its first and last frame are shown to a model.
     """
 
     ids: Sequence[str]
     captions: Sequence[str]
+    backwards: Sequence[str | None]
+    keyframes: Sequence[tuple[np.ndarray, np.ndarray]]
     truth: np.ndarray
 
 
@@ -63,8 +68,7 @@ class Batch:
     def __init__(self, model: Model, image_model: Model | None, settings: Settings, clips: Clips):
         self.model, self.settings, self.clips = model, settings, clips
         self._image_model = image_model
-        pairs = [(video[0], video[-1]) for video in clips.truth]
-        self._prepared = Keyframes.prepare(pairs, model.config, settings)
+        self._prepared = Keyframes.prepare(list(clips.keyframes), model.config, settings)
 
     @cached_property
     def conditions(self) -> tuple[Conditions, jax.Array]:
@@ -73,8 +77,13 @@ class Batch:
     def noise(self, seed: int) -> jax.Array:
         """Standard normal [B, F, h, w, C]."""
         shape = (*self.conditions[0].latent.shape[1:-1], self.model.config.dit.out_channels)
+        return _noise(self.keys(seed), shape)
+
+    def keys(self, seed: int, use: int | None = None) -> jax.Array:
+        """Random keys [B]: a clip's depends on the seed, on its id and, beside that of its noise, on what for."""
         numbers = np.array([zlib.crc32(one.encode()) for one in self.clips.ids], np.uint32)
-        return _noise(np.uint32(seed), numbers, shape)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(np.uint32(seed))))(numbers)
+        return keys if use is None else jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
     def first_frame_latent(self, model: Model, frame: np.ndarray) -> jax.Array:
         """Condition channels [B, F, h, w, s + 16] of frames uint8 [B, H, W, 3] as the first and only keyframe."""
@@ -82,8 +91,11 @@ class Batch:
             model.config.vae, model.params["vae"], keyframes.to_unit(frame), frames=self.settings.frames
         )
 
+    @cached_property
     def one_way(self) -> tuple[Model, Conditions, Conditions, jax.Array]:
         """The image-to-video model, its conditions forwards and backwards, and the text of the pass without prompt.
+
+        Each direction is told what it shows; where nobody says what a clip shows backwards, that has no prompt.
 
         Raises:
           ValueError: there is no such model.
@@ -97,12 +109,17 @@ class Batch:
         told, negative = self.conditions
         if model is not self.model:
             told, negative = pipeline.encode(model, self._prepared, list(self.clips.captions), self.settings)
-        ends = ((told.first, self._prepared.first), (told.last, self._prepared.last))
+        reversed_time = ["" if text is None else text for text in self.clips.backwards]
+        text_backwards = pipeline.encode(model, self._prepared, reversed_time, self.settings)[0].text
+        ends = (
+            (told.text, told.first, self._prepared.first),
+            (text_backwards, told.last, self._prepared.last),
+        )
         # The tiny model knows a withheld keyframe as zeros; a model of one keyframe has no place for it.
         absent = jnp.zeros_like(told.last) if model.config.dit.num_images == 2 else None
         forwards, backwards = (
-            told.replace(first=tokens, last=absent, latent=self.first_frame_latent(model, frame))
-            for tokens, frame in ends
+            told.replace(text=text, first=tokens, last=absent, latent=self.first_frame_latent(model, frame))
+            for text, tokens, frame in ends
         )
         return model, forwards, backwards, negative
 
@@ -120,13 +137,26 @@ def make(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     return _MAKERS[arm.kind](arm, batch, seed)
 
 
-def _denoised(batch: Batch, method: Method, seed: int, **more: Any) -> jax.Array:
-    settings = dataclasses.replace(batch.settings, method=method)
-    return pipeline.denoise(batch.model, *batch.conditions, settings, noise=batch.noise(seed), **more)
+def _denoised(batch: Batch, method: Method, seed: int, until: int | None = None, **other: Any) -> jax.Array:
+    """`other`: settings in the place of the batch's."""
+    settings = dataclasses.replace(batch.settings, method=method, **other)
+    return pipeline.denoise(batch.model, *batch.conditions, settings, noise=batch.noise(seed), until=until)
 
 
 def _method(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     return batch.decode(_denoised(batch, arm.method, seed))
+
+
+def _euler(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    return batch.decode(_denoised(batch, arm.method, seed, solver="euler"))
+
+
+def _uniform_scale(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    """ReTRo's factors replaced by their mean."""
+    retro, frames = arm.method.retro, batch.settings.frames
+    mean = float(scale_vector(retro, frames, batch.conditions[0].latent.shape[1]).mean())
+    uniform = dataclasses.replace(retro, s_edge=mean, s_mid=mean)
+    return _method(dataclasses.replace(arm, method=dataclasses.replace(arm.method, retro=uniform)), batch, seed)
 
 
 def _empty_caption(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
@@ -156,30 +186,30 @@ class Varying:
 
 
 def _random_bias(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
-    """Gaussian, with the root mean square that KAB's bias has in its first active step, by layer, clip, frame and
-    branch; added in KAB's steps."""
+    """Gaussian, with the spread that KAB's bias has in its first active step, by layer, clip, frame and branch; added
+    in KAB's steps."""
     settings = dataclasses.replace(batch.settings, method=arm.method)
     method = settings.method_arrays(batch.model.config)
     active = method.strength.any((1, 2))
-    if not active.any():
-        raise ValueError(f"{arm.name}: KAB acts in none of {settings.steps} steps; take more")
     step = int(np.flatnonzero(active)[0])
     conditions = batch.conditions[0]
     latents = _denoised(batch, arm.method, seed, until=step)
     table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
     size = _bias_size(batch.model.config.dit, batch.model.params["dit"], latents, table.timestep[step], conditions,
                       method.replace(strength=method.strength[step]))  # fmt: skip
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), 3)
     lengths = conditions.text.shape[1], conditions.first.shape[1], conditions.last.shape[1]
-    bias = CrossBias(*(_gaussian(key, of, n) for key, of, n in zip(keys, size, lengths, strict=True)))
+    bias = CrossBias(*(_gaussian(batch.keys(seed, use), of, n)
+                       for use, of, n in zip((1, 2, 3), size, lengths, strict=True)))  # fmt: skip
     nothing = np.zeros_like(method.strength)
     varying = Varying(nothing, active.astype(np.float32), np.zeros(len(active), np.float32))
     return batch.decode(_varied(batch, method, seed, varying, bias))
 
 
-def _gaussian(key: jax.Array, size: jax.Array, keys: int) -> jax.Array:
-    """Bias [L, B, F, K] of mean 0 and root mean square `size` [L, B, F]."""
-    return size[..., None] * jax.random.normal(key, (*size.shape, keys))
+def _gaussian(clips: jax.Array, size: jax.Array, keys: int) -> jax.Array:
+    """Bias [L, B, F, K] of mean 0 and root mean square `size` [L, B, F]; `clips` are random keys [B]."""
+    layers, _, frames = size.shape
+    drawn = jax.vmap(lambda key: jax.random.normal(key, (layers, frames, keys)), out_axes=1)(clips)
+    return size[..., None] * drawn
 
 
 def _random_mask(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
@@ -205,9 +235,9 @@ def _varied(batch: Batch, method: MethodArrays, seed: int, varying: Varying, bia
 
 
 def _two_way(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
-    model, forwards, backwards, negative = batch.one_way()
-    options = two_way.Options(arm.kind, **dict(arm.options))
-    latents = two_way.sample(model, forwards, backwards, negative, batch.settings, options, batch.noise(seed), seed)
+    model, forwards, backwards, negative = batch.one_way
+    latents = two_way.sample(model, forwards, backwards, negative, batch.settings, arm.options, batch.noise(seed),
+                             batch.keys(seed, 4))  # fmt: skip
     return pipeline.decode(model, latents)
 
 
@@ -239,12 +269,13 @@ def _nearest(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 _MAKERS: Mapping[str, Callable[[Arm, Batch, int], np.ndarray]] = MappingProxyType(
     {
         "method": _method,
+        "euler": _euler,
+        "uniform-scale": _uniform_scale,
         "empty-caption": _empty_caption,
         "shuffled-anchors": _shuffled_anchors,
         "random-bias": _random_bias,
         "random-mask": _random_mask,
-        "trf": _two_way,
-        "vibid": _two_way,
+        "two-way": _two_way,
         "latent-interpolation": _latent_interpolation,
         "cross-fade": _cross_fade,
         "nearest": _nearest,
@@ -253,13 +284,10 @@ _MAKERS: Mapping[str, Callable[[Arm, Batch, int], np.ndarray]] = MappingProxyTyp
     }
 )
 KINDS = tuple(_MAKERS)
-SEEDLESS = ("latent-interpolation", "cross-fade", "nearest", "vae", "truth")
-"""Kinds that no noise enters: one seed says it all."""
 
 
-@partial(jax.jit, static_argnums=2)
-def _noise(seed: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
+@partial(jax.jit, static_argnums=1)
+def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
@@ -283,14 +311,19 @@ def _bias_size(
     conditions: Conditions,
     method: MethodArrays,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Root mean square over keys of KAB's bias in one evaluation: [L, B, F] of text, first, last."""
+    """How far KAB's bias spreads about its mean over the keys of one softmax, which the softmax does not see: root mean
+    square in one evaluation, [L, B, F] of text, first, last."""
     batch = latents.shape[0]
     strength = jnp.broadcast_to(method.strength[:, None], (config.num_layers, batch, method.strength.shape[1]))
     _, seen = WanDiT(config, inspect=True).apply(
         {"params": params}, latents, jnp.broadcast_to(timestep, (batch,)), conditions, method.table, None,
         method.control.replace(strength=strength),
     )  # fmt: skip
-    return tuple(jnp.sqrt(jnp.square(of).mean(-1)) for of in (seen.bias.text, seen.bias.first, seen.bias.last))
+    own = [of.mean(-1, keepdims=True) for of in (seen.bias.text, seen.bias.first, seen.bias.last)]
+    joint = jnp.concatenate([seen.bias.first, seen.bias.last], -1).mean(-1, keepdims=True)
+    means = own[0], *(jnp.where(method.control.isolated, mean, joint) for mean in own[1:])
+    parts = zip((seen.bias.text, seen.bias.first, seen.bias.last), means, strict=True)
+    return tuple(jnp.sqrt(jnp.square(of - mean).mean(-1)) for of, mean in parts)
 
 
 @partial(jax.jit, static_argnums=0)

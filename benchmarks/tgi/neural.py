@@ -98,7 +98,7 @@ def _in_batches(function: Callable[..., jax.Array], *frames: np.ndarray) -> np.n
 
 
 def feature_file(folder: Path, network: str, key: Key) -> Path:
-    return folder / "features" / network / str(key.length) / key.arm / f"{key.clip}-{key.seed}.npy"
+    return folder / "features" / network / str(key.length) / key.arm / f"{key.name}.npy"
 
 
 def _store(file: Path, features: np.ndarray) -> None:
@@ -113,7 +113,8 @@ def distances(scores: Scores, length: int, arms: Sequence[str], draws: int = 200
     """FID and FVD of each arm against the truth: arm -> metric -> {"distance", "low", "high", "samples"} or a reason.
 
     "unavailable": the run had no such weights, or not the arm `truth`. "undefined": fewer than 2 samples, or fewer
-    frames than the network takes.
+    frames than the network takes. One video of a clip counts, of its lowest seed: the distance falls with the number of
+    samples, which must not differ between arms.
     """
     return {arm: {metric: _distance(scores, length, arm, metric, draws) for metric in SETS} for arm in arms}
 
@@ -128,7 +129,7 @@ def _distance(scores: Scores, length: int, arm: str, metric: str, draws: int) ->
     made = _features(scores, length, arm, network)
     if not true or not made:
         return "unavailable"
-    clips = sorted({clip for clip, _ in made} & {clip for clip, _ in true})
+    clips = sorted(made.keys() & true.keys())
     a, groups_a = _stacked(true, clips)
     b, groups_b = _stacked(made, clips)
     try:
@@ -140,15 +141,14 @@ def _distance(scores: Scores, length: int, arm: str, metric: str, draws: int) ->
     return {"distance": distance, "low": low, "high": high, "samples": len(b), "clips": len(clips)}
 
 
-def _features(scores: Scores, length: int, arm: str, network: str) -> dict[tuple[str, int], np.ndarray]:
+def _features(scores: Scores, length: int, arm: str, network: str) -> dict[str, np.ndarray]:
     keys = [key for key in scores.done if key.length == length and key.arm == arm]
-    return {(key.clip, key.seed): np.load(feature_file(scores.folder, network, key)) for key in keys}
+    lowest = {key.clip: key for key in sorted(keys, key=lambda key: -(key.seed or 0))}
+    return {clip: np.load(feature_file(scores.folder, network, key)) for clip, key in lowest.items()}
 
 
-def _stacked(features: Mapping[tuple[str, int], np.ndarray], clips: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _stacked(features: Mapping[str, np.ndarray], clips: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of all clips, and the number of each row's clip."""
-    number = {clip: n for n, clip in enumerate(clips)}
-    kept = [key for key in sorted(features) if key[0] in number]
-    rows = [features[key] for key in kept]
-    groups = np.concatenate([np.full(len(row), number[key[0]]) for key, row in zip(kept, rows, strict=True)])
+    rows = [features[clip] for clip in clips]
+    groups = np.concatenate([np.full(len(row), n) for n, row in enumerate(rows)])
     return np.concatenate(rows), groups

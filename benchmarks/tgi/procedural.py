@@ -13,6 +13,7 @@ Axis letters: L frames, H height, W width, 3 = RGB.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tgi.data import DataError, DataSet, Item, fingerprint, identified, read_json
-from wanjax.tiny.challenges import challenge
+from wanjax.tiny.challenges import backwards, challenge
 from wanjax.tiny.clips import check_clip
 
 SPLITS = ("dev", "test")
@@ -59,7 +60,8 @@ def procedural(
     items, prints = draw(split, length, count, size)
     if split == "test":
         _verify(Path(manifest), *((items, prints) if size == SIZE else draw(split, length, count, SIZE)))
-    return identified(f"procedural-{split}", "procedural", items, prints, split=split, size=size)
+    told = hashlib.sha256("\n".join(str(item.backwards) for item in items).encode()).hexdigest()[:DIGITS]
+    return identified(f"procedural-{split}", "procedural", items, prints, split=split, size=size, backwards=told)
 
 
 def draw(split: str, length: int, count: int, size: int) -> tuple[list[Item], list[str]]:
@@ -69,7 +71,8 @@ def draw(split: str, length: int, count: int, size: int) -> tuple[list[Item], li
         clip, read = challenge(seed, split, length, size), partial(_read, seed, split, length, size)
         ends = clip.story.first_image_desc, clip.story.last_image_desc
         extra = {"ambiguous": clip.ambiguous, "seed": seed}
-        items.append(Item(f"{split}-{seed:05d}", clip.category, clip.caption, *ends, length, extra, read))
+        name, reversed_time = f"{split}-{seed:05d}", backwards(clip.story).caption
+        items.append(Item(name, clip.category, clip.caption, *ends, length, extra, read, reversed_time))
         prints.append(fingerprint(items[-1], clip.video))
     return items, prints
 

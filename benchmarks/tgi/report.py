@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from benchmarks.tgi import compare, plots
 from benchmarks.tgi.arms import ARMS, BASELINE
 from benchmarks.tgi.compare import COMPARED, PRIMARY
-from benchmarks.tgi.scores import Scores
+from benchmarks.tgi.scores import Scores, unfinished
 from samplers import video
 
 SHOWN = {
@@ -49,7 +49,9 @@ def collect(
     lengths = [length for length in compare.lengths(runs[0]) if all(length in compare.lengths(r) for r in runs)]
     report: dict[str, Any] = {
         "config": {entry: runs[0].config[entry] for entry in ("sets", "settings", "metrics", "batch", "seeds")},
-        "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines), "arms": run.config["arms"]}
+        "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines), "arms": run.config["arms"],
+                  "environments": run.config["environments"],
+                  "unfinished": [list(one) for one in unfinished(run.config, run.lines)]}
                  for name, run in zip(names, runs, strict=True)],
         "vbench": dict(vbench or {}),
         "lengths": {},
@@ -118,11 +120,23 @@ def _preamble(report: Mapping[str, Any]) -> str:
     name = next(iter(sets.values()))["name"]
     models = "; ".join(f"{one['name']}: {one['model']['name']} ({one['model']['sha256']})" for one in report["runs"])
     words = ", ".join(f"{key} {value}" for key, value in settings.items())
+    lacking = [
+        f"{run['name']}: {arm} {done} of {clips} at {length} frames"
+        for run in report["runs"] for length, arm, done, clips in run["unfinished"]
+    ]  # fmt: skip
+    partial = f"UNFINISHED, so means of different arms are of different clips: {'; '.join(lacking)}.\n\n"
+    places = {}
+    for run in report["runs"]:
+        for one in run["environments"]:
+            jax = one["versions"].get("jax")
+            places[f"{one['device']} ({one['processor']}, {one['cores']} cores), jax {jax}, commit {one['commit']}, "
+                   f"from {one['date'][:10]}: `{one['command']}`"] = None  # fmt: skip
     return (
+        f"{partial if lacking else ''}"
         f"Data: {name}. Models: {models}. Settings: {words}. Noise seeds: {report['config']['seeds']}.\n\n"
         f"Differences are to `{BASELINE}`, paired by clip and noise seed, in dB of interior PSNR, with 95% bootstrap "
         "intervals over clips; p is of the sign-flip test after Holm's correction over the arms. How each metric is "
-        "computed stands in report.json under config.metrics.\n"
+        "computed stands in report.json under config.metrics.\n\n" + "".join(f"- {place}\n" for place in places)
     )
 
 

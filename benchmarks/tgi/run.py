@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.tgi import generate, metrics
 from benchmarks.tgi.arms import Arm
-from benchmarks.tgi.data import DataSet, Item
+from benchmarks.tgi.data import DataSet, Item, stretched
 from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.neural import Neural
 from benchmarks.tgi.scores import Key, Scores, by_clip
@@ -68,14 +68,41 @@ class Plan:
 
     def check(self, config: ModelConfig, image_config: ModelConfig | None) -> None:
         """Raises ValueError for what these models cannot run, before anything is computed."""
+        if image_config is not None:
+            _check_image_model(config, image_config)
         for one in self.sets:
             for arm in self.arms:
                 settings = dataclasses.replace(self.settings, frames=one.length, method=arm.method)
                 settings.check(config)
-                if arm.kind in ("trf", "vibid") and image_config is None:
+                if arm.kind == "two-way" and image_config is None:
                     raise ValueError(
                         f"arm {arm.name}: needs a model conditioned on the first frame alone; give --image-model"
                     )
+                if arm.kind == "random-bias" and not settings.method_arrays(config).strength.any():
+                    raise ValueError(
+                        f"arm {arm.name}: KAB acts in none of {settings.steps} steps; take more steps, or leave it out"
+                    )
+
+
+def knows_one_keyframe(config: ModelConfig) -> bool:
+    """Whether a model may be given the first keyframe alone: an image-to-video model, or one like the tiny model, which
+    is trained with the last one withheld at times."""
+    return config.dit.num_images == 1 or config.name == "tiny"
+
+
+def _check_image_model(config: ModelConfig, image_config: ModelConfig) -> None:
+    if not knows_one_keyframe(image_config):
+        raise ValueError(
+            f"--image-model: {image_config.name} takes {image_config.dit.num_images} keyframes; give an image-to-video "
+            "model (i2v)"
+        )
+    sizes = [(one.vae.latent_channels, one.vae.spatial_stride, one.vae.temporal_stride, one.dit.patch_size,
+              one.clip and one.clip.image_size) for one in (config, image_config)]  # fmt: skip
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--image-model: {image_config.name} has latents, patches or CLIP images of other sizes than "
+            f"{config.name}; give one of the same family"
+        )
 
 
 def first(one: DataSet, count: int | None) -> DataSet:
@@ -94,8 +121,10 @@ def run(
     Raises:
       FloatingPointError: NaN or inf in some arm's latents. OSError: a full disk.
     """
-    keys = [(one, item, key) for one in plan.sets for item in one.items for key in _keys(plan, one, item)]
-    missing = sum(key not in scores.done for *_, key in keys)
+    keys = [
+        (key, number) for one in plan.sets for number, item in enumerate(one.items) for key in _keys(plan, one, item)
+    ]
+    missing = sum(_lacks(plan, scores, key, number) for key, number in keys)
     with tqdm(total=len(keys), initial=len(keys) - missing, unit="clip", disable=quiet, smoothing=0.05) as bar:
         for one in plan.sets:
             for start in range(0, len(one.items), plan.batch):
@@ -106,33 +135,61 @@ def _keys(plan: Plan, one: DataSet, item: Item) -> list[Key]:
     return [Key(one.length, item.id, arm.name, seed) for arm in plan.arms for seed in _seeds(plan, arm)]
 
 
-def _seeds(plan: Plan, arm: Arm) -> tuple[int, ...]:
-    return plan.seeds[:1] if arm.kind in generate.SEEDLESS else plan.seeds
+def _seeds(plan: Plan, arm: Arm) -> tuple[int | None, ...]:
+    return (None,) if arm.seedless else plan.seeds
+
+
+def _lacks(plan: Plan, scores: Scores, key: Key, number: int) -> bool:
+    """Whether a clip, by its number in the set, has no line yet, or not all the files that this run is to keep."""
+    return key not in scores.done or not all(file.exists() for file in _kept(plan, key, number, scores.folder))
+
+
+def _kept(plan: Plan, key: Key, number: int, folder: Path) -> list[Path]:
+    strip = number < plan.strips and key.seed in (None, plan.seeds[0])
+    return [strip_file(folder, key)] * strip + [video_file(folder, key)] * plan.videos
+
+
+def strip_file(folder: Path, key: Key) -> Path:
+    return folder / "strips" / str(key.length) / key.clip / f"{key.arm}.png"
+
+
+def video_file(folder: Path, key: Key) -> Path:
+    return folder / "videos" / key.arm / str(key.length) / f"{key.name}.mp4"
 
 
 def _run_batch(plan, one: DataSet, start: int, model, image_model, scores: Scores, neural: Neural, bar: tqdm) -> None:
     items = one.items[start : start + plan.batch]
-    if all(key in scores.done for item in items for key in _keys(plan, one, item)):
+    numbers = range(start, start + len(items))
+    if not any(_lacks(plan, scores, key, n) for n, item in zip(numbers, items, strict=True)
+               for key in _keys(plan, one, item)):  # fmt: skip
         return
     settings = dataclasses.replace(plan.settings, frames=one.length)
-    filled = [items[min(n, len(items) - 1)] for n in range(plan.batch)]
-    read = {item.id: item.frames(settings.size) for item in items}
-    clips = Clips([i.id for i in filled], [i.caption for i in filled], np.stack([read[i.id] for i in filled]))
+    clips = clips_of([items[min(n, len(items) - 1)] for n in range(plan.batch)], settings.size)
     batch = Batch(model, image_model, settings, clips)
     for arm in plan.arms:
         for seed in _seeds(plan, arm):
-            wanted = [n for n, item in enumerate(items) if Key(one.length, item.id, arm.name, seed) not in scores.done]
+            found = [Key(one.length, item.id, arm.name, seed) for item in items]
+            wanted = [n for n, key in enumerate(found) if _lacks(plan, scores, key, start + n)]
             if not wanted:
                 continue
             bar.set_postfix_str(f"{one.length} frames, {arm.name}", refresh=False)
-            made = generate.make(arm, batch, seed)
+            made = generate.make(arm, batch, 0 if seed is None else seed)
             lines = []
             for n in wanted:
-                key = Key(one.length, items[n].id, arm.name, seed)
-                lines.append(_line(key, items[n], made[n], clips.truth[n], scores.folder, neural))
-                _keep(plan, key, start + n, made[n], scores.folder)
+                if found[n] not in scores.done:
+                    lines.append(_line(found[n], items[n], made[n], clips.truth[n], scores.folder, neural))
+                _keep(_kept(plan, found[n], start + n, scores.folder), made[n])
             scores.append(lines)
             bar.update(len(wanted))
+
+
+def clips_of(items: Sequence[Item], size: tuple[int, int]) -> Clips:
+    """The items' clips at a size (height, width), each read once however often it is there."""
+    read = {item.id: item.read() for item in {item.id: item for item in items}.values()}
+    truth = {name: stretched(frames, size) for name, frames in read.items()}
+    keyframes = [(read[item.id][0], read[item.id][-1]) for item in items]
+    return Clips([item.id for item in items], [item.caption for item in items], [item.backwards for item in items],
+                 keyframes, np.stack([truth[item.id] for item in items]))  # fmt: skip
 
 
 def _line(key: Key, item: Item, made: np.ndarray, truth: np.ndarray, folder: Path, neural: Neural) -> dict[str, Any]:
@@ -141,17 +198,15 @@ def _line(key: Key, item: Item, made: np.ndarray, truth: np.ndarray, folder: Pat
     return {**dataclasses.asdict(key), "challenge": item.challenge, **figures}
 
 
-def _keep(plan: Plan, key: Key, number: int, made: np.ndarray, folder: Path) -> None:
-    """The pictures and videos of a clip; they are written again if its line was lost."""
-    if number < plan.strips and key.seed == plan.seeds[0]:
-        strip = folder / "strips" / str(key.length) / key.clip / f"{key.arm}.png"
-        strip.parent.mkdir(parents=True, exist_ok=True)
-        times = np.linspace(0, len(made) - 1, min(STRIP_FRAMES, len(made))).round().astype(int)
-        video.write_png(strip, np.concatenate(list(made[times]), axis=1))
-    if plan.videos:
-        file = folder / "videos" / key.arm / str(key.length) / f"{key.clip}-{key.seed}.mp4"
+def _keep(files: Sequence[Path], made: np.ndarray) -> None:
+    """Writes a strip of frames or the video of a clip, whichever the files are."""
+    for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-        video.write(file, made, 15, video.enlarge_factor(*made.shape[1:3]))
+        if file.suffix == ".png":
+            times = np.linspace(0, len(made) - 1, min(STRIP_FRAMES, len(made))).round().astype(int)
+            video.write_png(file, np.concatenate(list(made[times]), axis=1))
+        else:
+            video.write(file, made, 15, video.enlarge_factor(*made.shape[1:3]))
 
 
 def summary(scores: Scores, lengths: Sequence[int]) -> list[tuple[int, str, int, float]]:

@@ -2,7 +2,8 @@
 
 Lines are appended and flushed to disk a batch at a time, so a killed run loses at most the batch that it was on; a
 torn last line is cut off and made again. `config.json` binds the folder to one model, data set, settings and metrics:
-going on with others is refused, new arms and seeds may join.
+going on with others is refused; new lengths, arms and seeds may join, and every machine, version and commit that
+worked on it is listed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from samplers.video import write_json
+from wanjax import checkpoint, store
 
 LINES, CONFIG = "scores.jsonl", "config.json"
-GROWING = ("arms", "seeds")  # entries of the config that may gain members in a later run
-HASH_LIMIT = 64 * 2**20  # bytes; larger files are known by name and size
+# Entries of the config that may gain members in a later run; those of a table must stay what they were.
+GROWING_TABLES = MappingProxyType({"arms": "arm", "sets": "clips of length"})
+GROWING = (*GROWING_TABLES, "seeds", "environments")
+ALWAYS_NEW = ("date", "command")  # of an environment
 
 
 class ScoresError(ValueError):
@@ -29,12 +34,17 @@ class ScoresError(ValueError):
 
 @dataclass(frozen=True)
 class Key:
-    """What a line is about."""
+    """What a line is about; `seed` is None of an arm that no noise enters."""
 
     length: int
     clip: str
     arm: str
-    seed: int
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        """Clip and seed, as files are called."""
+        return self.clip if self.seed is None else f"{self.clip}-{self.seed}"
 
 
 class Scores:
@@ -128,16 +138,23 @@ def _join(old: dict[str, Any] | None, new: dict[str, Any], folder: Path) -> dict
     """The config of both runs.
 
     Raises:
-      ScoresError: they differ in more than new arms and seeds.
+      ScoresError: they differ in more than new lengths, arms and seeds.
     """
     if old is None:
         return new
     differing = [name for name in sorted({*old, *new} - set(GROWING)) if old.get(name) != new.get(name)]
-    arms = old["arms"] | new["arms"]
-    differing += [f"arm {name}" for name in old["arms"] if old["arms"][name] != arms[name]]
+    tables = {table: old[table] | new[table] for table in GROWING_TABLES}
+    for table, what in GROWING_TABLES.items():
+        differing += [f"{what} {name}" for name, member in old[table].items() if member != tables[table][name]]
     if differing:
         raise ScoresError(f"{folder}: holds a run with other {', '.join(differing)}; give another folder")
-    return new | {"arms": arms, "seeds": sorted({*old["seeds"], *new["seeds"]})}
+    known = [_lasting(one) for one in old["environments"]]
+    environments = old["environments"] + [one for one in new["environments"] if _lasting(one) not in known]
+    return new | tables | {"seeds": sorted({*old["seeds"], *new["seeds"]}), "environments": environments}
+
+
+def _lasting(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in environment.items() if name not in ALWAYS_NEW}
 
 
 def _read_lines(file: Path, mend: bool) -> list[dict[str, Any]]:
@@ -160,24 +177,75 @@ def _read_lines(file: Path, mend: bool) -> list[dict[str, Any]]:
 
 
 def model_identity(folder: Path) -> str:
-    """sha256, shortened, over the names, sizes and (up to 64 MiB each) contents of a model folder's files."""
+    """sha256, shortened, of what `checkpoint.load` reads of a model folder, and of nothing else that lies there.
+
+    Of a converted model the manifest's digests of the arrays stand for their contents, as reading them all again would
+    take minutes.
+    """
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
-        if size <= HASH_LIMIT:
-            digest.update(file.read_bytes())
+    names = [checkpoint.CONFIG, checkpoint.TOKENIZER]
+    if (folder / store.MANIFEST).is_file():
+        arrays = store.read_manifest(folder).arrays
+        digest.update(json.dumps({name: arrays[name]["sha256"] for name in sorted(arrays)}).encode())
+    else:
+        names += sorted(file.name for file in folder.glob("*.safetensors"))
+    for name in names:
+        with open(folder / name, "rb") as file:
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _by_seed(
+    lines: Iterable[Mapping[str, Any]], length: int, arm: str, metric: str, challenge: str | None
+) -> dict[str, dict[int | None, float]]:
+    values: dict[str, dict[int | None, float]] = {}
+    for line in lines:
+        if line["length"] == length and line["arm"] == arm and challenge in (None, line["challenge"]):
+            value = line["metrics"].get(metric)
+            if value is not None:
+                values.setdefault(line["clip"], {})[line["seed"]] = value
+    return values
 
 
 def by_clip(
     lines: Iterable[Mapping[str, Any]], length: int, arm: str, metric: str, challenge: str | None = None
 ) -> dict[str, float]:
     """One metric of one arm: clip id -> mean over noise seeds; clips without the metric are left out."""
-    values: dict[str, list[float]] = {}
+    found = _by_seed(lines, length, arm, metric, challenge)
+    return {clip: sum(values.values()) / len(values) for clip, values in found.items()}
+
+
+def pairs(
+    lines: Sequence[Mapping[str, Any]], length: int, arm: str, other: str, metric: str, challenge: str | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One metric of two arms on the clips and noise seeds that both have: clip id -> mean over those seeds, twice.
+
+    An arm that no noise enters is the same for every seed of the other.
+    """
+    found = [_by_seed(lines, length, name, metric, challenge) for name in (arm, other)]
+    result: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for clip in sorted(found[0].keys() & found[1].keys()):
+        a, b = found[0][clip], found[1][clip]
+        seeds = b.keys() if None in a else a.keys() if None in b else a.keys() & b.keys()
+        for one, values in zip(result, (a, b), strict=True):
+            if seeds:
+                one[clip] = sum(values.get(seed, values.get(None)) for seed in seeds) / len(seeds)
+    return result
+
+
+def unfinished(config: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, int, int]]:
+    """(length, arm, clips done, clips of the set) of every arm that lacks some; a clip is done with all of its arm's
+    seeds."""
+    found: dict[tuple[int, str], dict[str, set[int | None]]] = {}
     for line in lines:
-        if line["length"] == length and line["arm"] == arm and challenge in (None, line["challenge"]):
-            value = line["metrics"].get(metric)
-            if value is not None:
-                values.setdefault(line["clip"], []).append(value)
-    return {clip: sum(found) / len(found) for clip, found in values.items()}
+        clips = found.setdefault((line["length"], line["arm"]), {})
+        clips.setdefault(line["clip"], set()).add(line["seed"])
+    lacking = []
+    for length, one in config["sets"].items():
+        for arm in config["arms"]:
+            clips = found.get((int(length), arm), {})
+            seeds = set().union(*clips.values())
+            done = sum(clips.get(name) == seeds for name in one["ids"] if clips)
+            if done < len(one["ids"]):
+                lacking.append((int(length), arm, done, len(one["ids"])))
+    return lacking

@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks.tgi.arms import ARMS, BASELINE, Arm
 from benchmarks.tgi.compare import PRIMARY
-from benchmarks.tgi.scores import Scores, by_clip
+from benchmarks.tgi.data import DataSet
+from benchmarks.tgi.scores import Scores, pairs, unfinished
 from samplers.video import write_json
 from wanjax.kab import KAB
 from wanjax.method import Isolation, Method
@@ -65,48 +66,67 @@ def _retro(rng: np.random.Generator) -> ReTRo:
     return ReTRo(mode=str(rng.choice(MODES)), s_edge=edge, s_mid=mid, smooth=int(rng.integers(0, 3)))
 
 
-def best(scores: Scores, lengths: Sequence[int]) -> dict[str, dict[str, Any]]:
+def refuse_test_clips(sets: Sequence[DataSet]) -> None:
+    """Raises ValueError for clips that published figures are of."""
+    for one in sets:
+        if one.identity["source"] == "tgi-bench" or one.identity.get("split") == "test":
+            raise ValueError(f"--data {one.name}: settings are not chosen on test clips; take procedural-dev")
+
+
+def best(scores: Scores, arms: Sequence[Arm], lengths: Sequence[int]) -> dict[str, dict[str, Any]]:
     """The best arm of each group: tuned name -> {"arm", "gain" in dB, "settings"}.
 
     The gain is the mean over lengths of the mean over clips, so that every length counts alike.
+
+    Args:
+      scores: with every clip of every arm.
+      arms: what was tried, `wan` among them.
+      lengths: of the clips.
+
+    Raises:
+      ValueError: an arm that lacks clips, as a mean over easier ones would win.
     """
+    names = {arm.name for arm in arms}
+    for length, arm, done, clips in unfinished(scores.config, scores.lines):
+        if arm in names and length in lengths:
+            raise ValueError(f"{scores.folder}: {arm} has {done} of {clips} clips of {length} frames; run tune again")
     found: dict[str, dict[str, Any]] = {}
-    base = {length: by_clip(scores.lines, length, BASELINE, PRIMARY) for length in lengths}
-    for arm, told in scores.config["arms"].items():
-        group = {"paper": "both", "release": "both"}.get(arm, arm.split("-")[0])
+    for arm in arms:
+        group = {"paper": "both", "release": "both"}.get(arm.name, arm.name.split("-")[0])
         if group not in GROUPS:
             continue
         gains = []
         for length in lengths:
-            own = by_clip(scores.lines, length, arm, PRIMARY)
-            gains.append(np.mean([own[clip] - base[length][clip] for clip in own]))
+            own, base = pairs(scores.lines, length, arm.name, BASELINE, PRIMARY)
+            gains.append(np.mean([own[clip] - base[clip] for clip in own]))
         gain, name = float(np.mean(gains)), GROUPS[group]
         if name not in found or gain > found[name]["gain"]:
-            found[name] = {"arm": arm, "gain": gain, "settings": told["method"]}
+            found[name] = {"arm": arm.name, "gain": gain, "settings": arm.plain()["method"]}
     return found
 
 
-def write(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """A file of arms for `run --own-arms`: what `best` found, and controls of KAB's and ReTRo's."""
+def write(found: Mapping[str, Mapping[str, Any]], data: str, file: Path) -> None:
+    """A file of arms for `run --own-arms`: what `best` found on clips of the name `data`, and controls of KAB's and
+    ReTRo's."""
     arms = {}
     for name, one in found.items():
         parts = {part: settings for part, settings in one["settings"].items() if settings is not None}
-        arms[name] = {"about": f"the best on development clips: {one['gain']:+.3f} dB over wan there"} | parts
+        arms[name] = {"about": f"the best on {data}: {one['gain']:+.3f} dB over wan there"} | parts
     write_json(file, arms | _controls(arms))
 
 
 def _controls(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     kab = {part: settings for part, settings in arms["kab-tuned"].items() if part != "about"}
     retro = arms["retro-tuned"]["retro"]
-    mean = (retro["s_edge"] + retro["s_mid"]) / 2
     made = {
         "kab-tuned-shuffled": {"about": "as kab-tuned, with the anchors' mixture permuted over the frames",
                                "kind": "shuffled-anchors"} | kab,
         "kab-tuned-random": {"about": "a random bias of the size, layers and steps of kab-tuned's",
                              "kind": "random-bias"} | kab,
-        "retro-tuned-uniform": {"about": "as retro-tuned, s the mean of its two everywhere",
-                                "retro": retro | {"s_edge": mean, "s_mid": mean}},
     }  # fmt: skip
+    if retro["mode"] != "position":  # there a uniform s changes nothing
+        made["retro-tuned-uniform"] = {"about": "as retro-tuned, every s the mean of its factors",
+                                       "kind": "uniform-scale", "retro": retro}  # fmt: skip
     if "isolation" in kab:
         made["kab-tuned-isolation"] = {"about": "kab-tuned's isolation alone", "isolation": kab["isolation"]}
     return made

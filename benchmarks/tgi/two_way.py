@@ -4,7 +4,8 @@ Time-reversal fusion (TRF, arXiv 2403.14611) evaluates both directions in every 
 with linear weights; some steps are repeated after noise is put back. ViBiDSampler (arXiv 2410.05651) takes each step
 forwards, puts the noise back, and takes it again backwards; its guidance (CFG++, DDS) is not part of this. Both are
 Euler steps of one `lax.scan` here, so TRF's weights on velocities are weights on the denoised estimates, as in the
-paper.
+paper. How often TRF repeats is set here by `Options` and not taken from its release, and CFG++ and DDS are part of what
+ViBiDSampler reports. Neither paper's model takes text: here each direction is told what it shows.
 
 Reversing time in Wan's latents is not reversing them: a latent frame holds 1 pixel frame at first and 4 later, and
 sees only earlier ones. Flip "latent" reverses the latent frames all the same, as a port of these methods would do
@@ -111,7 +112,7 @@ def sample(
     settings: Settings,
     options: Options,
     noise: jax.Array,
-    seed: int,
+    keys: jax.Array,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] between two keyframes.
 
@@ -122,14 +123,14 @@ def sample(
       settings: steps, shift, grid, guidance; the solver is Euler.
       options: see `Options`.
       noise: standard normal, in the latents' shape.
-      seed: of the noise that is put back.
+      keys: [B] of the noise that is put back, as `jax.random.key` makes them; a sample's depends on its own alone.
     """
     levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
     method = settings.method_arrays(model.config)
     params = {part: model.params[part] for part in ("dit", "vae")}
     table = method.replace(strength=method.strength[0])
     made = _sample(model.config, options, params, forwards, backwards, negative, np.float32(settings.guidance), table,
-                   rows(options, levels), noise, np.uint32(seed))  # fmt: skip
+                   rows(options, levels), noise, keys)  # fmt: skip
     if not bool(jnp.isfinite(made).all()):
         raise FloatingPointError(f"{options.scheme}: NaN or inf in the latents; check the weights")
     return made
@@ -147,7 +148,7 @@ def _sample(
     method: MethodArrays,
     steps: Rows,
     noise: jax.Array,
-    seed: jax.Array,
+    keys: jax.Array,
 ) -> jax.Array:
     def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
         return WanDiT(config.dit).apply(
@@ -186,7 +187,7 @@ def _sample(
         index, row = inputs
         data = estimate(latents, row, last)
         latents = data + row.following / row.sigma * (latents - data)
-        fresh = jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), latents.shape)
+        fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), latents.shape[1:]))(keys)
         return (renoise(latents, fresh, row.following, row.back), data), None
 
     count = jnp.arange(len(steps.sigma))
