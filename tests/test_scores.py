@@ -152,10 +152,11 @@ def test_only_what_two_arms_share_is_compared():
 
 
 def test_unfinished_arms_are_counted():
-    config = {"sets": {"25": {"ids": ["a", "b"]}, "33": {"ids": ["a"]}}, "arms": {"wan": {}, "kab": {}, "vae": {}}}
+    sets = {"25": {"ids": ["a", "b"]}, "33": {"ids": ["a"]}, "65": {"ids": ["a"]}}
+    config = {"sets": sets, "arms": {"wan": {}, "kab": {}, "vae": {}}}
     lines = [line("a"), line("b"), line("a", arm="kab"), line("a", arm="kab", seed=1), line("b", arm="kab"),
              line("a", arm="vae", seed=None), line("b", arm="vae", seed=None), line("a", length=33)]  # fmt: skip
-    assert unfinished(config, lines) == [(25, "kab", 1, 2), (33, "kab", 0, 1), (33, "vae", 0, 1)]
+    assert unfinished(config, lines) == [(25, "kab", 1, 2), *((65, arm, 0, 1) for arm in ("wan", "kab", "vae"))]
 
 
 def test_a_models_identity_is_what_is_loaded(tmp_path):

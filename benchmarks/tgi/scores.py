@@ -235,14 +235,15 @@ def pairs(
 
 def unfinished(config: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, int, int]]:
     """(length, arm, clips done, clips of the set) of every arm that lacks some; a clip is done with all of its arm's
-    seeds."""
+    seeds. An arm without any clip of a length was not run at it, unless no arm has one."""
     found: dict[tuple[int, str], dict[str, set[int | None]]] = {}
     for line in lines:
         clips = found.setdefault((line["length"], line["arm"]), {})
         clips.setdefault(line["clip"], set()).add(line["seed"])
     lacking = []
     for length, one in config["sets"].items():
-        for arm in config["arms"]:
+        begun = [arm for arm in config["arms"] if (int(length), arm) in found]
+        for arm in begun or config["arms"]:
             clips = found.get((int(length), arm), {})
             seeds = set().union(*clips.values())
             done = sum(clips.get(name) == seeds for name in one["ids"] if clips)
