@@ -68,6 +68,13 @@ def test_distances_are_of_the_interior_frames_and_whole_clips(folder, tmp_path):
     assert found["wan"]["fid"]["low"] <= found["wan"]["fid"]["high"]
 
 
+def test_frames_too_small_for_lpips_are_told_before_the_run(folder):
+    Neural(None).check((16, 24))
+    Neural(folder).check((31, 32))
+    with pytest.raises(ValueError, match="size 30x32: LPIPS takes none below 31"):
+        Neural(folder).check((30, 32))
+
+
 def test_more_seeds_are_not_more_samples(folder, tmp_path):
     """The truth has one video of a clip and no seed: an arm with two must not have a lower distance for it."""
     networks = Neural(folder)

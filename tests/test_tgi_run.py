@@ -325,6 +325,7 @@ BAD = {
     "steps": (["run", "--steps", "0"], "steps"),
     "solver": (["run", "--solver", "magic"], "solver 'magic'"),
     "size": (["run", "--size", "30", "32"], "nearest size"),
+    "small size": (["run", "--size", "8", "32"], "size 8x32: the metrics need 11"),
     "weights": (["run", "--weights", "/nowhere"], "--weights /nowhere"),
     "captions": (["run", "--captions", "x.json"], "--captions"),
     "own arms": (["run", "--own-arms", "/nowhere.json"], "/nowhere.json"),

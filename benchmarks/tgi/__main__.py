@@ -127,6 +127,7 @@ def _score(options: argparse.Namespace, plan: Plan, networks: Neural, config: An
     elif run.knows_one_keyframe(config):
         image_config = config
     plan.check(config, image_config)
+    networks.check(plan.settings.size)
     identity = {"name": config.name, "sha256": model_identity(folder)}
     if image_folder is not None:
         identity["image_model"] = model_identity(image_folder)

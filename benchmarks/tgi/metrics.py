@@ -15,6 +15,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 PSNR_CAP = 60.0
 """dB of a frame at most: equal frames would be infinite, and one of them would rule the mean."""
 
+MIN_SIZE = 11
+"""Pixels on a side, the window of SSIM."""
+
 HIGHER_IS_BETTER = {
     "psnr_interior": True,
     "ssim_interior": True,
@@ -107,8 +110,8 @@ def measure(made: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     """
     if made.shape != truth.shape or made.dtype != np.uint8 or truth.dtype != np.uint8:
         raise ValueError(f"made {made.dtype} {made.shape}, truth {truth.dtype} {truth.shape}: give uint8 of one shape")
-    if len(made) < 3 or min(made.shape[1:3]) < 11:
-        raise ValueError(f"video of shape {made.shape}: metrics need 3 frames of at least 11 x 11")
+    if len(made) < 3 or min(made.shape[1:3]) < MIN_SIZE:
+        raise ValueError(f"video of shape {made.shape}: metrics need 3 frames of at least {MIN_SIZE} x {MIN_SIZE}")
     decibel, similar = psnr(made, truth), ssim(made, truth)
     figures = {
         "psnr_interior": decibel[1:-1].mean(),

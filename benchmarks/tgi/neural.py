@@ -44,6 +44,14 @@ class Neural:
         self._digests = {name: weights.digest(path) for name, path in files.items()}
         self._params = {name: weights.load(name, path) for name, path in files.items()}
 
+    def check(self, size: tuple[int, int]) -> None:
+        """Raises ValueError for frames of a (height, width) that a network at hand does not take."""
+        if "lpips" in self._params and min(size) < lpips.MIN_SIZE:
+            raise ValueError(
+                f"size {size[0]}x{size[1]}: LPIPS takes none below {lpips.MIN_SIZE} pixels on a side; take a larger "
+                "--size, or --weights without lpips.safetensors"
+            )
+
     def policy(self) -> dict[str, dict[str, Any]]:
         """As `metrics.policy`; "weights" is the sha256 of the file, or "unavailable"."""
         told = {

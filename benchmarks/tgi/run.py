@@ -70,6 +70,9 @@ class Plan:
         """Raises ValueError for what these models cannot run, before anything is computed."""
         if image_config is not None:
             _check_image_model(config, image_config)
+        if min(self.settings.size) < metrics.MIN_SIZE:
+            height, width = self.settings.size
+            raise ValueError(f"size {height}x{width}: the metrics need {metrics.MIN_SIZE} pixels on a side; take more")
         for one in self.sets:
             for arm in self.arms:
                 settings = dataclasses.replace(self.settings, frames=one.length, method=arm.method)
