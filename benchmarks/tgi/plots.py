@@ -12,6 +12,7 @@ from benchmarks.tgi.arms import ARMS, BASELINE
 from benchmarks.tgi.compare import PRIMARY
 
 CURVES = ("wan", "paper", "release", "kab", "retro", "trf", "vibid", "cross-fade", "vae")
+TICKS = (-20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5, 10, 20)  # dB
 BY_CHALLENGE = ("paper", "release", "kab", "retro", "isolation", "empty-caption", "trf", "cross-fade")
 
 
@@ -63,8 +64,12 @@ def _differences(figure: Any, found: list, names: list[str], length: str) -> Non
         _bars(axes, np.arange(len(arms)) + number * width, rows, width, name, flat=True)
     axes.set_yticks(np.arange(len(arms)) + width * (len(found) - 1) / 2, arms)
     axes.invert_yaxis()
+    low, high = axes.get_xlim()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.5)
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set_xlim(low, high)
     axes.set_xlabel(f"interior PSNR, dB over {BASELINE} (95% interval; linear within 0.5 dB)")
     axes.set_title(f"{length} frames")
     axes.legend()
@@ -81,7 +86,10 @@ def _categories(figure: Any, found: list, names: list[str], length: str) -> None
             _bars(axes, np.arange(len(kinds)) + place * width, rows, width, arm, flat=False)
         axes.set_xticks(np.arange(len(kinds)) + 0.4, kinds)
         axes.axhline(0, color="black", linewidth=0.8)
+        low, high = axes.get_ylim()
         axes.set_yscale("symlog", linthresh=0.5)
+        axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.set_ylim(low, high)
         axes.set_ylabel(f"dB over {BASELINE}")
         axes.set_title(f"{length} frames, {name}")
         axes.legend(fontsize=7, ncols=4)
