@@ -117,6 +117,11 @@ def test_two_writers_at_once_are_refused(folder):
 def test_folders_that_are_no_results(folder, tmp_path):
     with pytest.raises(ScoresError, match="no config.json"):
         Scores(tmp_path, None)
+    for text in ("[]", json.dumps({name: value for name, value in CONFIGURATION.items() if name != "environments"})):
+        (folder / CONFIG).write_text(text)
+        for config in (CONFIGURATION, None):
+            with pytest.raises(ScoresError, match="environments in it, so not of this version"):
+                Scores(folder, config)
     (folder / CONFIG).write_text("{")
     with pytest.raises(ScoresError, match="cannot be read"):
         Scores(folder, None)

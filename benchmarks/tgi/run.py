@@ -144,12 +144,13 @@ def _seeds(plan: Plan, arm: Arm) -> tuple[int | None, ...]:
 
 def _lacks(plan: Plan, scores: Scores, key: Key, number: int) -> bool:
     """Whether a clip, by its number in the set, has no line yet, or not all the files that this run is to keep."""
-    return key not in scores.done or not all(file.exists() for file in _kept(plan, key, number, scores.folder))
+    return key not in scores.done or not all(file.exists() for file in _kept(plan, key, number, scores))
 
 
-def _kept(plan: Plan, key: Key, number: int, folder: Path) -> list[Path]:
-    strip = number < plan.strips and key.seed in (None, plan.seeds[0])
-    return [strip_file(folder, key)] * strip + [video_file(folder, key)] * plan.videos
+def _kept(plan: Plan, key: Key, number: int, scores: Scores) -> list[Path]:
+    """The files of a clip. Strips are of the lowest seed that the folder has, so that they are of one noise."""
+    strip = number < plan.strips and key.seed in (None, min(scores.config["seeds"]))
+    return [strip_file(scores.folder, key)] * strip + [video_file(scores.folder, key)] * plan.videos
 
 
 def strip_file(folder: Path, key: Key) -> Path:
@@ -181,7 +182,7 @@ def _run_batch(plan, one: DataSet, start: int, model, image_model, scores: Score
             for n in wanted:
                 if found[n] not in scores.done:
                     lines.append(_line(found[n], items[n], made[n], clips.truth[n], scores.folder, neural))
-                _keep(_kept(plan, found[n], start + n, scores.folder), made[n])
+                _keep(_kept(plan, found[n], start + n, scores), made[n])
             scores.append(lines)
             bar.update(len(wanted))
 
@@ -190,7 +191,8 @@ def clips_of(items: Sequence[Item], size: tuple[int, int]) -> Clips:
     """The items' clips at a size (height, width), each read once however often it is there."""
     read = {item.id: item.read() for item in {item.id: item for item in items}.values()}
     truth = {name: stretched(frames, size) for name, frames in read.items()}
-    keyframes = [(read[item.id][0], read[item.id][-1]) for item in items]
+    # Copies, as views would keep every frame at its own size for as long as the batch is there.
+    keyframes = [(read[item.id][0].copy(), read[item.id][-1].copy()) for item in items]
     return Clips([item.id for item in items], [item.caption for item in items], [item.backwards for item in items],
                  keyframes, np.stack([truth[item.id] for item in items]))  # fmt: skip
 

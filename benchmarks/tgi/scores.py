@@ -129,9 +129,13 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
             raise ScoresError(f"{folder}: has {LINES} but no {CONFIG}; give another folder, or bring the file back")
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ScoresError(f"{file}: cannot be read ({error}); give another folder") from error
+    lacking = [name for name in GROWING if not (isinstance(config, dict) and name in config)]
+    if lacking:
+        raise ScoresError(f"{file}: no {', '.join(lacking)} in it, so not of this version; give another folder")
+    return config
 
 
 def _join(old: dict[str, Any] | None, new: dict[str, Any], folder: Path) -> dict[str, Any]:
