@@ -186,9 +186,9 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the clone, where there is one and git is at hand."""
+    """Of the clone, where there is one and git is at hand; with "-dirty" if tracked files are not as committed."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

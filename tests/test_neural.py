@@ -29,15 +29,25 @@ def video(seed, frames=20):
 
 
 def scored(tmp_path, networks, clips, frames=20, arms=("truth", "wan")):
-    config = {"arms": {arm: {} for arm in arms}, "seeds": [0], "metrics": networks.policy(), "sets": {},
-              "environments": []}  # fmt: skip
+    config = {"arms": {arm: {} for arm in arms}, "metrics": networks.policy(), "sets": {}, "model": {}, "settings": {},
+              "batch": 1, "planned": {}, "environments": []}  # fmt: skip
     with Scores(tmp_path / "out", config) as scores:
         for n in range(clips):
             for number, arm in enumerate(arms):
                 key = Key(frames, f"c{n}", arm, 0)
                 found = networks.measure(key, video(10 * n + number, frames), video(10 * n, frames), scores.folder)
                 scores.append(
-                    [{"length": frames, "clip": key.clip, "arm": arm, "seed": 0, "challenge": "", "metrics": found}]
+                    [
+                        {
+                            "length": frames,
+                            "clip": key.clip,
+                            "arm": arm,
+                            "seed": 0,
+                            "challenge": "",
+                            "metrics": found,
+                            "psnr_frames": [],
+                        }
+                    ]
                 )
     return scores
 
@@ -83,7 +93,19 @@ def test_more_seeds_are_not_more_samples(folder, tmp_path):
     for n in range(3):
         key = Key(20, f"c{n}", "wan", 1)
         networks.measure(key, video(50 + n), video(10 * n), scores.folder)
-        scores.append([{"length": 20, "clip": key.clip, "arm": "wan", "seed": 1, "challenge": "", "metrics": {}}])
+        scores.append(
+            [
+                {
+                    "length": 20,
+                    "clip": key.clip,
+                    "arm": "wan",
+                    "seed": 1,
+                    "challenge": "",
+                    "metrics": {},
+                    "psnr_frames": [],
+                }
+            ]
+        )
     assert neural.distances(scores, 20, ["wan"], draws=5) == once
 
 

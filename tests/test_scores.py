@@ -17,13 +17,18 @@ from benchmarks.tgi.scores import (
     key_of,
     model_identity,
     pairs,
+    seeds,
     unfinished,
 )
 from wanjax import checkpoint, store
 
-CONFIGURATION = {"model": {"name": "m", "sha256": "0"}, "settings": {"steps": 3}, "seeds": [0],
+CONFIGURATION = {"model": {"name": "m", "sha256": "0"}, "settings": {"steps": 3}, "batch": 2, "metrics": {},
+                 "planned": {"25": {"wan": [0]}},
                  "sets": {"25": {"ids": ["a", "b"]}}, "environments": [{"date": "1", "commit": "x"}],
                  "arms": {"wan": {"kind": "method"}}}  # fmt: skip
+
+
+KEY_ALONE = {"length": 25, "clip": "c", "arm": "wan", "seed": 0}
 
 
 def line(clip, value=20.0, arm="wan", seed=0, length=25, challenge="occlusion"):
@@ -41,7 +46,7 @@ def folder(tmp_path):
 def test_lines_are_found_again(folder):
     again = Scores(folder, None)
     assert again.lines == [line("a"), line("b", 22.0)]
-    assert again.done == {Key(25, "a", "wan", 0), Key(25, "b", "wan", 0)}
+    assert again.done == {Key(25, "a", "wan", 0): line("a"), Key(25, "b", "wan", 0): line("b", 22.0)}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
@@ -55,7 +60,9 @@ def test_a_torn_last_line_is_cut_off(folder, cut):
     assert (folder / LINES).read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", ["{broken\n", "[]\n", '{"clip": "a"}\n', "null\n"])
+@pytest.mark.parametrize(
+    "damage", ["{broken\n", "[" * 100_000 + "\n", json.dumps(KEY_ALONE) + "\n", "[]\n", '{"clip": "a"}\n', "null\n"]
+)
 def test_a_damaged_line_in_the_middle_is_named(folder, damage):
     lines = (folder / LINES).read_text().splitlines(keepends=True)
     (folder / LINES).write_text(lines[0] + damage + lines[1])
@@ -88,15 +95,17 @@ def test_another_run_is_refused_by_name(folder, change, named):
 
 
 def test_lengths_arms_and_seeds_may_join(folder):
-    more = {"arms": {"kab": {"kind": "method"}}, "seeds": [1], "sets": {"33": {"ids": ["a"]}}}
+    planned = {"25": {"wan": [1], "kab": [1]}, "33": {"vae": [None]}}
+    more = {"arms": {"kab": {"kind": "method"}}, "planned": planned, "sets": {"33": {"ids": ["a"]}}}
     with Scores(folder, CONFIGURATION | more):
         grown = Scores(folder, None)
-    assert list(grown.config["arms"]) == ["wan", "kab"] and grown.config["seeds"] == [0, 1]
+    assert list(grown.config["arms"]) == ["wan", "kab"] and seeds(grown.config) == [0, 1]
+    assert grown.config["planned"] == {"25": {"wan": [0, 1], "kab": [1]}, "33": {"vae": [None]}}
     assert list(grown.config["sets"]) == ["25", "33"] and len(grown.lines) == 2
 
 
 def test_every_environment_is_listed_once(folder):
-    same, other = {"date": "2", "commit": "x"}, {"date": "3", "commit": "y"}
+    same, other = {"date": "2", "commit": "x"}, {"date": "3", "commit": "x", "command": "y"}
     for one in (same, other, same):
         Scores(folder, CONFIGURATION | {"environments": [one]}).close()
     assert Scores(folder, None).config["environments"] == [*CONFIGURATION["environments"], other]
@@ -120,8 +129,11 @@ def test_folders_that_are_no_results(folder, tmp_path):
     for text in ("[]", json.dumps({name: value for name, value in CONFIGURATION.items() if name != "environments"})):
         (folder / CONFIG).write_text(text)
         for config in (CONFIGURATION, None):
-            with pytest.raises(ScoresError, match="environments in it, so not of this version"):
+            with pytest.raises(ScoresError, match="environments.* in it, so not of this version"):
                 Scores(folder, config)
+    (folder / CONFIG).write_text(json.dumps(CONFIGURATION | {"sets": {"25": {}}}))
+    with pytest.raises(ScoresError, match="no ids in it"):
+        Scores(folder, None)
     (folder / CONFIG).write_text("{")
     with pytest.raises(ScoresError, match="cannot be read"):
         Scores(folder, None)
@@ -157,11 +169,15 @@ def test_only_what_two_arms_share_is_compared():
 
 
 def test_unfinished_arms_are_counted():
-    sets = {"25": {"ids": ["a", "b"]}, "33": {"ids": ["a"]}, "65": {"ids": ["a"]}}
-    config = {"sets": sets, "arms": {"wan": {}, "kab": {}, "vae": {}}}
+    """Against what was asked for: an arm, a seed or a length that was not even begun lacks all of its clips."""
+    planned = {"25": {"wan": [0], "kab": [0, 1], "vae": [None], "retro": [0]}, "33": {"wan": [0]}}
+    config = {"sets": {"25": {"ids": ["a", "b"]}, "33": {"ids": ["a"]}}, "planned": planned}
     lines = [line("a"), line("b"), line("a", arm="kab"), line("a", arm="kab", seed=1), line("b", arm="kab"),
-             line("a", arm="vae", seed=None), line("b", arm="vae", seed=None), line("a", length=33)]  # fmt: skip
-    assert unfinished(config, lines) == [(25, "kab", 1, 2), *((65, arm, 0, 1) for arm in ("wan", "kab", "vae"))]
+             line("a", arm="vae", seed=None), line("b", arm="vae", seed=None)]  # fmt: skip
+    done = {key_of(one) for one in lines}
+    assert unfinished(config, done) == [(25, "kab", 1, 2), (25, "retro", 0, 2), (33, "wan", 0, 1)]
+    more = {Key(25, "b", "kab", 1), Key(25, "a", "retro", 0), Key(25, "b", "retro", 0), Key(33, "a", "wan", 0)}
+    assert not unfinished(config, done | more)
 
 
 def test_a_models_identity_is_what_is_loaded(tmp_path):

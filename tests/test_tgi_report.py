@@ -9,7 +9,8 @@ from PIL import Image
 from benchmarks.tgi import __main__ as cli
 from benchmarks.tgi import compare, report
 from benchmarks.tgi.arms import Arm
-from benchmarks.tgi.scores import LINES, Scores
+from benchmarks.tgi.run import strip_file
+from benchmarks.tgi.scores import LINES, Key, Scores
 from wanjax.kab import KAB
 from wanjax.method import Method
 
@@ -23,7 +24,8 @@ def write_run(folder, effects, clips=140, sha="1", seed=0, length=25):
     arms = {"wan": {}} | {arm: {} for arm in effects}
     sets = {str(length): {"name": "made up", "ids": [f"c{n:03d}" for n in range(clips)]}}
     config = {"model": {"name": "m", "sha256": sha}, "settings": {"steps": 3}, "sets": sets,
-              "metrics": {}, "batch": 4, "seeds": [0], "arms": arms,
+              "metrics": {}, "batch": 4, "arms": arms,
+              "planned": {str(length): {arm: [0] for arm in arms}},
               "environments": [ENVIRONMENT]}  # fmt: skip
     rng = np.random.default_rng(seed)
     base = rng.normal(20, 5, clips)
@@ -103,10 +105,10 @@ def test_few_clips_or_one_run_are_not_enough(runs, tmp_path):
 
 
 def test_the_report_is_written(runs, tmp_path):
-    strips = runs[0].folder / "strips" / "25" / "c000"
-    strips.mkdir(parents=True, exist_ok=True)
-    for arm in ("wan", "paper"):
-        Image.new("RGB", (90, 16), "red").save(strips / f"{arm}.png")
+    for arm, seed, colour in (("wan", 0, "red"), ("wan", 1, "blue"), ("paper", 0, "red")):
+        file = strip_file(runs[0].folder, Key(25, "c000", arm, seed))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 16), colour).save(file)
     sets = [{"25": {"wan": {"fid": {"distance": 12.5, "low": 11.0, "high": 14.0}, "fvd": "undefined"}}}, {}]
     made = report.collect(runs, ["one", "two"], sets, {"wan": {"subject_consistency": {"mean": 0.9, "videos": {}}}})
     files = report.write(made, runs, tmp_path / "report")
@@ -120,6 +122,8 @@ def test_the_report_is_written(runs, tmp_path):
                   "- cpu (made up, 2 cores), jax 0.10, commit abc, from 2026-01-02: `python -m"):  # fmt: skip
         assert words in text, words
     assert "Fewer than" not in text
+    with Image.open(tmp_path / "report" / "25-wall.png") as wall:
+        assert {colour for _, colour in wall.crop((150, 0, 240, 32)).getcolors()} == {(255, 0, 0), (255, 255, 255)}
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(made))
 
 
@@ -135,7 +139,7 @@ def test_a_single_clip_has_no_interval(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"sha": "0"}, "x: the same model as one"),
     ({"sha": "1"}, "x: the same model as two"),
-    ({"length": 33}, "x: its lengths are not those of one"),
+    ({"length": 33}, "no clip length that all have scores of"),
     ({"clips": 139}, "x: its clips of length 25 are not those of one"),
 ])  # fmt: skip
 def test_runs_that_do_not_go_together(runs, tmp_path, change, message):
@@ -160,6 +164,15 @@ def test_two_seeds_are_paired_by_seed(tmp_path):
     run.append(more)
     assert compare.differences(run, 25, "psnr_interior")["paper"]["mean"] == pytest.approx(1.0)
     assert verdicts([run])["paper", "wan"]["runs"][0]["mean"] == pytest.approx(1.0)
+
+
+def test_a_length_that_not_all_runs_have_is_named(runs, tmp_path):
+    more = write_run(tmp_path / "more", EFFECTS, sha="more", seed=3)
+    longer = write_run(tmp_path / "longer", EFFECTS, sha="more", seed=3, length=33)
+    more.append(longer.lines)
+    made = report.collect([runs[0], more], ["one", "more"], [{}, {}])
+    assert list(made["lengths"]) == ["25"]
+    assert "more has 33 frames too, which not all runs have" in report.markdown(made)
 
 
 def test_an_unfinished_run_is_refused_or_named(tmp_path, capsys):

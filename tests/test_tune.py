@@ -7,6 +7,8 @@ from benchmarks.tgi.arms import CLAIMS, read_own
 from benchmarks.tgi.scores import Scores
 from wanjax.method import METHODS, Method
 
+CONFIGURATION = {"model": {}, "settings": {}, "batch": 1, "metrics": {}, "planned": {}, "environments": []}
+
 
 def test_candidates_are_fixed_and_hold_the_papers_settings():
     one, two = tune.candidates(5, 6), tune.candidates(5, 6)
@@ -24,15 +26,15 @@ def test_the_best_of_each_group_wins_and_can_be_run(tmp_path):
     arms = tune.candidates(3, 6)
     gains = {"kab": 0.1, "kab-001": 0.3, "retro": 0.2, "paper": -0.1, "release": 0.05, "both-002": 0.04}
     sets = {str(length): {"ids": ["a", "b"]} for length in (25, 33)}
-    config = {"arms": {arm.name: arm.plain() for arm in arms}, "seeds": [0], "sets": sets, "environments": []}
+    config = CONFIGURATION | {"arms": {arm.name: arm.plain() for arm in arms}, "sets": sets}
     lines = [
         {"length": length, "clip": clip, "arm": arm.name, "seed": 0, "challenge": "",
-         "metrics": {"psnr_interior": base + gains.get(arm.name, -1.0) * (arm.name != "wan")}}
+         "metrics": {"psnr_interior": base + gains.get(arm.name, -1.0) * (arm.name != "wan")}, "psnr_frames": []}
         for length in (25, 33) for clip, base in (("a", 10.0), ("b", 30.0)) for arm in arms
     ]  # fmt: skip
     with Scores(tmp_path, config) as scores:
         scores.append(lines)
-    found = tune.best(scores, arms, [25, 33])
+    found = tune.best(scores, arms, [25, 33], [0])
     assert {name: (one["arm"], one["gain"]) for name, one in found.items()} == {
         "kab-tuned": ("kab-001", pytest.approx(0.3)),
         "retro-tuned": ("retro", pytest.approx(0.2)),
@@ -56,18 +58,22 @@ def test_the_best_of_each_group_wins_and_can_be_run(tmp_path):
 def test_an_arm_that_lacks_clips_does_not_win(tmp_path):
     """Scored on the easier clip alone it would; nor does one that is not tried any more."""
     arms = tune.candidates(1, 6)
-    config = {"arms": {arm.name: arm.plain() for arm in arms}, "seeds": [0], "sets": {"25": {"ids": ["a", "b"]}},
-              "environments": []}  # fmt: skip
+    config = CONFIGURATION | {"arms": {arm.name: arm.plain() for arm in arms}, "sets": {"25": {"ids": ["a", "b"]}}}
     lines = [
-        {"length": 25, "clip": clip, "arm": arm.name, "seed": 0, "challenge": "", "metrics": {"psnr_interior": value}}
+        {"length": 25, "clip": clip, "arm": arm.name, "seed": 0, "challenge": "", "metrics": {"psnr_interior": value},
+         "psnr_frames": []}
         for arm in arms for clip, value in (("a", 30.0), ("b", 10.0)) if (arm.name, clip) != ("kab-000", "b")
     ]  # fmt: skip
     with Scores(tmp_path, config) as scores:
         scores.append(lines)
     with pytest.raises(ValueError, match="kab-000 has 1 of 2 clips of 25 frames"):
-        tune.best(scores, arms, [25])
+        tune.best(scores, arms, [25], [0])
     left = [arm for arm in arms if arm.name != "kab-000"]
-    assert tune.best(scores, left, [25])["kab-tuned"]["arm"] == "kab"
+    found = tune.best(scores, left, [25], [0])
+    assert found["kab-tuned"]["arm"] == "kab"
+    other = dict(scores.lines[0], seed=1, arm="retro", metrics={"psnr_interior": 90.0})
+    scores.append([other])  # of a run with more seeds that was stopped
+    assert tune.best(scores, left, [25], [0]) == found
 
 
 @pytest.mark.parametrize("mode, has", [("frequency", True), ("position", False)])

@@ -129,13 +129,12 @@ def _score(options: argparse.Namespace, plan: Plan, networks: Neural, config: An
     plan.check(config, image_config)
     networks.check(plan.settings.size)
     identity = {"name": config.name, "sha256": model_identity(folder)}
-    if image_folder is not None:
-        identity["image_model"] = model_identity(image_folder)
-    described = plan.describe(identity, networks) | {"environments": [measure.environment()]}
+    other = model_identity(image_folder) if image_folder is not None and plan.two_way else None
+    described = plan.describe(identity, networks, other) | {"environments": [measure.environment()]}
     with Scores(options.out, described) as scores:
         model = checkpoint.load(options.model)
         image_model = None if image_config is None else model
-        if image_folder is not None:
+        if other is not None:
             image_model = checkpoint.load(options.image_model)
         run.run(plan, model, image_model, scores, networks)
     return scores
@@ -159,7 +158,7 @@ def _report(options: argparse.Namespace) -> None:
     for one in runs:
         if not one.lines:
             raise ScoresError(f"{one.folder}: no scores yet; `run` goes on with it")
-        lacking = unfinished(one.config, one.lines)
+        lacking = unfinished(one.config, one.done)
         if lacking and not options.partial:
             length, arm, done, clips = lacking[0]
             more = f", and {len(lacking) - 1} more arms" if len(lacking) > 1 else ""
@@ -178,6 +177,8 @@ def vbench_results(pairs: Sequence[str]) -> dict[str, Any]:
         arm, equals, file = pair.partition("=")
         if not (arm and equals and file):
             raise ValueError(f"--vbench {pair}: give ARM=PATH, such as paper=results/x_eval_results.json")
+        if arm in found:
+            raise ValueError(f"--vbench {pair}: {arm} is named twice; give each arm once")
         found[arm] = vbench.read(Path(file))
     return found
 
@@ -191,8 +192,9 @@ def _vbench(options: argparse.Namespace) -> None:
         what = f"{len(absent)} of {len(files)} videos missing, {absent[0]} first" if files else "no scores"
         raise ValueError(f"{options.folder}: {what} for arm {options.arm} at {options.length} frames; the command that "
                          "made the folder makes them, with --videos")  # fmt: skip
+    commands = vbench.commands(options.out / "videos", options.out / "results")
     vbench.lay_out(files, options.out / "videos")
-    for command in vbench.commands(options.out / "videos", options.out / "results"):
+    for command in commands:
         print(shlex.join(command))
 
 
@@ -203,7 +205,7 @@ def _tune(options: argparse.Namespace) -> None:
     plan = _plan(options, config, tune.candidates(options.trials, config.dit.num_layers), strips=0)
     tune.refuse_test_clips(plan.sets)
     scores = _score(options, plan, Neural(None), config, folder)
-    best = tune.best(scores, plan.arms, options.lengths)
+    best = tune.best(scores, plan.arms, options.lengths, plan.seeds)
     tune.write(best, plan.sets[0].name, options.out / "tuned.json")
     for name, one in best.items():
         print(f"{name}: {one['gain']:+.3f} dB over wan on {plan.sets[0].name}, {one['settings']}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,10 @@ CLAIMS = tuple(
 the reasons given for them do ("control")."""
 
 
+ALL = "all"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # as it becomes the name of files and folders
+
+
 def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
     """Arms by name, in the order of ARMS, then `own`; "all" takes all.
 
@@ -148,7 +153,7 @@ def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
       ValueError: an unknown or repeated name.
     """
     known = {arm.name: arm for arm in (*ARMS, *own)}
-    if list(names) == ["all"]:
+    if list(names) == [ALL]:
         return tuple(known.values())
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -183,7 +188,9 @@ def read_own(path: Path) -> tuple[Arm, ...]:
                 known = (f"{one} with {', '.join(needs)}" if needs else one for one, needs in OWN_KINDS.items())
                 raise ValueError(f"{name}: kind {kind!r}; take {'; '.join(known)}")
             arms.append(Arm(name, "own", about, kind, Method(**made)))
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if not NAME.fullmatch(name) or name == ALL:
+                raise ValueError(f"{name!r}: name an arm by letters, digits, '.', '_' and '-', and not {ALL!r}")
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a file of arms ({type(error).__name__}: {error}); "
             'write {"name": {"kab": {"beta_mid": 0.5}, "isolation": {}}}'

@@ -29,6 +29,11 @@ def lengths(scores: Scores) -> list[int]:
     return sorted({line["length"] for line in scores.lines})
 
 
+def shared_lengths(runs: Sequence[Scores]) -> list[int]:
+    """Those that every run has scores of."""
+    return [length for length in lengths(runs[0]) if all(length in lengths(run) for run in runs)]
+
+
 def arms(scores: Scores, length: int) -> list[str]:
     """Arms with scores at a length: those of ARMS in its order, then others."""
     found = {line["arm"] for line in scores.lines if line["length"] == length}
@@ -135,9 +140,9 @@ def compatible(runs: Sequence[Scores], names: Sequence[str]) -> None:
         for table, what in GROWING_TABLES.items():
             shared = [member for member in a[table] if member in b[table]]
             wrong += [f"{what} {member}" for member in shared if a[table][member] != b[table][member]]
-        if not a["sets"].keys() & b["sets"].keys():
-            wrong.append("lengths")
         if wrong:
             raise ValueError(f"{second}: its {', '.join(wrong)} are not those of {first}; report it by itself")
         if a["model"]["sha256"] == b["model"]["sha256"]:
             raise ValueError(f"{second}: the same model as {first}; give runs of models trained from different seeds")
+    if not shared_lengths(runs):
+        raise ValueError(f"{', '.join(names)}: no clip length that all have scores of; report them by themselves")

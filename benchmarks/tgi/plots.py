@@ -56,7 +56,7 @@ def _bars(
 
 def _differences(figure: Any, found: list, names: list[str], length: str) -> None:
     bounds = {arm.name for arm in ARMS if arm.group == "bound"}
-    arms = [arm for arm in found[0]["differences"][PRIMARY] if arm not in bounds]
+    arms = [arm for arm in dict.fromkeys(a for run in found for a in run["differences"][PRIMARY]) if arm not in bounds]
     axes = figure.add_subplot()
     width = 0.8 / len(found)
     for number, (run, name) in enumerate(zip(found, names, strict=True)):

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from benchmarks.tgi import compare, plots
 from benchmarks.tgi.arms import ARMS, BASELINE
 from benchmarks.tgi.compare import COMPARED, PRIMARY
-from benchmarks.tgi.scores import Scores, unfinished
+from benchmarks.tgi.run import strip_file
+from benchmarks.tgi.scores import Key, Scores, seeds, unfinished
 from samplers import video
 
 SHOWN = {
@@ -46,12 +47,14 @@ def collect(
       frechet: of each run, length (as text) -> arm -> {"fid": figure or reason, "fvd": ...}.
       vbench: arm -> what `vbench.read` made of upstream's results.
     """
-    lengths = [length for length in compare.lengths(runs[0]) if all(length in compare.lengths(r) for r in runs)]
+    lengths = compare.shared_lengths(runs)
     report: dict[str, Any] = {
-        "config": {entry: runs[0].config[entry] for entry in ("sets", "settings", "metrics", "batch", "seeds")},
+        "config": {entry: runs[0].config[entry] for entry in ("sets", "settings", "metrics")},
         "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines), "arms": run.config["arms"],
+                  "batch": run.config["batch"], "planned": run.config["planned"],
                   "environments": run.config["environments"],
-                  "unfinished": [list(one) for one in unfinished(run.config, run.lines)]}
+                  "unfinished": [list(one) for one in unfinished(run.config, run.done)],
+                  "left_out": [length for length in compare.lengths(run) if length not in lengths]}
                  for name, run in zip(names, runs, strict=True)],
         "vbench": dict(vbench or {}),
         "lengths": {},
@@ -124,6 +127,11 @@ def _preamble(report: Mapping[str, Any]) -> str:
         f"{run['name']}: {arm} {done} of {clips} at {length} frames"
         for run in report["runs"] for length, arm, done, clips in run["unfinished"]
     ]  # fmt: skip
+    lone = "".join(
+        f"{run['name']} has {', '.join(map(str, run['left_out']))} frames too, which not all runs have.\n\n"
+        for run in report["runs"] if run["left_out"]
+    )  # fmt: skip
+    noise = "; ".join(f"{run['name']}: {', '.join(map(str, seeds(run)))}" for run in report["runs"])
     partial = f"UNFINISHED, so means of different arms are of different clips: {'; '.join(lacking)}.\n\n"
     places = {}
     for run in report["runs"]:
@@ -133,7 +141,7 @@ def _preamble(report: Mapping[str, Any]) -> str:
                    f"from {one['date'][:10]}: `{one['command']}`"] = None  # fmt: skip
     return (
         f"{partial if lacking else ''}"
-        f"Data: {name}. Models: {models}. Settings: {words}. Noise seeds: {report['config']['seeds']}.\n\n"
+        f"Data: {name}. Models: {models}. Settings: {words}. Noise seeds: {noise}.\n\n{lone}"
         f"Differences are to `{BASELINE}`, paired by clip and noise seed, in dB of interior PSNR, with 95% bootstrap "
         "intervals over clips; p is of the sign-flip test after Holm's correction over the arms. How each metric is "
         "computed stands in report.json under config.metrics.\n\n" + "".join(f"- {place}\n" for place in places)
@@ -215,13 +223,14 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _walls(run: Scores, length: int, folder: Path) -> list[Path]:
-    """A picture of all arms under each other for the first clips that the run kept strips of."""
-    kept = sorted((run.folder / "strips" / str(length)).glob("*"))[:WALL_CLIPS]
-    order = dict.fromkeys(("truth", *compare.arms(run, length)))
-    order = [arm for arm in order if any((clip / f"{arm}.png").exists() for clip in kept)]
+    """A picture of all arms under each other for the first clips that the run kept strips of, by its lowest seed."""
+    order = list(dict.fromkeys(("truth", *compare.arms(run, length))))
+    columns = [column for clip in run.config["sets"][str(length)]["ids"]
+               if (column := _strips(run, length, clip, order))][:WALL_CLIPS]  # fmt: skip
+    order = [arm for arm in order if any(arm in column for column in columns)]
     if not order:
         return []
-    columns = [_column(clip, order) for clip in kept]
+    columns = [_column(column, order) for column in columns]
     labels = _labels(order, columns[0].height // len(order))
     wall = Image.new("RGB", (labels.width + sum(c.width + GAP for c in columns), columns[0].height), "white")
     wall.paste(labels, (0, 0))
@@ -234,13 +243,20 @@ def _walls(run: Scores, length: int, folder: Path) -> list[Path]:
     return [file]
 
 
-def _column(clip: Path, order: Sequence[str]) -> Image.Image:
+def _strips(run: Scores, length: int, clip: str, arms: Sequence[str]) -> dict[str, Image.Image]:
+    """Arm -> strip of a clip, of those that have one."""
+    found = {}
+    for arm in arms:
+        for seed in (None, *seeds(run.config)[:1]):
+            file = strip_file(run.folder, Key(length, clip, arm, seed))
+            if file.exists():
+                with Image.open(file) as strip:
+                    found[arm] = strip.convert("RGB").copy()
+    return found
+
+
+def _column(strips: Mapping[str, Image.Image], order: Sequence[str]) -> Image.Image:
     """Strips of one clip, an empty place where an arm has none."""
-    strips = {}
-    for arm in order:
-        if (clip / f"{arm}.png").exists():
-            with Image.open(clip / f"{arm}.png") as strip:
-                strips[arm] = strip.convert("RGB").copy()
     width, height = next(iter(strips.values())).size
     column = Image.new("RGB", (width, (height + GAP) * len(order)), "white")
     for row, arm in enumerate(order):

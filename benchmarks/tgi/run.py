@@ -20,13 +20,14 @@ from benchmarks.tgi.arms import Arm
 from benchmarks.tgi.data import DataSet, Item, stretched
 from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.neural import Neural
-from benchmarks.tgi.scores import Key, Scores, by_clip
+from benchmarks.tgi.scores import Key, Scores, ScoresError, by_clip
 from samplers import video
 from samplers.pipeline import Settings
 from wanjax.checkpoint import Model
 from wanjax.config import ModelConfig
 
 STRIP_FRAMES = 9
+REMADE_DECIBEL = 0.1  # of any frame, between two makings of a video; rounding differs between machines and batches
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,18 @@ class Plan:
     strips: int = 12
     videos: bool = False
 
-    def describe(self, model: Mapping[str, str], neural: Neural) -> dict[str, Any]:
-        """Everything that decides the scores, as JSON."""
+    @property
+    def two_way(self) -> bool:
+        """Whether some arm needs a model conditioned on the first frame alone."""
+        return any(arm.kind == "two-way" for arm in self.arms)
+
+    def planned(self) -> dict[str, dict[str, list[int | None]]]:
+        """Length -> arm -> seeds."""
+        return {str(one.length): {arm.name: list(_seeds(self, arm)) for arm in self.arms} for one in self.sets}
+
+    def describe(self, model: Mapping[str, str], neural: Neural, image_model: str | None = None) -> dict[str, Any]:
+        """Everything that decides the scores, as JSON; `image_model`, the digest of one that is not `model`, decides
+        those of the two-way arms alone."""
         settings = dataclasses.asdict(dataclasses.replace(self.settings, prompt="", seed=0))
         for name in ("prompt", "seed", "frames", "method"):  # the clip's, the noise's, the set's, the arm's
             settings.pop(name)
@@ -62,13 +73,16 @@ class Plan:
             "settings": settings,
             "batch": self.batch,
             "metrics": metrics.policy() | neural.policy(),
-            "arms": {arm.name: arm.plain() for arm in self.arms},
-            "seeds": sorted(self.seeds),
+            "arms": {
+                arm.name: arm.plain() | ({"image_model": image_model} if image_model and arm.kind == "two-way" else {})
+                for arm in self.arms
+            },
+            "planned": self.planned(),
         }
 
     def check(self, config: ModelConfig, image_config: ModelConfig | None) -> None:
         """Raises ValueError for what these models cannot run, before anything is computed."""
-        if image_config is not None:
+        if image_config is not None and self.two_way:
             _check_image_model(config, image_config)
         if min(self.settings.size) < metrics.MIN_SIZE:
             height, width = self.settings.size
@@ -122,7 +136,9 @@ def run(
     """Makes and scores what `scores` lacks.
 
     Raises:
-      FloatingPointError: NaN or inf in some arm's latents. OSError: a full disk.
+      FloatingPointError: NaN or inf in some arm's latents.
+      ScoresError: a video made once more, for a file that is not there, is another one.
+      OSError: a full disk.
     """
     keys = [
         (key, number) for one in plan.sets for number, item in enumerate(one.items) for key in _keys(plan, one, item)
@@ -148,13 +164,13 @@ def _lacks(plan: Plan, scores: Scores, key: Key, number: int) -> bool:
 
 
 def _kept(plan: Plan, key: Key, number: int, scores: Scores) -> list[Path]:
-    """The files of a clip. Strips are of the lowest seed that the folder has, so that they are of one noise."""
-    strip = number < plan.strips and key.seed in (None, min(scores.config["seeds"]))
+    """The files of a clip."""
+    strip = number < plan.strips and key.seed in (None, min(plan.seeds))
     return [strip_file(scores.folder, key)] * strip + [video_file(scores.folder, key)] * plan.videos
 
 
 def strip_file(folder: Path, key: Key) -> Path:
-    return folder / "strips" / str(key.length) / key.clip / f"{key.arm}.png"
+    return folder / "strips" / str(key.length) / key.arm / f"{key.name}.png"
 
 
 def video_file(folder: Path, key: Key) -> Path:
@@ -180,7 +196,9 @@ def _run_batch(plan, one: DataSet, start: int, model, image_model, scores: Score
             made = generate.make(arm, batch, 0 if seed is None else seed)
             lines = []
             for n in wanted:
-                if found[n] not in scores.done:
+                if found[n] in scores.done:
+                    _same(found[n], scores.done[found[n]], made[n], clips.truth[n])
+                else:
                     lines.append(_line(found[n], items[n], made[n], clips.truth[n], scores.folder, neural))
                 _keep(_kept(plan, found[n], start + n, scores), made[n])
             scores.append(lines)
@@ -201,6 +219,17 @@ def _line(key: Key, item: Item, made: np.ndarray, truth: np.ndarray, folder: Pat
     figures = metrics.measure(made, truth)
     figures["metrics"] |= neural.measure(key, made, truth, folder)
     return {**dataclasses.asdict(key), "challenge": item.challenge, **figures}
+
+
+def _same(key: Key, line: Mapping[str, Any], made: np.ndarray, truth: np.ndarray) -> None:
+    """Raises ScoresError if a video that is made once more is not the one of its line."""
+    again, then = metrics.psnr(made, truth), np.asarray(line["psnr_frames"])
+    worst = int(np.argmax(np.abs(again - then)))
+    if abs(again[worst] - then[worst]) > REMADE_DECIBEL:
+        raise ScoresError(
+            f"{key.arm}, clip {key.name}, {key.length} frames: made once more, frame {worst} has {again[worst]:.2f} dB "
+            f"and not {then[worst]:.2f}, so this is another machine or version; make videos and strips in a new folder"
+        )
 
 
 def _keep(files: Sequence[Path], made: np.ndarray) -> None:

@@ -2,8 +2,8 @@
 
 Lines are appended and flushed to disk a batch at a time, so a killed run loses at most the batch that it was on; a
 torn last line is cut off and made again. `config.json` binds the folder to one model, data set, settings and metrics:
-going on with others is refused; new lengths, arms and seeds may join, and every machine, version and commit that
-worked on it is listed.
+going on with others is refused; new lengths, arms and seeds may join. What was asked for so far and every machine,
+version, commit and command that worked on it are listed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +24,9 @@ from wanjax import checkpoint, store
 LINES, CONFIG = "scores.jsonl", "config.json"
 # Entries of the config that may gain members in a later run; those of a table must stay what they were.
 GROWING_TABLES = MappingProxyType({"arms": "arm", "sets": "clips of length"})
-GROWING = (*GROWING_TABLES, "seeds", "environments")
-ALWAYS_NEW = ("date", "command")  # of an environment
+GROWING = (*GROWING_TABLES, "planned", "environments")
+ENTRIES = (*GROWING, "model", "settings", "batch", "metrics")
+OF_A_LINE = ("challenge", "metrics", "psnr_frames")  # beside the key's
 
 
 class ScoresError(ValueError):
@@ -52,7 +53,8 @@ class Scores:
 
     Args:
       folder: made if it is not there.
-      config: settings of this run as plain JSON; None only reads.
+      config: settings of this run as plain JSON, with all of ENTRIES; None only reads. "planned" is what the run is to
+        make, {length: {arm: seeds}}; "sets" has the "ids" of each length.
 
     Raises:
       ScoresError: another run's folder, naming what differs; damaged files.
@@ -66,7 +68,7 @@ class Scores:
             self._lock = _lock(folder)
         try:
             self._open(config)
-        except ScoresError:
+        except BaseException:
             self.close()
             raise
 
@@ -79,7 +81,7 @@ class Scores:
         else:
             raise ScoresError(f"{self.folder}: no {CONFIG} in it; give a folder that `run` wrote")
         self.lines = _read_lines(self._file, mend=config is not None)
-        self.done = {key_of(line) for line in self.lines}
+        self.done = {key_of(line): line for line in self.lines}
         if len(self.done) < len(self.lines):
             raise ScoresError(f"{self._file}: some (length, clip, arm, seed) stands there twice; remove the second")
         if config is not None:
@@ -104,7 +106,7 @@ class Scores:
             file.flush()
             os.fsync(file.fileno())
         self.lines += [dict(line) for line in lines]
-        self.done |= {key_of(line) for line in lines}
+        self.done |= {key_of(line): line for line in lines}
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -130,9 +132,11 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ScoresError(f"{file}: cannot be read ({error}); give another folder") from error
-    lacking = [name for name in GROWING if not (isinstance(config, dict) and name in config)]
+    lacking = [name for name in ENTRIES if not (isinstance(config, dict) and name in config)]
+    if not lacking and not all(isinstance(one, dict) and "ids" in one for one in config["sets"].values()):
+        lacking = ["ids"]
     if lacking:
         raise ScoresError(f"{file}: no {', '.join(lacking)} in it, so not of this version; give another folder")
     return config
@@ -152,13 +156,29 @@ def _join(old: dict[str, Any] | None, new: dict[str, Any], folder: Path) -> dict
         differing += [f"{what} {name}" for name, member in old[table].items() if member != tables[table][name]]
     if differing:
         raise ScoresError(f"{folder}: holds a run with other {', '.join(differing)}; give another folder")
-    known = [_lasting(one) for one in old["environments"]]
-    environments = old["environments"] + [one for one in new["environments"] if _lasting(one) not in known]
-    return new | tables | {"seeds": sorted({*old["seeds"], *new["seeds"]}), "environments": environments}
+    known = [_undated(one) for one in old["environments"]]
+    environments = old["environments"] + [one for one in new["environments"] if _undated(one) not in known]
+    return new | tables | {"planned": _both(old["planned"], new["planned"]), "environments": environments}
 
 
-def _lasting(environment: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in environment.items() if name not in ALWAYS_NEW}
+def _both(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What either run is to make."""
+    planned = {length: dict(arms) for length, arms in old.items()}
+    for length, arms in new.items():
+        mine = planned.setdefault(length, {})
+        for arm, seeds in arms.items():
+            mine[arm] = sorted({*mine.get(arm, ()), *seeds}, key=lambda seed: -1 if seed is None else seed)
+    return planned
+
+
+def seeds(config: Mapping[str, Any]) -> list[int]:
+    """Every noise seed that was asked for."""
+    lists = (seeds for arms in config["planned"].values() for seeds in arms.values())
+    return sorted({seed for some in lists for seed in some if seed is not None})
+
+
+def _undated(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in environment.items() if name != "date"}
 
 
 def _read_lines(file: Path, mend: bool) -> list[dict[str, Any]]:
@@ -174,7 +194,9 @@ def _read_lines(file: Path, mend: bool) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             key_of(line)
-        except (ValueError, KeyError, TypeError) as error:
+            if lacking := [name for name in OF_A_LINE if name not in line]:
+                raise KeyError(lacking[0])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ScoresError(f"{file}: line {number} is damaged ({error}); remove it to have it made again") from error
         lines.append(line)
     return lines
@@ -237,20 +259,14 @@ def pairs(
     return result
 
 
-def unfinished(config: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, int, int]]:
-    """(length, arm, clips done, clips of the set) of every arm that lacks some; a clip is done with all of its arm's
-    seeds. An arm without any clip of a length was not run at it, unless no arm has one."""
-    found: dict[tuple[int, str], dict[str, set[int | None]]] = {}
-    for line in lines:
-        clips = found.setdefault((line["length"], line["arm"]), {})
-        clips.setdefault(line["clip"], set()).add(line["seed"])
+def unfinished(config: Mapping[str, Any], done: Container[Key]) -> list[tuple[int, str, int, int]]:
+    """(length, arm, clips done, clips of the set) of every arm that lacks some of what was planned; a clip is done with
+    all its seeds."""
     lacking = []
-    for length, one in config["sets"].items():
-        begun = [arm for arm in config["arms"] if (int(length), arm) in found]
-        for arm in begun or config["arms"]:
-            clips = found.get((int(length), arm), {})
-            seeds = set().union(*clips.values())
-            done = sum(clips.get(name) == seeds for name in one["ids"] if clips)
-            if done < len(one["ids"]):
-                lacking.append((int(length), arm, done, len(one["ids"])))
+    for length, arms in config["planned"].items():
+        clips = config["sets"][length]["ids"]
+        for arm, planned in arms.items():
+            whole = sum(all(Key(int(length), clip, arm, seed) in done for seed in planned) for clip in clips)
+            if whole < len(clips):
+                lacking.append((int(length), arm, whole, len(clips)))
     return lacking

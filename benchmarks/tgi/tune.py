@@ -73,7 +73,9 @@ def refuse_test_clips(sets: Sequence[DataSet]) -> None:
             raise ValueError(f"--data {one.name}: settings are not chosen on test clips; take procedural-dev")
 
 
-def best(scores: Scores, arms: Sequence[Arm], lengths: Sequence[int]) -> dict[str, dict[str, Any]]:
+def best(
+    scores: Scores, arms: Sequence[Arm], lengths: Sequence[int], seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
     """The best arm of each group: tuned name -> {"arm", "gain" in dB, "settings"}.
 
     The gain is the mean over lengths of the mean over clips, so that every length counts alike.
@@ -82,14 +84,15 @@ def best(scores: Scores, arms: Sequence[Arm], lengths: Sequence[int]) -> dict[st
       scores: with every clip of every arm.
       arms: what was tried, `wan` among them.
       lengths: of the clips.
+      seeds: of the noise; lines of others do not count.
 
     Raises:
       ValueError: an arm that lacks clips, as a mean over easier ones would win.
     """
-    names = {arm.name for arm in arms}
-    for length, arm, done, clips in unfinished(scores.config, scores.lines):
-        if arm in names and length in lengths:
-            raise ValueError(f"{scores.folder}: {arm} has {done} of {clips} clips of {length} frames; run tune again")
+    planned = {str(length): {arm.name: list(seeds) for arm in arms} for length in lengths}
+    for length, arm, done, clips in unfinished(scores.config | {"planned": planned}, scores.done):
+        raise ValueError(f"{scores.folder}: {arm} has {done} of {clips} clips of {length} frames; run tune again")
+    lines = [line for line in scores.lines if line["seed"] in seeds]
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
         group = {"paper": "both", "release": "both"}.get(arm.name, arm.name.split("-")[0])
@@ -97,7 +100,7 @@ def best(scores: Scores, arms: Sequence[Arm], lengths: Sequence[int]) -> dict[st
             continue
         gains = []
         for length in lengths:
-            own, base = pairs(scores.lines, length, arm.name, BASELINE, PRIMARY)
+            own, base = pairs(lines, length, arm.name, BASELINE, PRIMARY)
             gains.append(np.mean([own[clip] - base[clip] for clip in own]))
         gain, name = float(np.mean(gains)), GROUPS[group]
         if name not in found or gain > found[name]["gain"]:

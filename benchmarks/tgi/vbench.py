@@ -131,7 +131,7 @@ def _one(file: Path) -> Results:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error}); it is cut short or no VBench result") from error
     if not isinstance(tree, dict) or not tree:
         raise ValueError(f"{file}: not VBench's results, which are dimension -> [mean, videos]")
