@@ -17,7 +17,6 @@ from benchmarks.tgi.scores import (
     key_of,
     model_identity,
     pairs,
-    seeds,
     unfinished,
 )
 from wanjax import checkpoint, store
@@ -61,8 +60,12 @@ def test_a_torn_last_line_is_cut_off(folder, cut):
 
 
 @pytest.mark.parametrize(
-    "damage", ["{broken\n", "[" * 100_000 + "\n", json.dumps(KEY_ALONE) + "\n", "[]\n", '{"clip": "a"}\n', "null\n"]
-)
+    "damage",
+    ["{broken\n", "[" * 100_000 + "\n", json.dumps(KEY_ALONE) + "\n", "[]\n", '{"clip": "a"}\n', "null\n"]
+    + [json.dumps({**line("b"), name: value}) + "\n" for name, value in (
+        ("clip", ["a"]), ("clip", "z"), ("arm", "kab"), ("length", 33), ("seed", "0"), ("metrics", None),
+        ("psnr_frames", None))],
+)  # fmt: skip
 def test_a_damaged_line_in_the_middle_is_named(folder, damage):
     lines = (folder / LINES).read_text().splitlines(keepends=True)
     (folder / LINES).write_text(lines[0] + damage + lines[1])
@@ -73,7 +76,7 @@ def test_a_damaged_line_in_the_middle_is_named(folder, damage):
 def test_a_line_that_stands_there_twice(folder):
     with open(folder / LINES, "a") as file:
         file.write(json.dumps(line("a")) + "\n")
-    with pytest.raises(ScoresError, match="twice"):
+    with pytest.raises(ScoresError, match="line 3 is damaged .one before is of the same clip"):
         Scores(folder, CONFIGURATION)
 
 
@@ -84,6 +87,7 @@ def test_a_line_that_stands_there_twice(folder):
         ({"model": {"name": "m", "sha256": "1"}}, "model"),
         ({"arms": {"wan": {"kind": "other"}}}, "arm wan"),
         ({"sets": {"25": {"ids": ["a"]}}}, "clips of length 25"),
+        ({"sets": {"33": {"ids": ["a"], "name": "y"}}, "planned": {"33": {"wan": [0]}}}, "data set"),
         ({"more": 1}, "more"),
     ],
 )
@@ -96,12 +100,26 @@ def test_another_run_is_refused_by_name(folder, change, named):
 
 def test_lengths_arms_and_seeds_may_join(folder):
     planned = {"25": {"wan": [1], "kab": [1]}, "33": {"vae": [None]}}
-    more = {"arms": {"kab": {"kind": "method"}}, "planned": planned, "sets": {"33": {"ids": ["a"]}}}
+    more = {"arms": {"kab": {}, "vae": {}}, "planned": planned, "sets": {"33": {"ids": ["a"]}}}
     with Scores(folder, CONFIGURATION | more):
         grown = Scores(folder, None)
-    assert list(grown.config["arms"]) == ["wan", "kab"] and seeds(grown.config) == [0, 1]
+    assert list(grown.config["arms"]) == ["wan", "kab", "vae"]
     assert grown.config["planned"] == {"25": {"wan": [0, 1], "kab": [1]}, "33": {"vae": [None]}}
     assert list(grown.config["sets"]) == ["25", "33"] and len(grown.lines) == 2
+
+
+def test_what_has_no_line_may_change(folder, tmp_path):
+    """A mistyped command that was stopped before its first line does not bind the folder to what it said."""
+    arms, sets = {"trf": {"image_model": "wrong"}}, {"33": {"ids": ["wrong"]}}
+    wrong = CONFIGURATION | {"arms": arms, "sets": sets, "planned": {"33": {"trf": [0]}}}
+    right = wrong | {"arms": {"trf": {"image_model": "right"}}, "sets": {"33": {"ids": ["right"]}}}
+    for one in (wrong, right):
+        Scores(folder, one).close()
+    assert Scores(folder, None).config["arms"] == CONFIGURATION["arms"] | right["arms"]
+    assert Scores(folder, None).config["sets"] == CONFIGURATION["sets"] | right["sets"]
+    for one in (wrong | {"model": {"name": "m", "sha256": "damaged"}}, right):
+        Scores(tmp_path / "new", one).close()
+    assert Scores(tmp_path / "new", None).config == right
 
 
 def test_every_environment_is_listed_once(folder):
@@ -129,11 +147,16 @@ def test_folders_that_are_no_results(folder, tmp_path):
     for text in ("[]", json.dumps({name: value for name, value in CONFIGURATION.items() if name != "environments"})):
         (folder / CONFIG).write_text(text)
         for config in (CONFIGURATION, None):
-            with pytest.raises(ScoresError, match="environments.* in it, so not of this version"):
+            with pytest.raises(ScoresError, match="environments.* in it, so damaged or not of this version"):
                 Scores(folder, config)
-    (folder / CONFIG).write_text(json.dumps(CONFIGURATION | {"sets": {"25": {}}}))
-    with pytest.raises(ScoresError, match="no ids in it"):
-        Scores(folder, None)
+    for change, words in (({"sets": {"25": {}}}, "no ids in its sets"), ({"sets": []}, "its sets cannot"),
+                          ({"planned": []}, "its planned cannot"), ({"arms": []}, "its arms cannot"),
+                          ({"model": None}, "its model cannot"), ({"environments": None}, "its environments cannot"),
+                          ({"planned": {"25": {"kab": [0]}}}, "planned names"),
+                          ({"planned": {"33": {}}}, "planned names")):  # fmt: skip
+        (folder / CONFIG).write_text(json.dumps(CONFIGURATION | change))
+        with pytest.raises(ScoresError, match=f"{words}.*give another folder"):
+            Scores(folder, None)
     (folder / CONFIG).write_text("{")
     with pytest.raises(ScoresError, match="cannot be read"):
         Scores(folder, None)

@@ -175,6 +175,64 @@ def test_a_length_that_not_all_runs_have_is_named(runs, tmp_path):
     assert "more has 33 frames too, which not all runs have" in report.markdown(made)
 
 
+def test_seeds_that_differ_between_arms_are_told(tmp_path):
+    run = write_run(tmp_path / "run", {"paper": (1.0, 1.0)}, clips=4)
+    text = report.markdown(report.collect([run], ["one"], [{}]))
+    assert "Noise seeds: one: 0." in text
+    run.config["planned"]["25"] = {"wan": [0, 1], "paper": [0], "vae": [None]}
+    text = report.markdown(report.collect([run], ["one"], [{}]))
+    assert "Noise seeds: one: 0, 1 of wan, and 0 of paper." in text
+
+
+def test_runs_with_an_image_model_each_share_a_report(runs, tmp_path):
+    """TRF needs one of its own for a model of two keyframes; its name stands with the arm."""
+    made = [write_run(tmp_path / str(n), {"trf": (-1.0, 1.0)}, clips=4, sha=str(n)) for n in range(2)]
+    for n, one in enumerate(made):
+        one.config["arms"]["trf"] = {"kind": "two-way", "image_model": {"name": "i2v", "sha256": f"abc{n}"}}
+    compare.compatible(made, ["one", "two"])
+    text = report.markdown(report.collect(made, ["one", "two"], [{}, {}]))
+    assert "; by i2v (abc0)" in text and "; by i2v (abc1)" in text
+
+
+def test_claims_that_not_all_runs_can_tell_are_named(runs, tmp_path):
+    other = write_run(tmp_path / "x", {"paper": (0.3, 1.0)}, sha="x")
+    made = report.collect([runs[0], other], ["one", "x"], [{}, {}])
+    assert {"arm": "kab", "against": "wan"} in made["lengths"]["25"]["unjudged"]
+    text = report.markdown(made)
+    assert "Not judged, as not all runs have the arms: " in text and "`kab` and `wan`" in text
+    assert "Not judged" not in report.markdown(report.collect(runs, ["one", "two"], [{}, {}]))
+
+
+@pytest.mark.parametrize("kept, shown", [
+    ({("wan", 1): "red", ("paper", 1): "red"}, "red"),  # a length of another seed than the folder's first
+    ({("wan", 0): "blue", ("wan", 1): "red", ("paper", 1): "red"}, "red"),  # a seed that was hardly begun
+    ({("wan", 0): "red", ("wan", 1): "blue", ("paper", 0): "red", ("paper", 1): "blue"}, "red"),
+])  # fmt: skip
+def test_the_wall_is_of_one_noise(tmp_path, kept, shown):
+    run = write_run(tmp_path / "run", {"paper": (1.0, 1.0)}, clips=4)
+    run.config["planned"]["25"] = {"wan": [0, 1], "paper": [0, 1]}
+    for (arm, seed), colour in kept.items():
+        file = strip_file(run.folder, Key(25, "c001", arm, seed))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 16), colour).save(file)
+    strips = report._strips(run, 25, "c001", ["truth", "wan", "paper"])
+    red = Image.new("RGB", (1, 1), shown).getpixel((0, 0))
+    assert {arm: strip.getpixel((0, 0)) for arm, strip in strips.items()} == {"wan": red, "paper": red}
+
+
+def test_results_of_vbench_for_an_arm_that_was_not_run(tmp_path, capsys):
+    run = write_run(tmp_path / "run", {"paper": (1.0, 1.0)}, clips=4)
+    results = tmp_path / "x_eval_results.json"
+    results.write_text(json.dumps({"subject_consistency": [0.9, [{"video_path": "a.mp4", "video_results": 0.9}]]}))
+    line = ["report", str(run.folder), "--out", str(tmp_path / "report"), "--vbench"]
+    assert cli.main([*line, f"papre={results}"]) == 2
+    assert "--vbench papre=...: no run has this arm" in capsys.readouterr().err
+    assert cli.main([*line, f"paper={results}", f"paper={results}"]) == 2
+    assert "paper is named twice" in capsys.readouterr().err and not (tmp_path / "report").exists()
+    assert cli.main([*line, f"paper={results}"]) == 0
+    assert "0.9000 (1)" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_an_unfinished_run_is_refused_or_named(tmp_path, capsys):
     run = write_run(tmp_path / "run", {"paper": (1.0, 1.0)}, clips=8)
     file = run.folder / LINES

@@ -265,8 +265,8 @@ def test_a_plan_is_kept_so_that_what_was_not_begun_is_missed(tmp_path, model, mo
 
 
 def test_another_image_model_concerns_the_two_way_arms_alone():
-    arms = plan(["wan", "trf"]).describe({}, Neural(None), "abc")["arms"]
-    assert arms["trf"]["image_model"] == "abc" and "image_model" not in arms["wan"]
+    arms = plan(["wan", "trf"]).describe({}, Neural(None), {"name": "i2v", "sha256": "abc"})["arms"]
+    assert arms["trf"]["image_model"] == {"name": "i2v", "sha256": "abc"} and "image_model" not in arms["wan"]
     assert "image_model" not in plan(["trf"]).describe({}, Neural(None))["arms"]["trf"]
 
 
@@ -279,7 +279,7 @@ def test_two_way_arms_with_an_image_to_video_model(tmp_path, folder):
     line += ["--image-model", str(image_model), "--out"]
     assert cli.main([*line, str(tmp_path / "out")]) == 0
     scores = Scores(tmp_path / "out", None)
-    assert len(scores.lines) == 1 and len(scores.config["arms"]["trf"]["image_model"]) == 16
+    assert len(scores.lines) == 1 and scores.config["arms"]["trf"]["image_model"]["name"] == "nano-i2v"
     assert cli.main([*line, str(tmp_path / "wan"), "--arms", "wan"]) == 0
     assert "image_model" not in Scores(tmp_path / "wan", None).config["arms"]["wan"]
     other = dataclasses.replace(one, dit=dataclasses.replace(one.dit, patch_size=(1, 1, 1)))
@@ -455,8 +455,14 @@ def test_videos_are_laid_out_for_vbench(tmp_path, model, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and all(f"--videos_path {tmp_path / 'vb' / 'videos'}" in one for one in printed)
     assert {file.name for file in (tmp_path / "vb" / "videos").iterdir()} == {"dev-00000-0.mp4", "dev-00001-0.mp4"}
+    assert cli.main([*line[:-1], str(tmp_path / "a b")]) == 2
+    assert "through a shell" in capsys.readouterr().err and not (tmp_path / "a b").exists()
     assert cli.main([*line[:3], "paper", *line[4:]]) == 2
     assert "no scores for arm paper" in capsys.readouterr().err
     (tmp_path / "out" / "videos" / "wan" / str(FRAMES) / "dev-00001-0.mp4").unlink()
     assert cli.main([*line[:-1], str(tmp_path / "other")]) == 2
     assert "1 of 2 videos missing, dev-00001-0 first" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    lines = tmp_path / "out" / LINES
+    lines.write_bytes(lines.read_bytes().splitlines(keepends=True)[0])
+    assert cli.main([*line[:-1], str(tmp_path / "other")]) == 2
+    assert "wan has 1 of 2 clips of 9 frames" in capsys.readouterr().err and not (tmp_path / "other").exists()

@@ -71,8 +71,9 @@ def test_an_arm_that_lacks_clips_does_not_win(tmp_path):
     left = [arm for arm in arms if arm.name != "kab-000"]
     found = tune.best(scores, left, [25], [0])
     assert found["kab-tuned"]["arm"] == "kab"
-    other = dict(scores.lines[0], seed=1, arm="retro", metrics={"psnr_interior": 90.0})
-    scores.append([other])  # of a run with more seeds that was stopped
+    more = [dict(scores.lines[0], seed=1, arm=arm, metrics={"psnr_interior": value})
+            for arm, value in (("wan", 30.0), ("retro", 90.0))]  # fmt: skip
+    scores.append(more)  # of a run with more seeds that was stopped
     assert tune.best(scores, left, [25], [0]) == found
 
 

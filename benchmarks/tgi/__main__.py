@@ -129,7 +129,9 @@ def _score(options: argparse.Namespace, plan: Plan, networks: Neural, config: An
     plan.check(config, image_config)
     networks.check(plan.settings.size)
     identity = {"name": config.name, "sha256": model_identity(folder)}
-    other = model_identity(image_folder) if image_folder is not None and plan.two_way else None
+    other = None
+    if image_folder is not None and plan.two_way and (digest := model_identity(image_folder)) != identity["sha256"]:
+        other = {"name": image_config.name, "sha256": digest}
     described = plan.describe(identity, networks, other) | {"environments": [measure.environment()]}
     with Scores(options.out, described) as scores:
         model = checkpoint.load(options.model)
@@ -158,14 +160,17 @@ def _report(options: argparse.Namespace) -> None:
     for one in runs:
         if not one.lines:
             raise ScoresError(f"{one.folder}: no scores yet; `run` goes on with it")
-        lacking = unfinished(one.config, one.done)
-        if lacking and not options.partial:
+        if lacking := [] if options.partial else unfinished(one.config, one.done):
             length, arm, done, clips = lacking[0]
             more = f", and {len(lacking) - 1} more arms" if len(lacking) > 1 else ""
             raise ScoresError(f"{one.folder}: {arm} has {done} of {clips} clips of {length} frames{more}; `run` goes "
                               "on with it, or take --partial")  # fmt: skip
     compare.compatible(runs, names)
-    sets = [{str(n): neural.distances(one, n, compare.arms(one, n)) for n in compare.lengths(one)} for one in runs]
+    unknown = upstream.keys() - {arm for one in runs for arm in one.config["arms"]}
+    if unknown:
+        raise ValueError(f"--vbench {min(unknown)}=...: no run has this arm; give one of theirs")
+    lengths = compare.shared_lengths(runs)
+    sets = [{str(n): neural.distances(one, n, compare.arms(one, n)) for n in lengths} for one in runs]
     made = report.write(report.collect(runs, names, sets, upstream), runs, options.out)
     print(f"{made[0]} and {len(made) - 1} more files")
 
@@ -186,6 +191,10 @@ def vbench_results(pairs: Sequence[str]) -> dict[str, Any]:
 def _vbench(options: argparse.Namespace) -> None:
     scores = Scores(options.folder, None)
     keys = [key for key in scores.done if (key.arm, key.length) == (options.arm, options.length)]
+    for length, arm, done, clips in unfinished(scores.config, scores.done):
+        if (arm, length) == (options.arm, options.length):
+            raise ScoresError(f"{options.folder}: {arm} has {done} of {clips} clips of {length} frames; `run` goes on "
+                              "with it")  # fmt: skip
     files = {key.name: run.video_file(options.folder, key) for key in sorted(keys, key=lambda key: key.name)}
     absent = [name for name, file in files.items() if not file.exists()]
     if not files or absent:

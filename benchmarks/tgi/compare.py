@@ -95,6 +95,16 @@ def judge(runs: Sequence[Scores], length: int) -> list[dict[str, Any]]:
     return [_judged(row) for row in rows]
 
 
+def unjudged(runs: Sequence[Scores], length: int) -> list[dict[str, str]]:
+    """{"arm", "against"} of the claims that some runs could tell and others could not, for want of an arm."""
+    found = []
+    for claim in CLAIMS:
+        have = [{claim.arm, claim.against} <= set(arms(run, length)) for run in runs]
+        if any(have) and not all(have):
+            found.append({"arm": claim.arm, "against": claim.against})
+    return found
+
+
 def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
     claim, found = row["claim"], row["runs"]
     sign = 1 if claim.expected == "better" else -1
@@ -132,6 +142,11 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one(value) for name, value in values.items()}
 
 
+def _common(member: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm without the image-to-video model that it may have: runs are of different models."""
+    return {name: value for name, value in member.items() if name != "image_model"}
+
+
 def compatible(runs: Sequence[Scores], names: Sequence[str]) -> None:
     """Raises ValueError unless runs are of different models, and alike in what both have of lengths and arms."""
     for (one, first), (other, second) in combinations(zip(runs, names, strict=True), 2):
@@ -139,7 +154,7 @@ def compatible(runs: Sequence[Scores], names: Sequence[str]) -> None:
         wrong = [entry for entry in ("settings", "metrics") if a[entry] != b[entry]]
         for table, what in GROWING_TABLES.items():
             shared = [member for member in a[table] if member in b[table]]
-            wrong += [f"{what} {member}" for member in shared if a[table][member] != b[table][member]]
+            wrong += [f"{what} {member}" for member in shared if _common(a[table][member]) != _common(b[table][member])]
         if wrong:
             raise ValueError(f"{second}: its {', '.join(wrong)} are not those of {first}; report it by itself")
         if a["model"]["sha256"] == b["model"]["sha256"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.tgi import compare, plots
 from benchmarks.tgi.arms import ARMS, BASELINE
 from benchmarks.tgi.compare import COMPARED, PRIMARY
 from benchmarks.tgi.run import strip_file
-from benchmarks.tgi.scores import Key, Scores, seeds, unfinished
+from benchmarks.tgi.scores import Key, Scores, unfinished
 from samplers import video
 
 SHOWN = {
@@ -49,7 +50,8 @@ def collect(
     """
     lengths = compare.shared_lengths(runs)
     report: dict[str, Any] = {
-        "config": {entry: runs[0].config[entry] for entry in ("sets", "settings", "metrics")},
+        "config": {entry: runs[0].config[entry] for entry in ("settings", "metrics")}
+                  | {"sets": {str(length): runs[0].config["sets"][str(length)] for length in lengths}},
         "runs": [{"name": name, "model": run.config["model"], "lines": len(run.lines), "arms": run.config["arms"],
                   "batch": run.config["batch"], "planned": run.config["planned"],
                   "environments": run.config["environments"],
@@ -63,6 +65,7 @@ def collect(
         report["lengths"][str(length)] = {
             "runs": [_one(run, length, sets.get(str(length), {})) for run, sets in zip(runs, frechet, strict=True)],
             "claims": compare.judge(runs, length),
+            "unjudged": compare.unjudged(runs, length),
         }
     return report
 
@@ -100,7 +103,7 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         parts.append(f"## {length} frames\n")
         for run, name in zip(found["runs"], report["runs"], strict=True):
             parts += [f"### {name['name']}\n", _table(run, name["arms"]), _challenge_table(run)]
-        parts += ["### Claims\n", _claims(found["claims"], report["runs"])]
+        parts += ["### Claims\n", _claims(found["claims"], report["runs"]), _unjudged(found["unjudged"])]
         parts += [f"![{name}]({name})\n" for name in pictures if name.split("-")[0] == length]
     parts += ["## VBench\n", _vbench(report["vbench"])]
     return "\n".join(parts)
@@ -111,10 +114,11 @@ def _vbench(found: Mapping[str, Any]) -> str:
         return "Unavailable: upstream's results were not given (benchmarks/tgi/README.md says how to make them).\n"
     dimensions = sorted({dimension for results in found.values() for dimension in results})
     rows = [
-        [f"`{arm}`", *(f"{results[d]['mean']:.4f}" if d in results else "unavailable" for d in dimensions)]
+        [f"`{arm}`", *(f"{results[d]['mean']:.4f} ({len(results[d]['videos'])})" if d in results else "unavailable"
+                       for d in dimensions)]
         for arm, results in found.items()
-    ]
-    return f"By the upstream package, each dimension by itself.\n\n{_grid(['arm', *dimensions], rows)}"
+    ]  # fmt: skip
+    return f"By the upstream package, each dimension by itself (videos).\n\n{_grid(['arm', *dimensions], rows)}"
 
 
 def _preamble(report: Mapping[str, Any]) -> str:
@@ -131,8 +135,8 @@ def _preamble(report: Mapping[str, Any]) -> str:
         f"{run['name']} has {', '.join(map(str, run['left_out']))} frames too, which not all runs have.\n\n"
         for run in report["runs"] if run["left_out"]
     )  # fmt: skip
-    noise = "; ".join(f"{run['name']}: {', '.join(map(str, seeds(run)))}" for run in report["runs"])
-    partial = f"UNFINISHED, so means of different arms are of different clips: {'; '.join(lacking)}.\n\n"
+    noise = "; ".join(f"{run['name']}: {_seeds(run['planned'])}" for run in report["runs"])
+    partial = f"UNFINISHED (means of different arms may be of different clips): {'; '.join(lacking)}.\n\n"
     places = {}
     for run in report["runs"]:
         for one in run["environments"]:
@@ -148,6 +152,18 @@ def _preamble(report: Mapping[str, Any]) -> str:
     )
 
 
+def _seeds(planned: Mapping[str, Mapping[str, Sequence[int | None]]]) -> str:
+    """The seeds of the arms that noise enters; where they differ, of which arms they are."""
+    found: dict[str, dict[str, None]] = {}
+    for arms in planned.values():
+        for arm, seeds in arms.items():
+            if None not in seeds:
+                found.setdefault(", ".join(map(str, seeds)), {})[arm] = None
+    if len(found) < 2:
+        return "".join(found) or "none"
+    return ", and ".join(f"{seeds} of {', '.join(arms)}" for seeds, arms in found.items())
+
+
 def _table(run: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     columns = [
         m for m in SHOWN if m in ("fid", "fvd", "lpips_interior") or any(m in row for row in run["means"].values())
@@ -160,14 +176,19 @@ def _table(run: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         cells += ["", "", ""] if change is None else [_change(change), _p(change["p_holm"]), f"{change['wins']:.0%}"]
         rows.append(cells)
     about = {arm.name: arm.about for arm in ARMS}
-    legend = "\n".join(f"- `{arm}`: {about.get(arm) or _own(settings[arm])}" for arm in run["means"])
-    return f"{_grid(head, rows)}\n{legend}\n"
+    legend = (f"- `{arm}`: {about.get(arm) or _own(settings[arm])}{_by(settings[arm])}\n" for arm in run["means"])
+    return f"{_grid(head, rows)}\n{''.join(legend)}"
 
 
 def _own(arm: Mapping[str, Any]) -> str:
     """Settings of an arm that is not one of ARMS, in a line."""
     parts = [f"{part} {json.dumps(settings)}" for part, settings in arm["method"].items() if settings is not None]
     return "; ".join([arm["kind"], *parts]).replace('"', "")
+
+
+def _by(arm: Mapping[str, Any]) -> str:
+    """The model of an arm that another one makes."""
+    return "; by {name} ({sha256})".format(**arm["image_model"]) if "image_model" in arm else ""
 
 
 def _cell(metric: str, figures: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
@@ -217,16 +238,23 @@ def _claims(claims: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any
     return f"{_grid(head, rows)}\n{few}"
 
 
+def _unjudged(claims: Sequence[Mapping[str, Any]]) -> str:
+    if not claims:
+        return ""
+    pairs = ", ".join(f"`{one['arm']}` and `{one['against']}`" for one in claims)
+    return f"Not judged, as not all runs have the arms: {pairs}.\n"
+
+
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _walls(run: Scores, length: int, folder: Path) -> list[Path]:
-    """A picture of all arms under each other for the first clips that the run kept strips of, by its lowest seed."""
+    """A picture of all arms under each other for the first clips that the run kept strips of."""
     order = list(dict.fromkeys(("truth", *compare.arms(run, length))))
-    columns = [column for clip in run.config["sets"][str(length)]["ids"]
-               if (column := _strips(run, length, clip, order))][:WALL_CLIPS]  # fmt: skip
+    found = (_strips(run, length, clip, order) for clip in run.config["sets"][str(length)]["ids"])
+    columns = list(islice(filter(None, found), WALL_CLIPS))
     order = [arm for arm in order if any(arm in column for column in columns)]
     if not order:
         return []
@@ -244,15 +272,21 @@ def _walls(run: Scores, length: int, folder: Path) -> list[Path]:
 
 
 def _strips(run: Scores, length: int, clip: str, arms: Sequence[str]) -> dict[str, Image.Image]:
-    """Arm -> strip of a clip, of those that have one."""
-    found = {}
+    """Arm -> strip of a clip, of those that have one; of the one noise seed that most of them have."""
+    planned = run.config["planned"].get(str(length), {})
+    kept: dict[int | None, dict[str, Path]] = {}
     for arm in arms:
-        for seed in (None, *seeds(run.config)[:1]):
-            file = strip_file(run.folder, Key(length, clip, arm, seed))
-            if file.exists():
-                with Image.open(file) as strip:
-                    found[arm] = strip.convert("RGB").copy()
-    return found
+        for seed in planned.get(arm, ()):
+            if (file := strip_file(run.folder, Key(length, clip, arm, seed))).exists():
+                kept.setdefault(seed, {})[arm] = file
+    seedless = kept.pop(None, {})
+    files = seedless | max((kept[seed] for seed in sorted(kept)), key=len, default={})
+    return {arm: _picture(file) for arm, file in files.items()}
+
+
+def _picture(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
 
 
 def _column(strips: Mapping[str, Image.Image], order: Sequence[str]) -> Image.Image:

@@ -59,12 +59,14 @@ class Plan:
 
     def planned(self) -> dict[str, dict[str, list[int | None]]]:
         """Length -> arm -> seeds."""
-        return {str(one.length): {arm.name: list(_seeds(self, arm)) for arm in self.arms} for one in self.sets}
+        return {str(one.length): {arm.name: sorted(_seeds(self, arm)) for arm in self.arms} for one in self.sets}
 
-    def describe(self, model: Mapping[str, str], neural: Neural, image_model: str | None = None) -> dict[str, Any]:
-        """Everything that decides the scores, as JSON; `image_model`, the digest of one that is not `model`, decides
-        those of the two-way arms alone."""
-        settings = dataclasses.asdict(dataclasses.replace(self.settings, prompt="", seed=0))
+    def describe(
+        self, model: Mapping[str, str], neural: Neural, image_model: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Everything that decides the scores, as JSON. Models are their name and digest; `image_model`, if it is not
+        `model`, decides the scores of the two-way arms alone."""
+        settings = dataclasses.asdict(self.settings)
         for name in ("prompt", "seed", "frames", "method"):  # the clip's, the noise's, the set's, the arm's
             settings.pop(name)
         return {
@@ -194,14 +196,13 @@ def _run_batch(plan, one: DataSet, start: int, model, image_model, scores: Score
                 continue
             bar.set_postfix_str(f"{one.length} frames, {arm.name}", refresh=False)
             made = generate.make(arm, batch, 0 if seed is None else seed)
-            lines = []
+            for key, *videos in zip(found, made, clips.truth, strict=False):  # the batch may be filled up
+                if key in scores.done:
+                    _same(key, scores.done[key], *videos)
+            new = [n for n in wanted if found[n] not in scores.done]
             for n in wanted:
-                if found[n] in scores.done:
-                    _same(found[n], scores.done[found[n]], made[n], clips.truth[n])
-                else:
-                    lines.append(_line(found[n], items[n], made[n], clips.truth[n], scores.folder, neural))
                 _keep(_kept(plan, found[n], start + n, scores), made[n])
-            scores.append(lines)
+            scores.append([_line(found[n], items[n], made[n], clips.truth[n], scores.folder, neural) for n in new])
             bar.update(len(wanted))
 
 

@@ -1,13 +1,14 @@
 """The results file of a run: JSON lines, one for each (length, clip, arm, seed), and the settings they belong to.
 
 Lines are appended and flushed to disk a batch at a time, so a killed run loses at most the batch that it was on; a
-torn last line is cut off and made again. `config.json` binds the folder to one model, data set, settings and metrics:
-going on with others is refused; new lengths, arms and seeds may join. What was asked for so far and every machine,
-version, commit and command that worked on it are listed.
+torn last line is cut off and made again. `config.json` binds the folder to the model, data set, settings and metrics of
+its lines: going on with others is refused; new lengths, arms and seeds may join, and what has no line yet may change.
+What was asked for so far and every machine, version, commit and command that worked on it are listed.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,7 +27,9 @@ LINES, CONFIG = "scores.jsonl", "config.json"
 GROWING_TABLES = MappingProxyType({"arms": "arm", "sets": "clips of length"})
 GROWING = (*GROWING_TABLES, "planned", "environments")
 ENTRIES = (*GROWING, "model", "settings", "batch", "metrics")
-OF_A_LINE = ("challenge", "metrics", "psnr_frames")  # beside the key's
+OF_A_LINE = MappingProxyType(
+    {"length": int, "clip": str, "arm": str, "seed": int | None, "challenge": str, "metrics": dict, "psnr_frames": list}
+)
 
 
 class ScoresError(ValueError):
@@ -74,17 +77,14 @@ class Scores:
 
     def _open(self, config: Mapping[str, Any] | None) -> None:
         found = _read_config(self.folder)
-        if config is not None:
-            self.config = _join(found, json.loads(json.dumps(config)), self.folder)
-        elif found is not None:
+        if found is None and config is None:
+            raise ScoresError(f"{self.folder}: no {CONFIG} in it; give a folder that `run` wrote")
+        self.lines = [] if found is None else _read_lines(self._file, found, mend=config is not None)
+        self.done = {key_of(line): line for line in self.lines}
+        if config is None:
             self.config = found
         else:
-            raise ScoresError(f"{self.folder}: no {CONFIG} in it; give a folder that `run` wrote")
-        self.lines = _read_lines(self._file, mend=config is not None)
-        self.done = {key_of(line): line for line in self.lines}
-        if len(self.done) < len(self.lines):
-            raise ScoresError(f"{self._file}: some (length, clip, arm, seed) stands there twice; remove the second")
-        if config is not None:
+            self.config = _join(found, json.loads(json.dumps(config)), self.lines, self.folder)
             write_json(self.folder / CONFIG, self.config)
 
     def close(self) -> None:
@@ -116,6 +116,8 @@ def _lock(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
         raise ScoresError(f"{folder}: another run is writing there; wait for it, or give another folder") from error
     return file
 
@@ -134,31 +136,56 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ScoresError(f"{file}: cannot be read ({error}); give another folder") from error
-    lacking = [name for name in ENTRIES if not (isinstance(config, dict) and name in config)]
-    if not lacking and not all(isinstance(one, dict) and "ids" in one for one in config["sets"].values()):
-        lacking = ["ids"]
-    if lacking:
-        raise ScoresError(f"{file}: no {', '.join(lacking)} in it, so not of this version; give another folder")
+    if wrong := _damage(config):
+        raise ScoresError(f"{file}: {wrong}, so damaged or not of this version; give another folder")
     return config
 
 
-def _join(old: dict[str, Any] | None, new: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _damage(config: Any) -> str | None:
+    """What makes a config unusable, if anything."""
+    lacking = [name for name in ENTRIES if not (isinstance(config, dict) and name in config)]
+    if lacking:
+        return f"no {', '.join(lacking)} in it"
+    tables = ("arms", "sets", "planned", "model")
+    bad = [name for name in tables if not isinstance(config[name], dict)]
+    bad += ["environments"] * (not isinstance(config["environments"], list))
+    if bad:
+        return f"its {bad[0]} cannot be read"
+    if not all(isinstance(one, dict) and isinstance(one.get("ids"), list) for one in config["sets"].values()):
+        return "no ids in its sets"
+    for length, arms in config["planned"].items():
+        if length not in config["sets"] or not isinstance(arms, dict) or arms.keys() - config["arms"].keys():
+            return f"planned names a length or an arm at {length} that it does not have"
+    return None
+
+
+def _join(
+    old: dict[str, Any] | None, new: dict[str, Any], lines: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, Any]:
     """The config of both runs.
 
     Raises:
-      ScoresError: they differ in more than new lengths, arms and seeds.
+      ScoresError: lines of the old one belong to something that is other in the new one.
     """
-    if old is None:
+    if old is None or not lines:
         return new
     differing = [name for name in sorted({*old, *new} - set(GROWING)) if old.get(name) != new.get(name)]
+    used = {"arms": {line["arm"] for line in lines}, "sets": {str(line["length"]) for line in lines}}
+    if {_source(old["sets"][length]) for length in used["sets"]} != set(map(_source, new["sets"].values())):
+        differing.append("data set")
     tables = {table: old[table] | new[table] for table in GROWING_TABLES}
     for table, what in GROWING_TABLES.items():
-        differing += [f"{what} {name}" for name, member in old[table].items() if member != tables[table][name]]
+        differing += [f"{what} {name}" for name in old[table]
+                      if name in used[table] and old[table][name] != tables[table][name]]  # fmt: skip
     if differing:
         raise ScoresError(f"{folder}: holds a run with other {', '.join(differing)}; give another folder")
     known = [_undated(one) for one in old["environments"]]
     environments = old["environments"] + [one for one in new["environments"] if _undated(one) not in known]
     return new | tables | {"planned": _both(old["planned"], new["planned"]), "environments": environments}
+
+
+def _source(one: Mapping[str, Any]) -> tuple[Any, Any]:
+    return one.get("name"), one.get("source")
 
 
 def _both(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,17 +198,11 @@ def _both(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return planned
 
 
-def seeds(config: Mapping[str, Any]) -> list[int]:
-    """Every noise seed that was asked for."""
-    lists = (seeds for arms in config["planned"].values() for seeds in arms.values())
-    return sorted({seed for some in lists for seed in some if seed is not None})
-
-
 def _undated(environment: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in environment.items() if name != "date"}
 
 
-def _read_lines(file: Path, mend: bool) -> list[dict[str, Any]]:
+def _read_lines(file: Path, config: Mapping[str, Any], mend: bool) -> list[dict[str, Any]]:
     """All whole lines; with `mend` a torn last one is cut off the file."""
     if not file.exists():
         return []
@@ -189,21 +210,26 @@ def _read_lines(file: Path, mend: bool) -> list[dict[str, Any]]:
     whole = data[: data.rfind(b"\n") + 1]
     if mend and len(whole) < len(data):
         os.truncate(file, len(whole))
-    lines = []
+    lines: dict[Key, dict[str, Any]] = {}
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-            key_of(line)
-            if lacking := [name for name in OF_A_LINE if name not in line]:
-                raise KeyError(lacking[0])
+            wrong = [name for name, kind in OF_A_LINE.items() if not isinstance(line[name], kind)]
+            if wrong:
+                raise TypeError(f"its {wrong[0]} is {line[wrong[0]]!r}")
+            key = key_of(line)
+            if key.arm not in config["arms"] or key.clip not in config["sets"][str(key.length)]["ids"]:
+                raise ValueError(f"{CONFIG} has no such arm or clip")
+            if key in lines:
+                raise ValueError("one before is of the same clip, arm and seed")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ScoresError(f"{file}: line {number} is damaged ({error}); remove it to have it made again") from error
-        lines.append(line)
-    return lines
+        lines[key] = line
+    return list(lines.values())
 
 
 def model_identity(folder: Path) -> str:
-    """sha256, shortened, of what `checkpoint.load` reads of a model folder, and of nothing else that lies there.
+    """sha256, shortened, of the config, tokenizer and arrays in a model folder, and of no other files there.
 
     Of a converted model the manifest's digests of the arrays stand for their contents, as reading them all again would
     take minutes.
