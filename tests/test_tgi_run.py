@@ -280,8 +280,8 @@ def test_two_way_arms_with_an_image_to_video_model(tmp_path, folder):
     assert cli.main([*line, str(tmp_path / "out")]) == 0
     scores = Scores(tmp_path / "out", None)
     assert len(scores.lines) == 1 and scores.config["arms"]["trf"]["image_model"]["name"] == "nano-i2v"
-    assert cli.main([*line, str(tmp_path / "wan"), "--arms", "wan"]) == 0
-    assert "image_model" not in Scores(tmp_path / "wan", None).config["arms"]["wan"]
+    assert cli.main([*line, str(tmp_path / "fade"), "--arms", "cross-fade"]) == 0
+    assert "image_model" not in Scores(tmp_path / "fade", None).config["arms"]["cross-fade"]
     other = dataclasses.replace(one, dit=dataclasses.replace(one.dit, patch_size=(1, 1, 1)))
     with pytest.raises(ValueError, match="of other sizes than nano"):
         run._check_image_model(CONFIG, other)
