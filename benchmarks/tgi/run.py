@@ -196,10 +196,9 @@ def _run_batch(plan, one: DataSet, start: int, model, image_model, scores: Score
                 continue
             bar.set_postfix_str(f"{one.length} frames, {arm.name}", refresh=False)
             made = generate.make(arm, batch, 0 if seed is None else seed)
-            for key, *videos in zip(found, made, clips.truth, strict=False):  # the batch may be filled up
-                if key in scores.done:
-                    _same(key, scores.done[key], *videos)
             new = [n for n in wanted if found[n] not in scores.done]
+            for n in set(wanted) - set(new):
+                _same(found[n], scores.done[found[n]], made[n], clips.truth[n])
             for n in wanted:
                 _keep(_kept(plan, found[n], start + n, scores), made[n])
             scores.append([_line(found[n], items[n], made[n], clips.truth[n], scores.folder, neural) for n in new])
