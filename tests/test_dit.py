@@ -186,7 +186,7 @@ def test_sinusoid_is_float64_exact(t):
 
 
 def test_cross_bias_reaches_every_layer_and_frame():
-    """A zero bias is bit-identical to none; a random one of any branch changes the velocity."""
+    """A zero bias is none but for rounding (it is another program); a random one of any branch changes the velocity."""
     params = converted(reference_model(FLF2V), FLF2V)
     inputs = make_inputs(FLF2V, (3, 1, 4, 4))
     plain = WanDiT(FLF2V).apply({"params": params}, *inputs)
@@ -194,7 +194,7 @@ def test_cross_bias_reaches_every_layer_and_frame():
     rng = np.random.default_rng(0)
     for branch, keys in (("text", 512), ("first", 257), ("last", 257)):
         zero = CrossBias(**{branch: jnp.zeros((*shape, keys))})
-        assert np.array_equal(WanDiT(FLF2V).apply({"params": params}, *inputs, zero), plain)
+        assert relative_error(WanDiT(FLF2V).apply({"params": params}, *inputs, zero), plain) < 2e-6
         random = CrossBias(**{branch: jnp.asarray(rng.normal(size=(*shape, keys)), jnp.float32)})
         assert relative_error(WanDiT(FLF2V).apply({"params": params}, *inputs, random), plain) > 1e-4
 
