@@ -14,6 +14,6 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The fused kernel of the torch VAE is the same function; compiling it would only cost time."""
-    from wanjax.tiny import torch_vae
+    from benchmarks.tiny import torch_vae
 
     monkeypatch.setattr(torch_vae, "_fused_norm_silu", lambda: torch_vae.norm_silu)

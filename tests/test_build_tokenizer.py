@@ -2,8 +2,8 @@
 
 import pytest
 
-from wanjax.tiny.build_tokenizer import MAX_VOCABULARY, build, main, vocabulary
-from wanjax.tiny.clips import caption, scene
+from benchmarks.tiny.build_tokenizer import MAX_VOCABULARY, build, main, vocabulary
+from benchmarks.tiny.clips import caption, scene
 from wanjax.tokenizer import Tokenizer
 
 

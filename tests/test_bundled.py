@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 import wanjax
+from benchmarks.tiny.clips import clip
+from benchmarks.tiny.evaluate import baselines, psnr
 from samplers import files
 from samplers.pipeline import Keyframes, Settings, run
 from wanjax import checkpoint
-from wanjax.tiny.clips import clip
-from wanjax.tiny.evaluate import baselines, psnr
 
 SEEDS = range(1000, 1008)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import wanjax
-from wanjax.tiny import latents
-from wanjax.tiny.challenges import CATEGORIES, WIPES, ChallengeClip, backwards, challenge, draw, takeover
-from wanjax.tiny.clips import SPLITS, background_words, clip, noun
+from benchmarks.tiny import latents
+from benchmarks.tiny.challenges import CATEGORIES, WIPES, ChallengeClip, backwards, challenge, draw, takeover
+from benchmarks.tiny.clips import SPLITS, background_words, clip, noun
 from wanjax.tokenizer import Tokenizer
 
 SEEDS = range(240)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from wanjax.tiny.clips import COLOURS, SHAPES, Background, Scene, Sprite, caption, clip, direction, render, scene
+from benchmarks.tiny.clips import COLOURS, SHAPES, Background, Scene, Sprite, caption, clip, direction, render, scene
 
 SEEDS = range(120)
 

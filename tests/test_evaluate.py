@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from nano import NANO, write_model
 
+from benchmarks.tiny import evaluate
+from benchmarks.tiny.clips import clip
 from wanjax import checkpoint
-from wanjax.tiny import evaluate
-from wanjax.tiny.clips import clip
 
 
 def test_psnr_of_known_errors():

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.tgi import freeze
 from benchmarks.tgi.data import DataError, stretched
 from benchmarks.tgi.procedural import CLIPS, LENGTHS, MANIFEST, draw, procedural
-from wanjax.tiny.challenges import backwards, challenge
+from benchmarks.tiny.challenges import backwards, challenge
 
 ROOT = Path(__file__).parents[1]
 # A new manifest must not slip in unseen: who freezes another test set changes these too.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.tgi.data import DataError, refuse, stretched
 from benchmarks.tgi.tgi_bench import canonical, tgi_bench
-from wanjax.tiny.challenges import CATEGORIES, challenge
+from benchmarks.tiny.challenges import CATEGORIES, challenge
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from wanjax.tiny import torch_vae
-from wanjax.tiny.clips import clip
-from wanjax.tiny.train_vae import to_tensor
+from benchmarks.tiny import torch_vae
+from benchmarks.tiny.clips import clip
+from benchmarks.tiny.train_vae import to_tensor
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

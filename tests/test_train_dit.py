@@ -9,11 +9,11 @@ import torch
 from nano import NANO
 from reference import relative_error
 
+from benchmarks.tiny import build_tokenizer, evaluate, latents, torch_vae, train_dit
+from benchmarks.tiny.clips import clip
 from samplers import pipeline
 from samplers.pipeline import Keyframes, Settings
 from wanjax import checkpoint, keyframes, vae
-from wanjax.tiny import build_tokenizer, evaluate, latents, torch_vae, train_dit
-from wanjax.tiny.clips import clip
 from wanjax.tokenizer import Tokenizer
 
 CLIPS, SIZE, FRAMES = 8, 16, 9
@@ -204,7 +204,7 @@ def test_bad_lengths(tmp_path, lengths, capsys):
 
 
 def test_missing_vae(tmp_path):
-    with pytest.raises(ValueError, match="run wanjax.tiny.train_vae first"):
+    with pytest.raises(ValueError, match="run benchmarks.tiny.train_vae first"):
         latents.load_vae(tmp_path, NANO.vae)
 
 

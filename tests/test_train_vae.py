@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from wanjax.tiny import train_vae
-from wanjax.tiny.clips import clip
+from benchmarks.tiny import train_vae
+from benchmarks.tiny.clips import clip
 
 
 def videos(count: int, frames: int) -> torch.Tensor:

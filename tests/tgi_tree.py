@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from wanjax.tiny.challenges import challenge
+from benchmarks.tiny.challenges import challenge
 
 CLIPS = 8
 # As loosely spelled as the published names may be; the canonical ones are those of `challenges.CATEGORIES`.

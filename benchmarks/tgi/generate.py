@@ -22,6 +22,7 @@ from flax import struct
 
 from benchmarks.tgi import two_way
 from benchmarks.tgi.arms import Arm, shuffled_curve
+from benchmarks.tiny.evaluate import baselines
 from samplers import pipeline, schedule, solvers
 from samplers.pipeline import Keyframes, Settings
 from samplers.sample import check, sample
@@ -32,7 +33,6 @@ from wanjax.dit import WanDiT
 from wanjax.guidance import guided
 from wanjax.method import Method, MethodArrays
 from wanjax.retro import scale_vector
-from wanjax.tiny.evaluate import baselines
 from wanjax.types import Conditions, CrossBias
 
 

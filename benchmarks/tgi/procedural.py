@@ -1,4 +1,4 @@
-"""Drawn clips in the six categories of TGI-Bench (`wanjax.tiny.challenges`), with a test set that is frozen.
+"""Drawn clips in the six categories of TGI-Bench (`benchmarks.tiny.challenges`), with a test set that is frozen.
 
 Settings are chosen on the split "dev"; "test" is for the published figures alone. The test set's first 144 clips, 24
 of each category, are held fast by a manifest of hashes beside this file, so that figures of different days and
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tgi.data import DataError, DataSet, Item, fingerprint, identified, read_json
-from wanjax.tiny.challenges import backwards, challenge
-from wanjax.tiny.clips import check_clip
+from benchmarks.tiny.challenges import backwards, challenge
+from benchmarks.tiny.clips import check_clip
 
 SPLITS = ("dev", "test")
 LENGTHS = (25, 33, 65, 81)
@@ -114,6 +114,6 @@ def _verify(manifest: Path, items: Sequence[Item], prints: Sequence[str]) -> Non
         captions = f"{len(worded)} captions differ" if worded else "all captions agree"
         raise DataError(
             f"test set of {length} frames: {len(wrong)} of {len(items)} clips are not the frozen ones, {first} first "
-            f"({captions}), so the generator changed, or this machine rounds another way; restore wanjax/tiny/"
+            f"({captions}), so the generator changed, or this machine rounds another way; restore benchmarks/tiny/"
             f"challenges.py and clips.py, or freeze a new set with python -m benchmarks.tgi.freeze"
         )

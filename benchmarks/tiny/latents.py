@@ -19,12 +19,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from benchmarks.tiny.challenges import ChallengeClip, challenge
+from benchmarks.tiny.clips import Clip, clip
 from convert import keymap
 from convert import vae as vae_table
 from wanjax import conditioning, keyframes, vae
 from wanjax.config import VAEConfig
-from wanjax.tiny.challenges import ChallengeClip, challenge
-from wanjax.tiny.clips import Clip, clip
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD = 480  # clips a file
@@ -58,7 +58,7 @@ def load_vae(folder: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Any]
     files = folder / "config.json", folder / WEIGHTS
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file}: no such file; run wanjax.tiny.train_vae first and give its vae folder")
+            raise ValueError(f"{file}: no such file; run benchmarks.tiny.train_vae first and give its vae folder")
     stored = json.loads(files[0].read_text(encoding="utf-8"))
     config = dataclasses.replace(
         config, latent_mean=tuple(stored["latents_mean"]), latent_std=tuple(stored["latents_std"])
@@ -106,7 +106,7 @@ def encoder(folder: Path, config: VAEConfig, params: Any) -> Encoder:
     # Imported here: on accelerators this stage needs no torch.
     import torch
 
-    from wanjax.tiny import torch_vae
+    from benchmarks.tiny import torch_vae
 
     model = torch_vae.AutoencoderKLWan.from_pretrained(folder)
 

@@ -5,7 +5,7 @@ written in the diffusers layout and come into wanjax through `convert/`. Two sta
 teaches shapes and colours quickly, then whole clips after every temporal kernel was set to pass the present
 frame through.
 
-    python -m wanjax.tiny.train_vae --out runs/vae --minutes 33
+    python -m benchmarks.tiny.train_vae --out runs/vae --minutes 33
 
 Axis letters as in `torch_vae`; torch tensors here are channels first.
 """
@@ -26,8 +26,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from wanjax.tiny.clips import clip
-from wanjax.tiny.torch_vae import decode, encode, inflate, new_vae
+from benchmarks.tiny.clips import clip
+from benchmarks.tiny.torch_vae import decode, encode, inflate, new_vae
 
 FRAMES = 25
 KL_WEIGHT = 3e-5

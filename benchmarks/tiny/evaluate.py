@@ -1,6 +1,6 @@
 """Measure a model on held-out procedural clips, against simple baselines and against its own VAE.
 
-    python -m wanjax.tiny.evaluate --model tiny --clips 64 --guidance 1 2
+    python -m benchmarks.tiny.evaluate --model tiny --clips 64 --guidance 1 2
 
 PSNR is of each clip's mean squared error (8-bit, peak 255), averaged over clips. "Interior" leaves out the first
 and last frame; "motion" counts only pixels that an object covers at some time; an "ambiguous" clip moves along an
@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from PIL import Image
 
+from benchmarks.tiny.clips import Clip, clip
 from samplers.pipeline import Keyframes, Settings, run
 from wanjax import keyframes, vae
 from wanjax.checkpoint import Model, load
 from wanjax.config import VAEConfig
-from wanjax.tiny.clips import Clip, clip
 
 BATCH = 16
 

@@ -3,8 +3,8 @@
 The three learn together from random weights; the VAE is fixed. The result is a model folder that
 `samplers.inbetween --model` and `wanjax.checkpoint.load` read.
 
-    python -m wanjax.tiny.train_dit --vae runs/vae/vae --out runs/dit --minutes 40
-    python -m wanjax.tiny.train_dit --from-model tiny --out runs/more --minutes 60
+    python -m benchmarks.tiny.train_dit --vae runs/vae/vae --out runs/dit --minutes 40
+    python -m benchmarks.tiny.train_dit --from-model tiny --out runs/more --minutes 60
 
 Axis letters as in `wanjax.types`.
 """
@@ -27,15 +27,15 @@ import optax
 import orbax.checkpoint as ocp
 from flax import struct
 
+from benchmarks.tiny import build_tokenizer, evaluate
+from benchmarks.tiny.challenges import challenge
+from benchmarks.tiny.latents import VARIETIES, LatentSet, build, encoder, load_vae, write_vae
 from samplers.schedule import TRAIN_TIMESTEPS, shifted
 from wanjax import checkpoint, conditioning, rope
 from wanjax.clip import CLIPVision
 from wanjax.config import BFLOAT16, ModelConfig, preset
 from wanjax.dit import WanDiT
 from wanjax.keyframes import CLIP_MEAN, CLIP_STD
-from wanjax.tiny import build_tokenizer, evaluate
-from wanjax.tiny.challenges import challenge
-from wanjax.tiny.latents import VARIETIES, LatentSet, build, encoder, load_vae, write_vae
 from wanjax.tokenizer import Tokenizer
 from wanjax.types import Conditions
 from wanjax.umt5 import UMT5Encoder

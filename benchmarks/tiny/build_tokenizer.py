@@ -3,7 +3,7 @@
 The file has the form of the published tokenizers (SentencePiece unigram, "▁" before a word, byte fallback), so
 that the same code reads both. Nothing is estimated at random: pieces and scores follow from counted words.
 
-    python -m wanjax.tiny.build_tokenizer runs/tokenizer.json
+    python -m benchmarks.tiny.build_tokenizer runs/tokenizer.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from wanjax.tiny.clips import COLOURS, SHAPES, caption, scene
+from benchmarks.tiny.clips import COLOURS, SHAPES, caption, scene
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 MAX_VOCABULARY = 768
