@@ -1,5 +1,6 @@
 """What Windows lacks is needed nowhere: the packages import without POSIX's modules."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     "modules",
     [
         "wanjax, wanjax.writing, wanjax.rooms, wanjax.publishing, wanjax.marks, wanjax.keyframes, wanjax.checkpoint",
+        "convert, convert.__main__, convert.inspect",
         "samplers, samplers.inbetween, samplers.files, samplers.video, samplers.explain",
     ],
 )
@@ -43,11 +45,5 @@ print(sorted(os.listdir(here)))
 """
     command = [sys.executable, "-c", HIDE + script]
     root = Path(wanjax.__file__).parents[1]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=_path(root))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.stdout == "['a.json', 'b']\n", done.stderr
-
-
-def _path(root: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(root)}
