@@ -254,7 +254,7 @@ def encode(model: Model, plan: Plan, inputs: Sequence[Inputs], prompts: Sequence
     """
     config = plan.config
     texts = [_texts(model, plan, list(own)) for own in prompts]
-    tokens = [_vision(model, plan, own.vision) for own in inputs]
+    tokens = [encode_images(model, plan, own.vision) for own in inputs]
     params = model.part("vae")
     latents = []
     for own in inputs:
@@ -277,7 +277,7 @@ def _texts(model: Model, plan: Plan, prompts: list[str]) -> tuple[jax.Array, jax
     return text[:batch], jnp.broadcast_to(text[batch:], text[:batch].shape)
 
 
-def _vision(model: Model, plan: Plan, vision: np.ndarray) -> jax.Array:
+def encode_images(model: Model, plan: Plan, vision: np.ndarray) -> jax.Array:
     """Tokens [B, M, K, D] of the images that the transformer sees; zeros for one that is not given."""
     slots = image_slots(plan)
     seen = [slot for slot in slots if slot is not None]
