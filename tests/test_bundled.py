@@ -10,7 +10,8 @@ import wanjax
 from benchmarks.tiny.clips import clip
 from benchmarks.tiny.evaluate import baselines, psnr
 from samplers import files
-from samplers.pipeline import Keyframes, Settings, run
+from samplers.pipeline import Batch, Inputs, make
+from samplers.plan import Plan, Settings
 from wanjax import checkpoint
 
 SEEDS = range(1000, 1008)
@@ -20,11 +21,11 @@ SEEDS = range(1000, 1008)
 def made():
     """Held-out clips that neither training nor the published figures saw, and what the model makes of them."""
     model = checkpoint.load("tiny")
-    settings = Settings.of(model.config)
+    plan = Plan.of(model.config, Settings.of(model.config))
     clips = [clip(seed, "heldout") for seed in SEEDS]
-    prepared = Keyframes.prepare([(c.video[0], c.video[-1]) for c in clips], model.config, settings)
-    video = run(model, prepared, [c.caption for c in clips], settings).video
-    return np.stack([c.video for c in clips]), video
+    inputs = Inputs.prepare([(c.video[0], c.video[-1]) for c in clips], plan)
+    (made,) = make(model, plan, [Batch(inputs, [c.caption for c in clips], list(SEEDS))], chunk=plan.settings.steps)
+    return np.stack([c.video for c in clips]), made.video
 
 
 def test_ends_are_the_keyframes(made):

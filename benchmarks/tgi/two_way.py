@@ -3,9 +3,9 @@
 Time-reversal fusion (TRF, arXiv 2403.14611) evaluates both directions in every step and fuses them frame by frame
 with linear weights; some steps are repeated after noise is put back. ViBiDSampler (arXiv 2410.05651) takes each step
 forwards, puts the noise back, and takes it again backwards; its guidance (CFG++, DDS) is not part of this. Both are
-rows of Euler steps of the one sampler (`samplers.sample`) here, so TRF's weights on velocities are weights on the denoised estimates, as in the
-paper. How often TRF repeats is set here by `Options` and not taken from its release, and CFG++ and DDS are part of what
-ViBiDSampler reports. Neither paper's model takes text: here each direction is told what it shows.
+Euler rows of the one sampler (`samplers.sample`) here, so TRF's weights on velocities are weights on the denoised
+estimates, as in the paper. How often TRF repeats is set here by `Options` and not taken from its release, and CFG++ and
+DDS are part of what ViBiDSampler reports. Neither paper's model takes text: here each direction is told what it shows.
 
 Reversing time in Wan's latents is not reversing them: a latent frame holds 1 pixel frame at first and 4 later, and
 sees only earlier ones. Flip "latent" reverses the latent frames all the same, as a port of these methods would do
@@ -73,11 +73,11 @@ class Options:
 
 
 def rows(options: Options, levels: np.ndarray) -> Row:
-    """The order of evaluations on noise levels float64 [steps + 1], as a table; none is repeated from the last one, at 0.
+    """The order of evaluations on noise levels float64 [steps + 1], as a table; none is repeated from the last, at 0.
 
-    A row is an Euler step from one level to the next, after which fresh noise may bring the latents back to a higher one:
-    one linear update, with the noise's deviation in `StepTable.renoise`. `Row.extra` is 1 where ViBiD takes the step in
-    reversed time.
+    A row is an Euler step from one level to the next, after which fresh noise may bring the latents back to a higher
+    one: one linear update, with the noise's deviation in `StepTable.renoise`. `Row.extra` is 1 where ViBiD takes the
+    step in reversed time.
     """
     made = []
     steps = len(levels) - 1
@@ -132,8 +132,8 @@ def sample(
     table = rows(options, schedule.sigmas(settings.grid, settings.steps, settings.shift))
     params = {part: model.part(part) for part in ("dit", "vae")}
     carry = start(noise, state=jnp.zeros(noise.shape, jnp.float32), keys=keys)
-    carry = _sample(plan.config, options, params, forwards, backwards, negative, np.float32(settings.guidance), plan.method,
-                    np.zeros_like(plan.strength[0]), carry, table)  # fmt: skip
+    carry = _sample(plan.config, options, params, forwards, backwards, negative, np.float32(settings.guidance),
+                    plan.method, np.zeros_like(plan.strength[0]), carry, table)  # fmt: skip
     check(carry)
     return carry.sample
 
