@@ -17,7 +17,7 @@ import jax
 from PIL import Image
 
 from samplers import explain as explaining
-from samplers import memory, pipeline, video
+from samplers import hints, memory, pipeline, video
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
 from samplers.run import OnStep, bar
@@ -117,6 +117,7 @@ def prepare(
             notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
                          f"{chosen.size[0]}x{chosen.size[1]} by {chosen.fit}")  # fmt: skip
     notes += _about_prompts(Tokenizer(folder / checkpoint.TOKENIZER), chosen, config)
+    notes += hints.about(folder, chosen.prompt, pipeline.fitted(images, chosen))
     fps = config.sampling.fps if fps is None else fps
     video.check_fps(fps)
     scale = video.enlarge_factor(*chosen.size) if scale is None else scale
