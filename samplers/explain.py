@@ -4,12 +4,8 @@ Needs matplotlib (`pip install 'wanjax[explain]'`), which is imported only here,
 Axis letters: F latent frames, K keys of a branch, L layers.
 """
 
-import contextlib
 import dataclasses
 import os
-import stat
-import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +18,7 @@ from jax.sharding import Mesh
 from samplers import pipeline, plots, video
 from samplers.pipeline import Encoded, ImageLike, Inputs
 from samplers.plan import Plan, Settings
-from wanjax import kab, retro, rope
+from wanjax import kab, retro, rope, writing
 from wanjax.checkpoint import Model
 from wanjax.config import DiTConfig, ModelConfig
 from wanjax.cross import CrossReport
@@ -31,36 +27,25 @@ from wanjax.kab import KAB
 from wanjax.method import MethodArrays
 from wanjax.tokenizer import CLOSE
 from wanjax.types import Conditions, CrossBias
+from wanjax.writing import Target
 
 NAMES = ("retro.png", "strength.png", "attention.png", "attention.json")
 """What the folder holds."""
 
-_HIDDEN = ".wanjax-"
 
-
-def check(
-    folder: str | os.PathLike[str],
-    plan: Plan,
-    layer: int | None = None,
-    step: int | None = None,
-    overwrite: bool = False,
-) -> tuple[int, int]:
-    """Checks, before any compute, that `explain` can run and write, and fills in what to look at.
+def check(plan: Plan, layer: int | None = None, step: int | None = None) -> tuple[int, int]:
+    """Checks, before any compute, that plots can be drawn, and fills in what to look at.
 
     Args:
-      folder: to make; absent or empty, or with `overwrite` one that holds nothing but earlier plots. The folder
-        it lies in must exist; that it can be written to is tried.
       plan: of the run.
       layer: 0 .. L - 1; None takes the middle of KAB's layers (without KAB, of those it would have).
       step: 0 .. steps - 1; None takes the first with KAB, or the second of the run where none has it.
-      overwrite: whether earlier plots may be replaced.
 
     Returns:
       (layer, step).
 
     Raises:
-      ValueError: no matplotlib, or a layer or step outside the model or run. OutputError: a folder that cannot
-      be written, or holds other things.
+      ValueError: no matplotlib, or a layer or step outside the model or run.
     """
     try:
         import matplotlib.backends.backend_agg
@@ -76,8 +61,12 @@ def check(
         raise ValueError(f"explain layer {layer}: the model has layers 0 to {layers - 1}; give one of them")
     if not 0 <= step < steps:
         raise ValueError(f"explain step {step}: the run has steps 0 to {steps - 1}; give one of them, or more steps")
-    _check_folder(Path(folder), overwrite)
     return layer, step
+
+
+def target(folder: str | os.PathLike[str]) -> Target:
+    """Where plots go, for `wanjax.writing`: a folder that holds nothing but plots."""
+    return Target(writing.absolute(folder), folder=True, names=NAMES.__contains__, label="explain folder")
 
 
 def explain(
@@ -97,7 +86,7 @@ def explain(
       model: from `samplers.load`.
       first, last: keyframes, as `pipeline.inbetween` takes them.
       settings: of the run.
-      folder: to make, see `check`; earlier plots in it are replaced.
+      folder: to make; appears whole or not at all, and earlier plots in it are replaced.
       layer, step: where to look, counted from 0; None as in `check`.
       cross_bias: the caller's own bias of the run, leaves [L, 1, F, ...].
       mesh: that the model's params lie on.
@@ -106,21 +95,26 @@ def explain(
       The files, in the order of `NAMES`.
 
     Raises:
-      ValueError: as `check` and `Plan.of`. FloatingPointError: NaN or inf in the latents or the attention.
+      ValueError: as `check` and `Plan.of`; OutputError for a folder that cannot be written or holds other things.
+      FloatingPointError: NaN or inf in the latents or the attention.
       OSError: a full disk.
     """
     plan = Plan.of(model.config, settings)
-    layer, step = check(folder, plan, layer, step, overwrite=True)
+    layer, step = check(plan, layer, step)
+    place = target(folder)
+    checked = writing.check([place], overwrite=True)
     inputs = Inputs.prepare([(first, last)], plan)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         encoded = pipeline.place(*pipeline.encode(model, plan, [inputs], [[settings.prompt]]), mesh)
         noise = pipeline.noise(plan, [settings.seed], mesh)
         latents = pipeline.denoise(model, plan, encoded, noise, mesh=mesh, cross_bias=cross_bias, until=step)
-    return draw(folder, model, plan, encoded, latents, layer, step, cross_bias, mesh)
+    with writing.staged(checked) as (part,):
+        draw(part, model, plan, encoded, latents, layer, step, cross_bias, mesh)
+    return [place.path / name for name in NAMES]
 
 
 def draw(
-    folder: str | os.PathLike[str],
+    folder: Path,
     model: Model,
     plan: Plan,
     encoded: Encoded,
@@ -129,7 +123,7 @@ def draw(
     step: int,
     cross_bias: CrossBias | None = None,
     mesh: Mesh | None = None,
-) -> list[Path]:
+) -> None:
     """Makes a folder of plots of a run that was looked into:
 
     - retro.png: ReTRo's factor of each latent frame, and what it does to the frame's rotary position.
@@ -138,24 +132,17 @@ def draw(
       over heads and the frame's queries): without bias, with it, and the difference.
     - attention.json: every number in the three plots, with labels and settings.
 
-    The folder appears whole or not at all; earlier plots in it are replaced.
-
-    Args: as `observe`, and the folder.
-
-    Returns:
-      The files, in the order of `NAMES`.
+    Args: as `observe`, and the folder, which must not exist.
 
     Raises:
       FloatingPointError: NaN or inf in the attention. OSError: a full disk.
     """
     seen = observe(model, plan, encoded, latents, layer, step, cross_bias, mesh)
     numbers = _numbers(model, plan, layer, step, seen, cross_bias is not None)
-    folder = Path(folder)
-    with _replacing(folder) as part:
-        for name, figure in zip(NAMES, (plots.draw_retro, plots.draw_strength, plots.draw_attention), strict=False):
-            plots.save(figure(numbers), part / name)
-        video.write_json(part / NAMES[-1], numbers)
-    return [folder / name for name in NAMES]
+    folder.mkdir()
+    for name, figure in zip(NAMES, (plots.draw_retro, plots.draw_strength, plots.draw_attention), strict=False):
+        plots.save(figure(numbers), folder / name)
+    video.write_json(folder / NAMES[-1], numbers)
 
 
 def observe(
@@ -285,45 +272,3 @@ def _floats(values: np.ndarray) -> list:
     if np.ndim(values):
         return [_floats(row) for row in values]
     return float(str(np.float32(values)))
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.name in ("", ".."):
-        raise video.OutputError(f"explain folder {str(folder)!r}: names no new folder; give one such as explain")
-    video.check_folder(folder)
-    try:
-        mode = os.lstat(folder).st_mode
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise video.OutputError(f"explain folder {folder}: not a usable name ({error}); choose another") from error
-    if not stat.S_ISDIR(mode):
-        raise video.OutputError(f"explain folder {folder}: exists and is not a plain folder; choose another name")
-    held = list(folder.iterdir())
-    foreign = [entry.name for entry in held if entry.name not in NAMES or not entry.is_file()]
-    if foreign:
-        raise video.OutputError(
-            f"explain folder {folder}: holds {min(foreign)!r}, which is none of the plots; choose another name"
-        )
-    if held and not overwrite:
-        raise video.OutputError(f"explain folder {folder}: holds plots; pass --overwrite or choose another name")
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, hidden beside `folder`; it takes its name when the block ends well, and only then."""
-    with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=folder.parent) as hidden:
-        part, old = Path(hidden) / "new", Path(hidden) / "old"
-        part.mkdir()
-        yield part
-        _check_folder(folder, overwrite=True)  # other files may have come since
-        if not folder.exists():
-            os.replace(part, folder)
-            return
-        # A folder that holds something cannot be renamed over: the old one steps aside, and back on failure.
-        os.replace(folder, old)
-        try:
-            os.replace(part, folder)
-        except BaseException:
-            os.replace(old, folder)
-            raise

@@ -10,18 +10,21 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from PIL import Image
 
 from samplers import explain as explaining
 from samplers import hints, memory, pipeline, video
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
-from samplers.run import OnStep, bar
-from wanjax import checkpoint, environment, keyframes, sharding, writing
+from samplers.run import bar
+from samplers.sample import Carry
+from wanjax import checkpoint, environment, keyframes, sharding
 from wanjax import method as methods
 from wanjax.config import ModelConfig
 from wanjax.tokenizer import PromptCut, Tokenizer
@@ -38,7 +41,7 @@ class Job:
       outputs: where to write; fps, scale: of the video file, scale a whole factor.
       mesh: axis -> devices, empty for one device.
       notes: lines that the user should see.
-      explain: folder, layer and step of the plots; None for none.
+      explain: layer and step of the plots; None for none.
     """
 
     model: str
@@ -53,12 +56,17 @@ class Job:
     scale: int
     mesh: dict[str, int]
     notes: tuple[str, ...]
-    explain: tuple[Path, int, int] | None = None
+    explain: tuple[int, int] | None = None
 
     @property
     def settings(self) -> Settings:
         """Of the plan."""
         return self.plan.settings
+
+    @cached_property
+    def devices(self) -> Mesh | None:
+        """The mesh; None for one device."""
+        return sharding.make_mesh(self.mesh) if self.mesh else None
 
 
 def prepare(
@@ -127,25 +135,22 @@ def prepare(
         sharding.make_mesh(mesh)
         sharding.check_mesh(mesh, config.dit.num_heads, plan.tokens)
     memory.check(plan, mesh or {})
-    outputs = video.check_output(out, overwrite, inputs=(first, last, folder))
+    looked_at = _looked_at(explain, explain_layer, explain_step, plan)
+    also = [] if explain is None else [explaining.target(explain)]
+    outputs = video.check_output(out, overwrite, inputs=(first, last, folder), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
-    plots = _plots(explain, outputs, explain_layer, explain_step, plan, overwrite)
+    notes += outputs.notes
     return Job(str(model), config, *images, (str(first), str(last)), plan, dtype, outputs, fps, scale, mesh or {},
-               tuple(notes), plots)  # fmt: skip
+               tuple(notes), looked_at)  # fmt: skip
 
 
-def _plots(
-    folder: str | Path | None, outputs: video.Outputs, layer: int | None, step: int | None, plan: Plan, overwrite: bool
-) -> tuple[Path, int, int] | None:
-    """Where plots go and of which layer and step. ValueError as `explain.check`, or for a layer without a folder."""
-    if folder is None:
-        if layer is not None or step is not None:
-            raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
-        return None
-    place = writing.absolute(folder)
-    if place == outputs.video:
-        raise ValueError(f"--explain {folder}: is the output; choose another folder")
-    return (place, *explaining.check(place, plan, layer, step, overwrite))
+def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
+    """Which layer and step are plotted. ValueError as `explain.check`, or for a layer without a folder."""
+    if folder is not None:
+        return explaining.check(plan, layer, step)
+    if layer is not None or step is not None:
+        raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
+    return None
 
 
 def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) -> tuple[list[Image.Image], list[str]]:
@@ -181,28 +186,19 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
       names the stage. OSError: a full disk.
     """
     start = time.perf_counter()
-    plan, settings = job.plan, job.settings
-    mesh = sharding.make_mesh(job.mesh) if job.mesh else None
-    # A mesh changes where arguments lie, and so the programs.
-    with nullcontext(lambda stage: None) if mesh else pipeline.compile_ahead(plan) as ready:
-        model = checkpoint.load(job.model, job.dtype, mesh)
-        seconds = {"load": time.perf_counter() - start}
-        seen = {}
-        with bar(settings.steps) if progress else nullcontext() as shown:
-            batch = Batch(Inputs.prepare([(job.first, job.last)], plan), [settings.prompt], [settings.seed])
-            result = pipeline.make(model, plan, [batch], mesh=mesh, ready=ready, on_step=_watch(job, shown, seen))[0]
-    seconds |= result.seconds
-    with video.staged(job.outputs) as outputs:
+    # From here on nobody else can begin on these names.
+    with video.staged_also(job.outputs) as (outputs, plots):
+        model, result, latents, seconds = _compute(job, progress)
         begun = time.perf_counter()
         frames = result.video[0]
         video.write(outputs.video, frames, job.fps, job.scale)
-        sheet = video.contact_sheet(frames, pipeline.fitted((job.first, job.last), settings))
-        video.write_png(outputs.sheet, sheet)
+        video.write_png(
+            outputs.sheet, video.contact_sheet(frames, pipeline.fitted((job.first, job.last), job.settings))
+        )
         seconds["write"] = time.perf_counter() - begun
-        if job.explain is not None:  # before the outputs get their names, so that a failure leaves none of them
+        for folder in plots:
             begun = time.perf_counter()
-            folder, layer, step = job.explain
-            explaining.draw(folder, model, plan, result.encoded, seen["latents"], layer, step, mesh=mesh)
+            explaining.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
         report = _report(job, seconds)
@@ -210,16 +206,26 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
     return report
 
 
-def _watch(job: Job, shown: OnStep | None, seen: dict[str, jax.Array]) -> OnStep:
-    """Moves the bar, and keeps the latents that enter the step which is to be explained."""
+def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Result, jax.Array | None, dict[str, float]]:
+    """The model, its result, the latents that enter the step which is to be explained, and seconds by stage."""
+    start = time.perf_counter()
+    plan, mesh, seen = job.plan, job.devices, []
+    # A mesh changes where arguments lie, and so the programs.
+    with nullcontext(lambda stage: None) if mesh else pipeline.compile_ahead(plan) as ready:
+        model = checkpoint.load(job.model, job.dtype, mesh)
+        loaded = time.perf_counter() - start
+        with bar(job.settings.steps) if progress else nullcontext() as shown:
 
-    def on_step(done: int, carry: Any) -> None:
-        if shown is not None:
-            shown(done, carry)
-        if job.explain is not None and done == job.explain[2]:
-            seen["latents"] = carry.sample
+            def on_step(done: int, carry: Carry) -> None:
+                if shown is not None:
+                    shown(done, carry)
+                if job.explain is not None and done == job.explain[1]:
+                    seen.append(carry.sample)
 
-    return on_step
+            inputs = Inputs.prepare([(job.first, job.last)], plan)
+            batch = Batch(inputs, [job.settings.prompt], [job.settings.seed])
+            (result,) = pipeline.make(model, plan, [batch], mesh=mesh, ready=ready, on_step=on_step)
+    return model, result, seen[0] if seen else None, {"load": loaded, **result.seconds}
 
 
 def inbetween_files(first: str | Path, last: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 from samplers import explain, pipeline, plots
 from samplers.pipeline import Inputs
 from samplers.plan import Plan, Settings
-from wanjax import checkpoint, dit, method, sharding
+from wanjax import checkpoint, dit, method, sharding, writing
 from wanjax.cross import CrossReport
 from wanjax.kab import KAB
 from wanjax.method import Method
@@ -89,6 +89,13 @@ def observed(run, monkeypatch):
     seen = CrossReport(*(Branches(text[i], images[i]) for i in range(2)), CrossBias())
     monkeypatch.setattr(explain, "observe", lambda *args: seen)
     return seen
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The run up to the step, without computing it."""
+    monkeypatch.setattr(pipeline, "encode", lambda *args: [None])
+    monkeypatch.setattr(pipeline, "denoise", lambda *args, **options: None)
 
 
 def test_files(run):
@@ -218,7 +225,7 @@ def test_many_tokens_share_the_axis():
 
 def test_defaults():
     def resolve(**changes):
-        return explain.check("plots", plan(**changes))
+        return explain.check(plan(**changes))
 
     assert resolve() == (0, 1)
     assert resolve(steps=20) == (0, 1)
@@ -240,36 +247,41 @@ def test_defaults():
 )
 def test_bad_places_are_named(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        explain.check(tmp_path / "plots", plan(), **changes)
+        explain.check(plan(), **changes)
     with pytest.raises(ValueError, match=message):
         explain.explain(model, *images(), settings(), tmp_path / "plots", **changes)
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_folders_are_named(tmp_path):
+    def allowed(folder, overwrite=False):
+        writing.check([explain.target(folder)], overwrite=overwrite)
+
     def refused(folder, message, overwrite=False):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ValueError, match=message) as caught:
-            explain.check(folder, plan(), overwrite=overwrite)
-        assert "\n" not in str(caught.value)
+            allowed(folder, overwrite)
+        assert "\n" not in str(caught.value) and "explain folder" in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == before
 
     refused(tmp_path / "missing" / "plots", "mkdir -p")
     refused("/proc/plots", "cannot write")
-    refused("..", "names no new folder")
     refused(tmp_path / ("x" * 300), "not a usable name")
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(file, "not a plain folder", overwrite=True)
+    refused(file, "is not a folder", overwrite=True)
     refused(file / "plots", "is not a folder")
     folder = tmp_path / "plots"
     folder.mkdir()
-    explain.check(folder, plan())  # empty
+    allowed(folder)  # empty
     (tmp_path / "link").symlink_to(folder)
-    refused(tmp_path / "link", "not a plain folder", overwrite=True)
-    (folder / "retro.png").write_bytes(b"old")
+    refused(tmp_path / "link", "is not a folder", overwrite=True)
+    plots.save(plots._figure(1, 1), folder / "retro.png")
     refused(folder, "pass --overwrite")
-    explain.check(folder, plan(), overwrite=True)
+    allowed(folder, overwrite=True)
+    (folder / "strength.png").write_bytes(b"by somebody else")
+    refused(folder, "holds 'strength.png', which wanjax did not write", overwrite=True)
+    (folder / "strength.png").unlink()
     (folder / "holiday.jpg").write_bytes(b"mine")
     refused(folder, "holds 'holiday.jpg'", overwrite=True)
 
@@ -278,16 +290,15 @@ def test_bad_folders_are_named(tmp_path):
 def test_without_matplotlib(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=r"--explain needs matplotlib: pip install 'wanjax\[explain\]'"):
-        explain.check(tmp_path / "plots", plan())
+        explain.check(plan())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["draw_attention", "video.write_json"])
-def test_a_failed_run_leaves_what_was_there(model, observed, tmp_path, monkeypatch, error, place):
+def test_a_failed_run_leaves_what_was_there(model, observed, computed, tmp_path, monkeypatch, error, place):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(plots, "save", lambda figure, path: path.write_bytes(b"new"))
     owner, name = (explain.video, "write_json") if "." in place else (plots, place)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
@@ -296,18 +307,19 @@ def test_a_failed_run_leaves_what_was_there(model, observed, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
     old = tmp_path / "plots"
     old.mkdir()
-    (old / "retro.png").write_bytes(b"old")
+    plots.save(plots._figure(1, 1), old / "retro.png")
+    before = (old / "retro.png").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
         with pytest.raises(error):
             explain.explain(model, *images(), settings(), old)
-    assert list(tmp_path.iterdir()) == [old] and (old / "retro.png").read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old] and (old / "retro.png").read_bytes() == before
 
 
-def test_earlier_plots_are_replaced_and_other_files_never(model, observed, tmp_path, monkeypatch):
+def test_earlier_plots_are_replaced_and_other_files_never(model, observed, computed, tmp_path, monkeypatch):
     folder = tmp_path / "plots"
     folder.mkdir()
-    (folder / "retro.png").write_bytes(b"old")
+    plots.save(plots._figure(1, 1), folder / "retro.png")
     explain.explain(model, *images(), settings(), folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(explain.NAMES)
     assert list(tmp_path.iterdir()) == [folder]
@@ -317,7 +329,7 @@ def test_earlier_plots_are_replaced_and_other_files_never(model, observed, tmp_p
         return {}
 
     monkeypatch.setattr(explain.video, "write_json", late)
-    with pytest.raises(ValueError, match=r"mine\.txt"):
+    with pytest.raises(ValueError, match="changed while this run worked"):
         explain.explain(model, *images(), settings(), folder)
     assert len(list(folder.iterdir())) == 5 and list(tmp_path.iterdir()) == [folder]
 

@@ -13,7 +13,9 @@ from wanjax import checkpoint
 def pictures():
     rng = np.random.default_rng(0)
     row, column = np.mgrid[:32, :32]
-    blurred = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+    blurred = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+        (32, 32), Image.Resampling.BICUBIC
+    )
     return {
         "noise": rng.integers(0, 256, (32, 32, 3), dtype=np.uint8),
         "slope": np.stack([8 * row, 8 * column, 4 * (row + column)], -1).astype(np.uint8),

@@ -197,7 +197,7 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--explain", "plots", "--explain-layer", 2], "layer 2"),
         (["--explain", "plots", "--explain-step", 3], "step 3"),
         (["--explain", "/proc/plots"], "/proc"),
-        (["--out", "plots", "--explain", "plots"], "--explain plots: is the output"),
+        (["--out", "plots", "--explain", "plots"], "in each other's way"),
     ],
 )
 def test_bad_settings(job, capsys, no_compute, extra, message):
@@ -277,13 +277,33 @@ def test_output_that_is_a_keyframe(job, tmp_path, capsys, no_compute):
     Image.new("RGB", (24, 16)).save(job["--first"])
     job["--out"] = tmp_path / "a.gif"
     assert command.main(arguments(job, "--overwrite")) == 2
-    assert "is the keyframe" in capsys.readouterr().err
+    assert "is the input" in capsys.readouterr().err
 
 
 def test_overwrite_replaces(job):
-    job["--out"].write_bytes(b"old")
-    assert command.main(arguments(job, "--overwrite", "--steps", 1)) == 0
-    assert iio.imread(job["--out"], plugin="pyav").shape[0] == 5
+    assert command.main(arguments(job, "--steps", 1)) == 0
+    first = job["--out"].read_bytes()
+    assert command.main(arguments(job, "--overwrite", "--steps", 1, "--frames", 9)) == 0
+    assert iio.imread(job["--out"], plugin="pyav").shape[0] == 9 and job["--out"].read_bytes() != first
+
+
+def test_overwrite_never_replaces_what_is_not_ours(job, tmp_path, capsys, no_compute):
+    """A foreign video, sheet or JSON, and a folder with the keyframes in it."""
+    for name in ("clip.mp4", "clip.sheet.png", "clip.json"):
+        (tmp_path / name).write_bytes(b'{"name": "precious"}')
+        assert command.main(arguments(job, "--overwrite")) == 2
+        assert re.search(rf"{name}.*wanjax did not write it", capsys.readouterr().err)
+        assert (tmp_path / name).read_bytes() == b'{"name": "precious"}'
+        (tmp_path / name).unlink()
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for option, name in (("--first", "00000.png"), ("--last", "00009.png")):
+        job[option] = (tmp_path / "a.png").rename(frames / name) if option == "--first" else frames / name
+    Image.new("RGB", (24, 16)).save(frames / "00009.png")
+    job["--out"] = frames
+    assert command.main(arguments(job, "--overwrite")) == 2
+    assert "the input" in capsys.readouterr().err
+    assert sorted(path.name for path in frames.iterdir()) == ["00000.png", "00009.png"]
 
 
 def test_ctrl_c_leaves_nothing(job, tmp_path):
@@ -324,12 +344,13 @@ def test_failure_while_writing_leaves_nothing_new(job, tmp_path, capsys, monkeyp
         raise error
 
     monkeypatch.setattr(files.video, writer, fail)
-    job["--out"].write_bytes(b"old")
-    before = sorted(path.name for path in tmp_path.iterdir())
+    with monkeypatch.context() as whole:
+        whole.setattr(files.video, writer, written)
+        assert command.main(arguments(job)) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert command.main(arguments(job, "--overwrite")) == code
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert job["--out"].read_bytes() == b"old"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_ctrl_c_while_checking(job, capsys, monkeypatch):
