@@ -63,7 +63,7 @@ def private(folder: Path) -> None:
         return
     status = os.stat(folder)
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
+        raise OSError(
             f"compilation cache {folder}: others can write to it, and what is in it is run; chmod 700 it, or pass "
             "--no-compile-cache"
         )
