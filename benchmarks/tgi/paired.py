@@ -42,8 +42,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     if len(values) < 2:
         return float("nan"), float("nan")
     # scipy draws the same resamples as earlier reports did, and so gives their intervals to the last bit.
-    found = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, batch=500, confidence_level=LEVEL, method="percentile",
-                            rng=np.random.default_rng(SEED)).confidence_interval  # fmt: skip
+    found = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, batch=500, confidence_level=LEVEL,
+                            method="percentile", rng=np.random.default_rng(SEED)).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
 
 
