@@ -30,7 +30,7 @@ def images(seed=0, shape=(20, 30, 3)):
 
 
 def settings(**changes):
-    return Settings.of(NANO, prompt="a red circle moves left", **changes)
+    return Settings.of(NANO, **{"prompt": "a red circle moves left"} | changes)
 
 
 @contextmanager
