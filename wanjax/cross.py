@@ -159,7 +159,8 @@ def _by_frame(q, keys, values, added, control, precision, inspect) -> tuple[jax.
         total = [None if x is None else x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores)
-            anchors = [x.at[index].set(row, mode="drop") for x, row in zip(anchors, plain, strict=True)]
+            place = (jnp.arange(count) == index)[:, None, None]
+            anchors = [jnp.where(place, row, x) for x, row in zip(anchors, plain, strict=True)]
             share = control.share[frame][:, None, None]
             made = [kab.anchor_bias(row, (share * x).sum(0), control.strength[:, frame], control.floor)
                     for x, row in zip(anchors, plain, strict=True)]  # fmt: skip
