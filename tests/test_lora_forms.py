@@ -294,7 +294,6 @@ def test_nothing_is_read_before_its_turn(layout, tmp_path, monkeypatch):
     assert sorted(reads) == [f"{name}.lora_down.weight", f"{name}.lora_up.weight"]
 
 
-@pytest.mark.parametrize("word", ["lora_up.weight", "diff_b", "diff"])
 @pytest.mark.parametrize("word", ["lora_up.weight", "lora_down.weight", "diff_b", "diff"])
 def test_numbers_that_are_none_are_named(layout, tmp_path, word):
     """In the LoRA's own name, not in the source's."""
