@@ -84,7 +84,7 @@ def merge(source: Source, requests: Sequence[str]) -> Source:
     changes: dict[str, list[Change]] = {}
     files = []
     for request in requests:
-        path, scale = _request(request)
+        path, scale = parse_request(request)
         found = _grouped(path, targets)
         settings = lorasettings.read(path)
         files += [path] if settings.file is None else [path, settings.file]
@@ -107,7 +107,12 @@ def _merged(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     return dataclasses.replace(weight, read=read, rows=None)
 
 
-def _request(text: str) -> tuple[Path, float]:
+def parse_request(text: str) -> tuple[Path, float]:
+    """File and scale of "FILE" or "FILE:scale"; a drive's letter is no file, and a name with a colon is a name.
+
+    Raises:
+      SourceError: not a scale, or a folder without one LoRA.
+    """
     if text.startswith(HUB):
         raise SourceError(f"--lora {text}: must be a file on this machine; get it with hf download")
     path, colon, scale = text.rpartition(":")
