@@ -227,6 +227,17 @@ def test_shapes_of_a_linears_factors(layout, tmp_path, rank, form, alpha):
     agree(merged(layout, update, tmp_path), {f"{name}.weight": SCALE * factor * (up.astype(np.float64) @ down)})
 
 
+@pytest.mark.parametrize("rows", [1, 50, 768, 10_000])
+def test_products_in_pieces(layout, tmp_path, monkeypatch, rows):
+    """A product is made some rows at a time."""
+    monkeypatch.setattr(lora, "ROWS", rows)
+    name = "time_projection.1"
+    out, width = shape_of(f"{name}.weight")
+    update = {f"{name}.lora_A.weight": normal(RANK, width), f"{name}.lora_B.weight": normal(out, RANK)}
+    product = normal(out, RANK).astype(np.float64) @ normal(RANK, width)
+    agree(merged(layout, update, tmp_path), {f"{name}.weight": SCALE * product})
+
+
 @pytest.mark.parametrize("told", [None, 6.0])
 def test_the_bias_of_pefts_lora_b_is_scaled_like_the_product(layout, tmp_path, told):
     name = "blocks.1.self_attn.q"

@@ -99,6 +99,11 @@ FILES = {
     "alpha": factors(LINEARS, comfy, "lora_down", "lora_up", alpha=2),
     "biases": factors(LINEARS | OTHERS, comfy, "lora_down", "lora_up", bias="diff_b"),
     "alpha and biases": factors(LINEARS, comfy, "lora_down", "lora_up", alpha=2, bias="diff_b"),
+    "whole head": factors(LINEARS, comfy, "lora_A", "lora_B", bias="diff_b")
+    | {
+        "diffusion_model.head.head.diff": torch.linspace(-1, 2, 64 * 128).reshape(64, 128),
+        "diffusion_model.head.head.diff_b": torch.linspace(-1, 2, 64),
+    },
     "kohya": factors(LINEARS, kohya, "lora_down", "lora_up", alpha=1),
 }
 
@@ -108,7 +113,7 @@ def test_files_that_diffusers_converts(model, source, tmp_path, form):
     save_file(FILES[form], tmp_path / "a.safetensors")
     reference = diffusers_merged(model, tmp_path / "a.safetensors", SCALE)
     changed = agree(source, f"{tmp_path / 'a.safetensors'}:{SCALE}", reference, numpy_state(model))
-    updates = sum(key.endswith(("_down.weight", "lora_A.weight", "diff_b")) for key in FILES[form])
+    updates = sum(key.endswith(("_down.weight", "lora_A.weight", "diff_b", "diff")) for key in FILES[form])
     assert len(changed) == updates
 
 
