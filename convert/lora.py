@@ -51,6 +51,7 @@ class Held:
 
     @property
     def shape(self) -> Shape:
+        """As stored."""
         return self.tensor.shape
 
     def read(self) -> np.ndarray:
@@ -130,7 +131,10 @@ def parse_request(text: str) -> tuple[Path, float]:
 
 def _file(path: Path) -> Path:
     """The file of a LoRA that may be given as the folder it was saved to."""
-    path = path.expanduser()
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise SourceError(f"{path}: no such user; give the whole path") from error
     if not path.is_dir():
         return path
     usual = [path / name for name in IN_FOLDER if (path / name).is_file()]
@@ -197,6 +201,8 @@ def _changes(
     settings: lorasettings.Settings, alone: bool,
 ) -> Iterator[tuple[str, Change]]:  # fmt: skip
     """What the tensors of one target change, by name; `alone`: an alpha without matrices is no mistake."""
+    if target not in shapes:
+        raise _Misfit(f"{target}: missing in the source itself")
     if "diff" in roles:
         yield target, _whole(target, shapes[target], roles["diff"], scale)
     factors = {role: held for role, held in roles.items() if role != "diff" and not (alone and role == "alpha")}

@@ -246,13 +246,20 @@ def test_a_colon_in_a_files_name(source, tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("x:", "'' is not a scale"), ("x:big", "'big' is not a scale"), ("x:inf", "must be finite"),
-    ("x:nan", "must be finite"),
+    ("x:nan", "must be finite"), ("~no_such_user/x:1", ""),
     ("x:0.8x", "is not a scale"), ("hf://owner/name/x.safetensors", "must be a file on this machine"),
     ("hf://owner/name:0.8", "must be a file on this machine"), ("C:\\x.safetensors:big", "'big' is not a scale"),
 ])  # fmt: skip
 def test_requests_that_are_refused(source, text, message):
-    with pytest.raises(SourceError, match=f"--lora .*{message}"):
+    with pytest.raises(SourceError, match=f"--lora .*{message}" if message else "no such user; give the whole path"):
         lora.merge(source, [text])
+
+
+def test_a_source_that_lacks_what_a_file_changes(tmp_path):
+    held = {name: tensor for name, tensor in tensors("original").items() if name != f"{NAME}.weight"}
+    source = sources.find(write(tmp_path / "dit.safetensors", held))
+    with pytest.raises(SourceError, match=f"{NAME}.weight: missing in the source itself"):
+        lora.merge(source, [str(write(tmp_path / "a.safetensors", pair()))])
 
 
 @pytest.mark.parametrize("held, found", [
