@@ -100,8 +100,10 @@ def _leads_outside(step: str) -> bool:
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     """One array's entry with its fields in the types they must have. KeyError, TypeError or ValueError else."""
-    shape = [operator.index(n) for n in entry["shape"]]
-    return {"shape": shape, "dtype": np.dtype(entry["dtype"]).name, "sha256": str(entry["sha256"])}
+    shape, dtype = [operator.index(n) for n in entry["shape"]], entry["dtype"]
+    if not isinstance(dtype, str):  # numpy would make something of a dictionary too
+        raise TypeError(f"dtype {dtype!r} is not a name")
+    return {"shape": shape, "dtype": np.dtype(dtype).name, "sha256": str(entry["sha256"])}
 
 
 def raw(array: np.ndarray) -> memoryview:
