@@ -51,6 +51,8 @@ def to_json(model: bytes, name: str) -> str:
     try:
         proto.ParseFromString(model)
         reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if not any(piece.type == UNKNOWN for piece in proto.pieces):  # such as an empty file
+            raise DecodeError("no pieces")
     except (DecodeError, RuntimeError, TypeError) as error:
         raise SourceError(f"{name}: damaged or not a SentencePiece model; get it again") from error
     if proto.trainer_spec.model_type != UNIGRAM:

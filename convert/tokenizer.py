@@ -5,13 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from convert import spiece
+from convert.choose import TOKENIZER_MODELS
 from convert.sources import Source
 from convert.tensors import SourceError
 from wanjax.tokenizer import Tokenizer, read
-
-MODELS = ("spiece.model", "tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "tokenizer.model",
-          "tokenizer/tokenizer.model", "sentencepiece.model", "tokenizer/sentencepiece.model")  # fmt: skip
-"""Where a SentencePiece model may lie in a source without a tokenizer.json, the likeliest first."""
 
 TENSOR = "spiece_model"
 """The tensor of bytes in which ComfyUI's text encoders carry theirs."""
@@ -58,12 +55,14 @@ def find(source: Source, vocab_size: int) -> tuple[Vocabulary | None, tuple[str,
         else:
             text = spiece.to_json(file.read_bytes() if file is not None else inside.read().tobytes(), name)
         found = Tokenizer.parse(text, name)
+        if found.vocab_size > vocab_size:
+            raise ValueError(f"{name}: {found.vocab_size} tokens, the text encoder has {vocab_size}; it is another's")
     except (ValueError, OSError) as error:
+        if encoder is None:  # nothing that is asked for needs it
+            return None, (f"left out: {error}",)
         raise SourceError(str(error)) from error
-    if found.vocab_size > vocab_size:
-        raise SourceError(f"{name}: {found.vocab_size} tokens, the text encoder has {vocab_size}; it is another's")
     return Vocabulary(text, file), ()
 
 
 def _model_file(path: Path) -> Path | None:
-    return next((path / name for name in MODELS if (path / name).is_file()), None)
+    return next((path / name for name in TOKENIZER_MODELS if (path / name).is_file()), None)
