@@ -80,9 +80,9 @@ def choose(names: Iterable[str], only: Sequence[str], where: str) -> Choice:
     names = sorted(names)
     small = [name for name in ("config.json", "model_index.json", "scheduler/scheduler_config.json") if name in names]
     small += next(([name] for name in (*TOKENIZERS, *TOKENIZER_MODELS) if name in names), [])
-    if "manifest.json" in names and any(name.startswith(f"{slot}/") for name in names for slot in SLOTS):
-        stored = [name for name in names if name.partition("/")[0] in only and "/" in name]
-        return Choice((*small, "manifest.json"), tuple(stored), ())
+    own = _wanjax(names, only)
+    if own is not None:
+        return Choice(tuple(dict.fromkeys([*small, *(name for name in names if name == "manifest.json")])), own, ())
     folders = _diffusers(names) or _tree(names)
     if folders:
         found = {folder: _models(names, folder, folder in DIFFUSERS) for folder in folders}
@@ -129,6 +129,18 @@ def part(name: str) -> str:
 def listed(names: Sequence[str], most: int) -> str:
     """Names in one line, cut after some."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _wanjax(names: Sequence[str], only: Sequence[str]) -> tuple[str, ...] | None:
+    """The weights of a wanjax model folder in either of its forms; None where it is none."""
+    if not {"config.json", "tokenizer.json"} <= set(names):
+        return None
+    if sum(f"{slot}.safetensors" in names for slot in SLOTS) >= 3:
+        return tuple(f"{slot}.safetensors" for slot in only if f"{slot}.safetensors" in names)
+    stored = any(name.startswith(f"{slot}/") and name.endswith("/zarr.json") for name in names for slot in SLOTS)
+    if "manifest.json" not in names or not stored:
+        return None
+    return tuple(name for name in names if "/" in name and name.partition("/")[0] in only)
 
 
 def _diffusers(names: Sequence[str]) -> dict[str, str]:

@@ -5,16 +5,16 @@ another run finds them again. Without a network, or with HF_HUB_OFFLINE, the cac
 """
 
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from convert.choose import choose, listed, one_file, shards
+from convert.notes import tell
 from convert.paths import absolute
 from convert.tensors import SourceError
 
@@ -26,8 +26,6 @@ _ADDRESS = re.compile(
 )
 
 T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
 
 
 class _Unreachable(SourceError):
@@ -69,20 +67,21 @@ def parse(text: str) -> Address:
     return Address(match["repository"], revision, "/".join(steps))
 
 
-def place(path: str | os.PathLike[str], only: Sequence[str]) -> Path:
+def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
     """A source's file or folder on this machine, as an absolute path; what lies on the hub is fetched.
 
     Args:
       path: a path, or an address on the hub.
       only: the parts that are wanted.
+      noted: hears of what the user should know.
 
     Raises:
       SourceError: nothing on the hub under that name, no way to get it, or several models to choose from.
     """
-    return fetch(parse(str(path)), only) if str(path).startswith(HUB) else absolute(path)
+    return fetch(parse(str(path)), only, noted) if str(path).startswith(HUB) else absolute(path)
 
 
-def fetch(address: Address, only: Sequence[str]) -> Path:
+def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
     """The address's file or folder in the hub's cache, with all that will be read in it.
 
     Raises:
@@ -91,7 +90,9 @@ def fetch(address: Address, only: Sequence[str]) -> Path:
     import huggingface_hub  # here: it takes a while, and no other source needs it
 
     def listing() -> list[str]:
-        return huggingface_hub.HfApi().list_repo_files(address.repository, revision=address.revision)
+        # Not list_repo_files: that tries for half a minute to reach a hub that is not there.
+        found = huggingface_hub.HfApi().model_info(address.repository, revision=address.revision)
+        return [file.rfilename for file in found.siblings or ()]
 
     def download(name: str) -> Path:
         return Path(_asked(address, lambda: huggingface_hub.hf_hub_download(
@@ -104,7 +105,7 @@ def fetch(address: Address, only: Sequence[str]) -> Path:
         if root is None:
             raise
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            _log.warning("note: %s; its files in the cache are taken", error)
+            noted(f"{error}; its files in the cache are taken")
         return _gathered(address, _below(root), only, lambda name: root / name)
     return _gathered(address, names, only, download)
 

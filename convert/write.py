@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from convert.families import SLOTS
 from convert.finish import JOB, PROGRESS, finish, write_synced
 from convert.keymap import Rule
+from convert.notes import tell
 from convert.paths import absolute
 from convert.plan import DTYPES, Plan, lacking, plan, work
 from convert.read import layers_of, load, read_layer
@@ -39,20 +39,25 @@ __all__ = ["DTYPES", "Plan", "WriteError", "check_target", "lacking", "load", "p
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WAIT = 0.5  # seconds; a lock that another is just letting go of is not "another conversion"
 
-_log = logging.getLogger(__name__)
-
 
 class WriteError(ValueError):
     """A target that cannot be written; the message is one line naming it and the mend."""
 
 
-def write(planned: Plan, target: Path, dtype: str, told: Callable[[int], Any] = lambda size: None) -> store.Manifest:
+def write(
+    planned: Plan,
+    target: Path,
+    dtype: str,
+    told: Callable[[int], Any] = lambda size: None,
+    noted: Callable[[str], Any] = tell,
+) -> store.Manifest:
     """Writes the folder.
 
     Args:
       target: must not exist.
       dtype: as given to `plan`, for the manifest.
       told: hears of bytes as they are hashed, then as they are written.
+      noted: hears of what an earlier run had left.
 
     Returns:
       The manifest.
@@ -80,7 +85,7 @@ def write(planned: Plan, target: Path, dtype: str, told: Callable[[int], Any] = 
             "loras": list(source.loras),
         }
         with _kept_only_if_useful(folder, target):
-            arrays = _write_arrays(planned, folder, _resume(folder, job, planned), told)
+            arrays = _write_arrays(planned, folder, _resume(folder, job, planned, noted), told)
             if _stats(files) != before:
                 raise SourceError(f"{source.path}: its files changed during the conversion; run it again")
             manifest = store.Manifest(arrays, digests, tool, dtype, source.loras)
@@ -144,7 +149,7 @@ def _kept_only_if_useful(folder: Path, target: Path) -> Iterator[None]:
     """Removes what a failure leaves unless the same command can go on from it: after an interruption, or a full disk.
 
     Raises:
-      WriteError: the disk is full.
+      WriteError: the disk is full, or something appeared under the target's name.
     """
     try:
         yield
@@ -153,6 +158,9 @@ def _kept_only_if_useful(folder: Path, target: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)  # no array is finished
         if isinstance(error, OSError) and error.errno in FULL:
             raise WriteError(f"{target}: {error.strerror}; free some space and run it again") from error
+        if isinstance(error, FileExistsError):
+            text = "appeared while it was written, and was left alone; move it away and run this again, nothing is lost"
+            raise WriteError(f"{target}: {text}") from error
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +171,9 @@ def _stats(files: Sequence[Path]) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in (os.stat(file) for file in files)]
 
 
-def _resume(folder: Path, job: Mapping[str, Any], planned: Plan) -> dict[str, dict[str, Any]]:
+def _resume(
+    folder: Path, job: Mapping[str, Any], planned: Plan, noted: Callable[[str], Any]
+) -> dict[str, dict[str, Any]]:
     """Entries of arrays that an earlier run of the same job finished; starts the folder anew for another job."""
     try:
         same = json.loads((folder / JOB).read_text(encoding="utf-8")) == job
@@ -179,7 +189,7 @@ def _resume(folder: Path, job: Mapping[str, Any], planned: Plan) -> dict[str, di
                 done[entry.pop("name")] = entry
         return done
     if folder.exists():
-        _log.warning("note: %s: left by a conversion of another source or with other settings; removed", folder)
+        noted(f"{folder}: left by a conversion of another source or with other settings; removed")
         shutil.rmtree(folder)
     folder.mkdir()
     for name, shapes in planned.shapes.items():
