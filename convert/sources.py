@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import families
+from convert import families, hub
 from convert.families import Config, Family
 from convert.keymap import ConversionError, Rule, check
 from convert.tensors import TORCH_SUFFIXES, SourceError, Tensor, Tensors, open_file, open_index, unscaled
@@ -24,8 +24,6 @@ SUBFOLDERS = {"transformer": "dit", "vae": "vae", "text_encoder": "umt5", "image
 
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
 """Where a tokenizer may lie in a source, the likeliest first."""
-
-HUB = "hf://"
 
 _WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
@@ -85,7 +83,7 @@ def find(path: str | Path, only: Iterable[str] = families.SLOTS) -> Source:
       SourceError: nothing there, damaged files, or a model in another's place.
     """
     only = tuple(only)
-    path = _snapshot(str(path)) if str(path).startswith(HUB) else Path(path)
+    path = hub.place(path, only)
     if path.is_file():
         # The folder's config.json is this file's where no other model lies beside it.
         alone = sum(file.suffix in _WEIGHTS for file in path.parent.iterdir()) == 1
@@ -103,18 +101,6 @@ def find(path: str | Path, only: Iterable[str] = families.SLOTS) -> Source:
         raise SourceError(f"{path}: no model files (*.safetensors, *.pth) of {', '.join(only)} in it")
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
     return Source(path, parts, tokenizer)
-
-
-def _snapshot(name: str) -> Path:
-    """A hub repository's folder in the local cache, downloaded unless HF_HUB_OFFLINE says no."""
-    import huggingface_hub  # here: it takes a while, and no other source needs it
-
-    patterns = ["*.json", "*.safetensors", "*.pth", "*.model"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # no network, no such repository, offline and not in the cache
-        reason = " ".join(str(error).split())[:300]
-        raise SourceError(f"{name}: cannot be had from the hub or its cache ({reason})") from error
 
 
 def _wanjax(path: Path, only: tuple[str, ...]) -> dict[str, Part]:

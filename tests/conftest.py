@@ -20,6 +20,24 @@ import torch  # noqa: E402
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A small model in the original repository's form; not to be changed."""
+    import conversion
+
+    return conversion.write_source(tmp_path_factory.mktemp("source") / "original")
+
+
+@pytest.fixture(scope="session")
+def made(source, tmp_path_factory):
+    """The same model converted, in float32; not to be changed."""
+    from convert.__main__ import main
+
+    target = tmp_path_factory.mktemp("made") / "model"
+    assert main([str(source), str(target), "--dtype", "f32"]) == 0
+    return target
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The fused kernel of the torch VAE is the same function; compiling it would only cost time."""
