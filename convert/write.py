@@ -98,8 +98,10 @@ def _whole(source: Source, model: str) -> ModelConfig:
     if model != "auto" and dit is not None and _size(dit) != _size(base.dit):
         raise SourceError(f"{source.path}: holds a {describe(dit)}, not {model}; leave --model away")
     same = dit is None or _size(dit) == _size(base.dit)
+    sampling = base.sampling if source.shift is None else dataclasses.replace(base.sampling, shift=source.shift)
+    name = base.name if same else "custom"
     try:
-        return dataclasses.replace(base, name=base.name if same else "custom", **_fitting(base, parts) | parts)
+        return dataclasses.replace(base, name=name, sampling=sampling, **_fitting(base, parts) | parts)
     except ValueError as error:
         raise SourceError(f"{source.path}: its parts do not belong together: {error}") from error
 
@@ -113,7 +115,8 @@ def _fitting(base: ModelConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
     found = {"dit": dit, "umt5": dataclasses.replace(base.umt5, dim=dit.text_dim)}
     if base.clip is not None:
         side = base.clip.patch_size * math.isqrt(dit.image_tokens - 1)
-        found["clip"] = dataclasses.replace(base.clip, dim=dit.image_dim, image_size=side)
+        heads = math.gcd(dit.image_dim, base.clip.num_heads)
+        found["clip"] = dataclasses.replace(base.clip, dim=dit.image_dim, num_heads=heads, image_size=side)
     return found
 
 

@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from convert import clip, dit, families, sources, umt5, vae
+from convert import clip, dit, families, sources, split, umt5, vae
 from convert.keymap import convert, invert
-from convert.tensors import SourceError, Tensor, Tensors, open_file, open_index, unscaled
+from convert.quantised import unscaled
+from convert.tensors import SourceError, Tensor, Tensors, open_file, open_index
 from wanjax import checkpoint
 from wanjax.config import preset
 
@@ -138,8 +139,9 @@ def imagined(shapes, dtype=np.float32):
 def test_published_files_give_the_presets(file, prefix):
     """From names and shapes alone, no config.json: family, layout and every size."""
     name, part = PUBLISHED[file]
-    tensors = families.plain(imagined({prefix + key: shape for key, shape in listing(file).items()}))
-    family = families.identify(tensors)
+    (found,), notes = split.models(imagined({prefix + key: shape for key, shape in listing(file).items()}))
+    assert not notes
+    family, tensors = found
     assert (family.part, family.layout) == (part, file.split("_")[0].replace("official", "original"))
     assert families.read_config(family, tensors, {}) == getattr(preset(name), part)
 
@@ -186,6 +188,11 @@ def copy_of(folder, target):
     return target
 
 
+def other_numbers(source, target):
+    """A model of the same names and shapes that is not the same."""
+    torch.save({name: tensor + 0.01 for name, tensor in torch.load(source).items()}, target)
+
+
 SHARD = "diffusion_pytorch_model-00002-of-00002.safetensors"
 
 
@@ -203,7 +210,7 @@ def spoil(path, how):
         "index": lambda: index.write_text("{"),
         "no index": index.unlink,
         "outside": lambda: index.write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}})),
-        "twice": lambda: (path / "copy.pth").write_bytes((path / "Wan2.1_VAE.pth").read_bytes()),
+        "twice": lambda: other_numbers(path / "Wan2.1_VAE.pth", path / "tuned.pth"),
         "stranger": lambda: save_file({"x": np.zeros(2, np.float32)}, path / "other.safetensors"),
         "config": lambda: (path / "config.json").write_text(json.dumps({"num_layers": 40, "ffn_dim": 13824})),
         "torch": lambda: (path / "Wan2.1_VAE.pth").write_bytes((path / "Wan2.1_VAE.pth").read_bytes()[:2000]),
@@ -221,7 +228,7 @@ def spoil(path, how):
     ("index", "index.json: not a readable index"),
     ("no index", f"{SHARD} are shards without their index.json"),
     ("outside", "names '../secret.safetensors', which is not a file beside it"),
-    ("twice", "are both a vae; move one away"),
+    ("twice", "Wan2.1_VAE.pth, tuned.pth are each a vae; choose one with --vae FILE"),
     ("stranger", "other.safetensors: not a model that Wan2.1 uses"),
     ("config", "config.json says num_layers 40, the tensors 2; ffn_dim 13824, the tensors 96"),
     ("torch", "Wan2.1_VAE.pth: damaged or truncated"),
@@ -240,7 +247,7 @@ def test_missing_extra_and_wrong_tensors_are_all_listed(nano):
     del shapes["blocks.1.ffn.0.bias"], shapes["head.modulation"]
     shapes |= {"blocks.0.cross_attn.q.bias": (7,), "blocks.0.lora": (1,)}
     tensors = imagined(shapes)
-    family = families.identify(tensors)
+    ((family, tensors),), _ = split.models(tensors)
     part = sources.Part(family, families.read_config(family, tensors, {}), tensors)
     with pytest.raises(SourceError) as error:
         part.check(checkpoint.param_shapes(config)["dit"])

@@ -148,12 +148,33 @@ def test_damaged_and_foreign_files(tmp_path):
         read(compressed)
 
 
+@pytest.mark.parametrize("value, prefix", [
+    ({"model_state": {"x": torch.ones(2)}}, "model_state."),
+    ({"model": {"x": torch.ones(2)}, "epoch": 3, "lr": 0.1, "name": "run", "losses": [1.0], "best": None}, "model."),
+    ({"state_dict": {"module": {"x": torch.ones(2)}}}, "module."),
+    ({"a": {"b": {"c": {"x": torch.ones(2)}}}}, "a.b.c."),
+])  # fmt: skip
+def test_tensors_in_the_dictionaries_of_training_codes(tmp_path, value, prefix):
+    out = read(saved(tmp_path / "x.pth", value))
+    assert list(out) == [f"{prefix}x"] and out[f"{prefix}x"].tolist() == [1, 1]
+
+
+def test_dictionaries_without_end(tmp_path):
+    tree = {"x": torch.zeros(2)}
+    for _ in range(20):
+        tree = {"a": tree}
+    with pytest.raises(TorchFileError, match="'a' is a dict"):
+        read(saved(tmp_path / "x.pth", tree))
+
+
 @pytest.mark.parametrize(
     "value, message",
     [
         ([torch.zeros(2)], "holds a list"),
         ({"x": torch.zeros(2), "epoch": 3}, "'epoch' is a int, not a tensor"),
-        ({"model": {"x": torch.zeros(2)}}, "'model' is a dict"),
+        ({"x": torch.zeros(2), "model": {"x": [torch.zeros(2)]}}, "'x' is a list"),
+        ({"model": {"x": torch.zeros(2)}, "optimizer": {0: torch.zeros(2)}}, "'0' is a ndarray"),
+        ({"a": {"x": torch.zeros(2)}, "a.x": torch.zeros(2)}, "two tensors come to the name a.x"),
         (torch.zeros(2), "holds a ndarray"),
     ],
 )
