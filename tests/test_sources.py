@@ -8,39 +8,25 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from nano import NANO, random_params
+from foreign import CONFIG, SHARD, copy_of, imagined, original, write_original
+from foreign import DIT as DIT  # other tests take it from here
+from nano import random_params
 from reference import listing, numpy_state
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from convert import clip, dit, families, sources, split, umt5, vae
+from convert import families, sources, split, vae
 from convert.keymap import convert, invert
 from convert.quantised import unscaled
-from convert.tensors import SourceError, Tensor, Tensors, open_file, open_index
+from convert.tensors import SourceError, open_file, open_index
 from wanjax import checkpoint
 from wanjax.config import preset
-
-TABLES = {"dit": dit, "vae": vae, "umt5": umt5, "clip": clip}
-# Sizes as in the published models where shapes do not tell them: heads of 128, 257 vision tokens, 16 CLIP heads.
-DIT = dataclasses.replace(NANO.dit, dim=128, num_heads=1, text_length=512)
-
-
-def original(part, config, params):
-    """Tensors in the original layout, with what the published CLIP file also carries."""
-    tensors = invert(TABLES[part].original(config), params)
-    if part == "clip":
-        last = f"visual.transformer.{config.num_layers}."
-        tensors |= {name.replace("visual.transformer.0.", last): tensor for name, tensor in tensors.items()
-                    if name.startswith("visual.transformer.0.")}  # fmt: skip
-        tensors |= {"log_scale": np.float32(1).reshape(1), "textual.norm.weight": np.ones(3, np.float32)}
-    return tensors
 
 
 @pytest.fixture(scope="module")
 def nano():
-    config = dataclasses.replace(NANO, dit=DIT, clip=dataclasses.replace(NANO.clip, num_heads=16))
-    return config, random_params(config)
+    return CONFIG, random_params(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +36,6 @@ def folder(nano, tmp_path_factory):
     path = tmp_path_factory.mktemp("original")
     write_original(path, config, params)
     return path
-
-
-def write_original(path, config, params):
-    tensors = original("dit", config.dit, params["dit"])
-    names = sorted(tensors)
-    shards = {f"diffusion_pytorch_model-0000{k + 1}-of-00002.safetensors": names[k::2] for k in range(2)}
-    for file, held in shards.items():
-        save_file({name: tensors[name] for name in held}, path / file)
-    where = {name: file for file, held in shards.items() for name in held}
-    (path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    files = {"vae": "Wan2.1_VAE.pth", "umt5": "models_t5.pth", "clip": "models_clip.pth"}
-    for part, file in files.items():
-        state = original(part, getattr(config, part), params[part])
-        torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, path / file)
-    (path / "google" / "umt5-xxl").mkdir(parents=True)
-    (path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
 
 
 def test_original_folder(folder, nano):
@@ -126,14 +96,6 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def imagined(shapes, dtype=np.float32):
-    """Tensors of these shapes that cannot be read."""
-    from pathlib import Path
-
-    named = {name: Tensor(shape, np.dtype(dtype), lambda: 1 / 0) for name, shape in shapes.items()}
-    return Tensors((Path("imagined.safetensors"),), named)
-
-
 @pytest.mark.parametrize("file", PUBLISHED)
 @pytest.mark.parametrize("prefix", ["", families.PREFIX])
 def test_published_files_give_the_presets(file, prefix):
@@ -181,19 +143,9 @@ def test_scaled_8_bit_weights_are_multiplied_out(tmp_path, names):
         unscaled(bad)
 
 
-def copy_of(folder, target):
-    import shutil
-
-    shutil.copytree(folder, target)
-    return target
-
-
 def other_numbers(source, target):
     """A model of the same names and shapes that is not the same."""
     torch.save({name: tensor + 0.01 for name, tensor in torch.load(source).items()}, target)
-
-
-SHARD = "diffusion_pytorch_model-00002-of-00002.safetensors"
 
 
 def spoil(path, how):
