@@ -1,18 +1,20 @@
 """Foreign weight files of a small model, written without the libraries that users' files come from."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from nano import NANO
+from nano import NANO, random_params
 from safetensors.numpy import save_file
 
 from convert import clip, dit, umt5, vae
 from convert.keymap import invert
 from convert.tensors import Tensor, Tensors
+from wanjax import checkpoint
 
 TABLES = {"dit": dit, "vae": vae, "umt5": umt5, "clip": clip}
 # Sizes as in the published models where shapes do not tell them: heads of 128, 257 vision tokens, 16 CLIP heads.
@@ -32,6 +34,17 @@ def original(part, config, params):
 
 CONFIG = dataclasses.replace(NANO, dit=DIT, clip=dataclasses.replace(NANO.clip, num_heads=16))
 SHARD = "diffusion_pytorch_model-00002-of-00002.safetensors"
+
+
+@functools.cache
+def plain_params():
+    """What the model is made of; not to be changed."""
+    return random_params(CONFIG)
+
+
+@functools.cache
+def plain_shapes():
+    return checkpoint.param_shapes(CONFIG)
 
 
 def write_original(path, config, params):

@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from foreign import CONFIG, original
-from nano import random_params
+from foreign import CONFIG, original, plain_params
 from safetensors.torch import save_file
 
 from convert import sources
@@ -52,7 +51,8 @@ def column(scale, axes=2):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", EIGHT)
 @pytest.mark.parametrize("told, container", [
-    *((told, kind) for told in ("marker", "metadata", "metadata, one word", "scaled_fp8") for kind in ("float8", "uint8")),
+    *((told, kind) for told in ("marker", "metadata", "metadata, one word", "scaled_fp8")
+      for kind in ("float8", "uint8")),
     ("dtype alone", "float8"),
 ])  # fmt: skip
 def test_formats_that_are_told(tmp_path, shape, name, told, container):
@@ -194,7 +194,8 @@ def test_metadata_of_the_wrong_kind(tmp_path, settings, message):
 
 @pytest.mark.parametrize("name, kind", [
     ("a.weight_scale_2", "NVFP4"), ("a.qweight", "GPTQ"), ("a.wscales", "SVDQuant"),
-    ("a.weight.absmax", "bitsandbytes"), ("a.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"), ("a.SCB", "bitsandbytes"), ("a.weight._data", "quanto"),
+    ("a.weight.absmax", "bitsandbytes"),
+    ("a.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"), ("a.SCB", "bitsandbytes"), ("a.weight._data", "quanto"),
     ("a.pre_quant_scale", "smoothed"), ("a.weight_scale_inv", "block-scaled"),
 ])  # fmt: skip
 def test_formats_told_by_names(tmp_path, name, kind):
@@ -207,7 +208,7 @@ INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torc
 
 @pytest.fixture(scope="module")
 def vae():
-    tensors = original("vae", CONFIG.vae, random_params(CONFIG)["vae"])
+    tensors = original("vae", CONFIG.vae, plain_params()["vae"])
     return {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
 
 
@@ -232,7 +233,7 @@ def test_integers_in_a_torch_file(tmp_path, vae):
 
 def test_integers_that_are_no_weights_are_not_read(tmp_path):
     """The text encoder's tokenizer and the vision tower's positions, as published."""
-    params = random_params(CONFIG)
+    params = plain_params()
     from convert import clip, umt5
     from convert.keymap import invert
 
@@ -249,7 +250,7 @@ def test_integers_that_are_no_weights_are_not_read(tmp_path):
 
 def test_a_whole_model_of_8_bits(tmp_path, vae):
     """As ComfyUI writes one: matrices scaled, the rest in bfloat16; every number within float8's rounding."""
-    params = random_params(CONFIG)["dit"]
+    params = plain_params()["dit"]
     tensors, wanted = {}, {}
     for name, array in original("dit", CONFIG.dit, params).items():
         tensor = torch.from_numpy(np.array(array))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from foreign import CONFIG, SHARD, copy_of, imagined, original, write_original
+from foreign import CONFIG, SHARD, copy_of, imagined, original, plain_params, write_original
 from foreign import DIT as DIT  # other tests take it from here
-from nano import random_params
 from reference import listing, numpy_state
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -26,7 +25,7 @@ from wanjax.config import preset
 
 @pytest.fixture(scope="module")
 def nano():
-    return CONFIG, random_params(CONFIG)
+    return CONFIG, plain_params()
 
 
 @pytest.fixture(scope="module")
