@@ -176,7 +176,7 @@ def _parts(path: Path, only: tuple[str, ...]) -> Found:
     """The wanted parts that a file or folder holds."""
     if path.is_file():
         return _of_file(path, only)
-    if checkpoint.is_folder(path):
+    if _is_wanjax(path):
         return {slot: Part(*found) for slot, found in wanjaxfolder.parts(path, only).items()}, []
     stranger = strangers.by_folder(file.name for file in path.iterdir()) if "dit" in only else None
     if stranger:
@@ -187,6 +187,13 @@ def _parts(path: Path, only: tuple[str, ...]) -> Found:
         if any((path / root / name).is_dir() for names in TREE.values() for name in names):
             return _tree(path / root, only)
     return _side_by_side(path, only)
+
+
+def _is_wanjax(path: Path) -> bool:
+    try:
+        return checkpoint.is_folder(path)
+    except RecursionError:  # JSON nested too deeply, which is told where it is read
+        return False
 
 
 def _part(family: Family, tensors: Tensors, stated: Mapping[str, Any]) -> Part:

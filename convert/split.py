@@ -7,7 +7,7 @@ once; an all-in-one file has a prefix for each model. Whatever stands in front o
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from convert import families, quantised, strangers
 from convert.families import FAMILIES, SLOTS, Family
@@ -81,11 +81,13 @@ def _chosen(tensors: Tensors, found: Mapping[str, Family]) -> tuple[dict[str, Fa
     return chosen, notes
 
 
-def _owner(name: str, found: Iterable[str]) -> str | None:
-    return max((prefix for prefix in found if name.startswith(prefix)), key=len, default=None)
+def _owner(name: str, found: Collection[str]) -> str | None:
+    owner = max((prefix for prefix in found if name.startswith(prefix)), key=len, default=None)
+    # A model without a prefix does not own what stands beside the prefix of another.
+    return None if owner == "" and len(found) > 1 and _beside(name) and "." in name else owner
 
 
-def _under(tensors: Tensors, prefix: str, found: Iterable[str]) -> Tensors:
+def _under(tensors: Tensors, prefix: str, found: Collection[str]) -> Tensors:
     return tensors.renamed(lambda name: name.removeprefix(prefix) if _owner(name, found) == prefix else None)
 
 
