@@ -150,6 +150,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(np.all(np.abs(a - b) <= 2.0**-bits * np.abs(a) * 1.1 + 1.1 * floor))
 
 
+def _named_alike(one: Group, other: Group) -> bool:
+    """Whether two names beside each other differ in the precision alone."""
+    return one.path.parent == other.path.parent and one.model == other.model
+
+
 def best(folder: Path, slot: str, found: Sequence[tuple[Group, Tensors]], one_model: bool) -> tuple[int, list[str]]:
     """Which of several sets of tensors of one part is taken, and a note on it.
 
@@ -162,13 +167,13 @@ def best(folder: Path, slot: str, found: Sequence[tuple[Group, Tensors]], one_mo
     """
     (first, tensors), *others = found
     for group, other in others:
-        if tensors.shapes != other.shapes or not (one_model or group.model == first.model or copies(tensors, other)):
+        if tensors.shapes != other.shapes or not (one_model or _named_alike(first, group) or copies(tensors, other)):
             names = listed([str(group.path.relative_to(folder)) for group, _ in found], 8, ", ")
             raise SourceError(f"{folder}: {names} are each a {slot}; choose one with --{slot} FILE")
 
     def rank(k: int) -> tuple[float, bool]:
-        group, tensors = found[k]
-        return exactness(tensors), group.path.suffix.lower() in (".safetensors", ".json")
+        tensors = found[k][1]
+        return exactness(tensors), tensors.files[0].suffix.lower() == ".safetensors"
 
     taken = max(range(len(found)), key=rank)
     names = listed([str(group.path.relative_to(folder)) for group, _ in found], 8, ", ")

@@ -194,7 +194,7 @@ def test_some_picked_files_make_some_parts(picks, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--vae", "{dit}", "{out}"], "holds a transformer, not the vae"),
-    (["{out}", "--vae", "{dit}", "--only", "dit"], "--vae {dit}: not among the wanted parts, dit"),
+    (["{out}", "--vae", "{dit}", "--only", "dit"], "--vae {dit}: not among the parts that are wanted, dit"),
     (["{out}"], "no source: give a file, a folder or hf://owner/name"),
     (["--dit", "nowhere.safetensors", "{out}"], "nowhere.safetensors: no such file or folder"),
     (["inspect", "--full", "--vae", "{vae}"], "--full reads a wanjax folder"),
@@ -298,6 +298,14 @@ def test_another_model_of_the_same_sizes_is_no_copy(tmp_path, form):
             tuned[name] = tensor + 0.03 * tensor.std() * noise
     save(tmp_path / "b.safetensors", tuned, form)
     with pytest.raises(SourceError, match="are each a dit; choose one with --dit FILE"):
+        sources.find(tmp_path)
+
+
+def test_the_same_name_in_two_folders_is_no_sign_of_a_copy(tmp_path):
+    """As the two transformers of Wan2.2 often lie."""
+    for folder, change in (("high_noise", 0.0), ("low_noise", 0.1)):
+        save(tmp_path / "diffusion_models" / folder / "model.safetensors", state("dit", change=change))
+    with pytest.raises(SourceError, match="high_noise/model.safetensors, .*low_noise/model.safetensors are each a dit"):
         sources.find(tmp_path)
 
 
