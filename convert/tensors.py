@@ -47,6 +47,10 @@ FORMATS = "_quantization_metadata"
 """Where ComfyUI's files tell in their metadata how layers are stored; others tell it in tensors (`comfy_quant`)."""
 
 
+LONGEST = 300
+"""Letters in a tensor's name; published ones have less than a hundred."""
+
+
 class SourceError(ValueError):
     """A source that cannot be used; the message is one line naming it and the mend."""
 
@@ -188,7 +192,14 @@ def open_index(path: Path) -> Tensors:
 
 
 def _resolved(tensors: Tensors) -> Tensors:
-    """The same with its formats under the names that the layers have; metadata may leave a prefix away."""
+    """The same with its formats under the names that the layers have; metadata may leave a prefix away.
+
+    Raises:
+      SourceError: names that cannot be written in a line, formats of no layer.
+    """
+    odd = [name for name in (*tensors.named, *tensors.formats) if not name.isprintable() or len(name) > LONGEST]
+    if odd:
+        raise SourceError(f"{tensors.files[0]}: {odd[0][:80]!r} is no name of a tensor; damaged, get it again")
     weights = [name.removesuffix(".weight") for name in tensors.named if name.endswith(".weight")]
     formats = {}
     for layer, told in tensors.formats.items():

@@ -313,3 +313,17 @@ def test_every_default_configuration_is_known():
     """What the search for the nearest family takes the names from."""
     assert [type(config()) for config in families.SLOTS.values()][0] is DiTConfig
     assert all(split._kinds(k) for k in range(len(families.FAMILIES)))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a" * 1000, "a\u202eb", "a\x00b"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_names_that_no_message_can_hold(tmp_path, name, suffix):
+    file = tmp_path / f"x{suffix}"
+    tensors = tensors_of("vae") | {name: np.zeros(1, np.float32)}
+    if suffix == ".pth":
+        torch.save({key: torch.from_numpy(np.array(tensor)) for key, tensor in tensors.items()}, file)
+    else:
+        save_file(tensors, file)
+    with pytest.raises(SourceError, match="is no name of a tensor") as error:
+        sources.find(file)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400

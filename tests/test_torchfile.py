@@ -183,6 +183,18 @@ def test_what_is_not_tensors_by_name(tmp_path, value, message):
         read(saved(tmp_path / "x.pth", value))
 
 
+def test_an_entry_whose_own_header_is_damaged(tmp_path):
+    """Its name is no text, or endless: one short line."""
+    data = bytearray(saved(tmp_path / "good.pth", {"x": torch.zeros(2)}).read_bytes())
+    place = data.index(b"good/data.pkl")
+    for spoilt in (b"\xea", b"\n"):
+        data[place : place + 1] = spoilt
+        (tmp_path / "bad.pth").write_bytes(data)
+        with pytest.raises(TorchFileError, match="damaged or truncated") as error:
+            read(tmp_path / "bad.pth")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 def test_a_missing_storage(tmp_path):
     source = saved(tmp_path / "good.pth", {"x": torch.zeros(2)})
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "bad.pth", "w") as new:
