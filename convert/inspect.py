@@ -59,7 +59,7 @@ def _folder(path: Path) -> str:
         try:
             store.check(path, part, shapes[part], manifest)
             state = "complete"
-        except store.StoreError as error:
+        except store.CheckpointError as error:
             state = str(error)
         lines.append(f"  {part}: {_numbers(dtypes)} in {len(own)} arrays; {state}")
     lines.append("  made from: " + ", ".join(manifest.sources))

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from convert import lorasettings
+from convert.hub import HUB
 from convert.keymap import Shape
 from convert.loranames import Targets, listed, parse, refuse_others
-from convert.sources import HUB, Part, Source
+from convert.sources import Part, Source
 from convert.tensors import SourceError, Tensor, Tensors, open_file
 
 IN_FOLDER = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",

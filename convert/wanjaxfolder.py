@@ -62,7 +62,7 @@ def _stored(path: Path, slot: str) -> Tensors:
     """Arrays of a converted folder, by parameter path."""
     try:
         arrays = store.read_manifest(path).arrays
-    except store.StoreError as error:
+    except store.CheckpointError as error:
         raise SourceError(str(error)) from error
     own = {name: entry for name, entry in arrays.items() if name.startswith(f"{slot}/")}
 

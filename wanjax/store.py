@@ -50,7 +50,6 @@ __all__ = [  # with what is of the manifest
     "FORMAT",
     "MANIFEST",
     "Manifest",
-    "StoreError",
     "blocks",
     "check",
     "chunk_shape",
@@ -66,7 +65,6 @@ __all__ = [  # with what is of the manifest
     "verify",
 ]
 
-StoreError = CheckpointError
 SPLITS = 8
 """Into how many chunks a long axis is cut, so that up to as many hosts can each read its own."""
 LONG = 1024
