@@ -1,5 +1,6 @@
 """What turns a folder of arrays into a model folder: configuration, tokenizer, manifest, and its name."""
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from convert.plan import Plan
 from wanjax import checkpoint, store
 from wanjax import config as configs
+from wanjax.manifest import file_digest
 
 PROGRESS, JOB = "progress.jsonl", "job.json"
 """Which arrays are finished, and of what; both go when the folder has its name."""
@@ -21,7 +23,9 @@ def finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest) 
     write_synced(folder / checkpoint.CONFIG, configs.to_json(planned.config) + "\n")
     if planned.tokenizer is not None:
         write_synced(folder / checkpoint.TOKENIZER, planned.tokenizer.text)
-    write_synced(folder / store.MANIFEST, manifest.dumps())
+    files = {name: file_digest(folder / name) for name in (checkpoint.CONFIG, checkpoint.TOKENIZER)
+             if (folder / name).is_file()}  # fmt: skip
+    write_synced(folder / store.MANIFEST, dataclasses.replace(manifest, files=files).dumps())
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(folder, target)  # what an interruption after this leaves is whole, and two small files too many

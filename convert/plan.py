@@ -87,8 +87,10 @@ def _whole(source: Source, model: str) -> ModelConfig:
             "folder with its config.json"
         )
     same = dit is None or _size(dit) == _size(base.dit)
+    sampling = base.sampling if source.shift is None else dataclasses.replace(base.sampling, shift=source.shift)
+    name = base.name if same else "custom"
     try:
-        return dataclasses.replace(base, name=base.name if same else "custom", **_fitting(base, parts) | parts)
+        return dataclasses.replace(base, name=name, sampling=sampling, **_fitting(base, parts) | parts)
     except ValueError as error:
         raise SourceError(f"{source.path}: its parts do not belong together: {error}") from error
 

@@ -1,26 +1,28 @@
 """Videos, contact sheets and settings out, without half-written files.
 
 Axis letters: T frames, H height, W width, 3 = red, green, blue; all pixels are uint8. Everything is written
-into a hidden folder (.wanjax-*) beside its final place and moved there by one rename at the end, so that the
-final name either holds a complete result or nothing new, also after Ctrl-C or a full disk.
+through `wanjax.writing`, so that the final name either holds a complete result or nothing new, also after Ctrl-C
+or a full disk, and carries the mark by which wanjax knows its own files again (`wanjax.marks`).
 """
 
 import contextlib
-import json
 import math
 import os
 import re
-import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from wanjax import marks, writing
+from wanjax.writing import Checked, OutputError, Target
 
 # suffix -> (encoder, options). Both constant quality, high; webm's "b" of 0 turns off its rate limit.
 CODECS = {
@@ -31,49 +33,62 @@ SUFFIXES = (*CODECS, ".gif", ".webp")
 # Longest side that each format or its encoder takes; a folder of PNG frames has no practical limit.
 MAX_SIDE = {".mp4": 16384, ".webm": 16384, ".gif": 65535, ".webp": 16383}
 
-_HIDDEN = ".wanjax-"
 _FRAME_FILE = re.compile(r"\d{5,}\.png")
 _BT709 = 1  # the code of ITU-R BT.709 for primaries, transfer and matrix alike in ISO/IEC 23091-2
 _LIMITED_RANGE = 1
 
 
-class OutputError(ValueError):
-    """An output that cannot be written; the message is one line naming it and the mend."""
-
-
 @dataclass(frozen=True)
 class Outputs:
-    """Where a run's results go: the video (or folder of frames), its contact sheet and its settings."""
+    """Where a run's results go: the video (or folder of frames), its contact sheet and its settings.
+
+    Attributes:
+      checked: what `check_output` found there, for `staged`; None for the hidden names that it yields.
+    """
 
     video: Path
     sheet: Path
     settings: Path
+    checked: Checked | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines that the user should see, on what runs that were stopped had left beside the outputs."""
+        return self.checked.notes if self.checked is not None else ()
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Outputs:
+def check_output(
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    also: Sequence[Target] = (),
+) -> Outputs:
     """Checks, before any compute, that a video can be written to `path`, and says what goes beside it.
 
     A name without a suffix is a folder of PNG frames. The contact sheet is `<stem>.sheet.png` and the
     settings `<stem>.json`, in the same folder as the video. That folder must exist; that it can be written to
-    is tried.
+    is tried, and what stopped runs left in it is removed (`Outputs.notes`).
 
-    Raises OutputError for an unknown suffix, a missing or unwritable folder, something other than a regular
-    file (or a folder of frames) under one of the three names, or an existing one without `overwrite`.
+    Args:
+      overwrite: whether outputs of wanjax that stand there may be replaced.
+      inputs: files and folders that the run reads, which no output may replace.
+      also: more files or folders of the same run, which appear with the others (`staged_also`).
+
+    Raises:
+      OutputError: an unknown suffix, a missing or unwritable folder, an input or something that wanjax did not
+        write under one of the names, something that it did without `overwrite`.
     """
     path = Path(path)
     if path.name.lower() in ("", "..", *SUFFIXES):
         raise OutputError(f"output {str(path)!r}: names no file; give one such as clip.mp4")
-    suffix = path.suffix.lower()
-    if suffix and suffix not in SUFFIXES:
-        raise OutputError(
-            f"output {path}: unknown suffix {path.suffix}; use {', '.join(SUFFIXES)} or, for a folder of PNG "
-            f"frames, a name without a dot"
-        )
-    check_folder(path)
-    outputs = Outputs(path, path.with_name(f"{path.stem}.sheet.png"), path.with_name(f"{path.stem}.json"))
-    for target in (outputs.video, outputs.sheet, outputs.settings):
-        _check_target(target, folder=target is outputs.video and not suffix, overwrite=overwrite)
-    return outputs
+    _check_suffix(path)
+    try:
+        path = writing.absolute(path)
+    except ValueError as error:
+        raise OutputError(f"output {error}") from error
+    sheet, settings = path.with_name(f"{path.stem}.sheet.png"), path.with_name(f"{path.stem}.json")
+    targets = [_target(path), Target(sheet), Target(settings), *also]
+    return Outputs(path, sheet, settings, writing.check(targets, inputs=inputs, overwrite=overwrite))
 
 
 def check_fps(fps: float) -> None:
@@ -96,13 +111,23 @@ def check_sides(path: str | os.PathLike[str], height: int, width: int) -> None:
 def staged(outputs: Outputs) -> Iterator[Outputs]:
     """Names to write all three outputs to; they appear under their own names together when the block ends well.
 
-    On any exception, KeyboardInterrupt included, none of them does, and what was there before stays.
+    On any exception, KeyboardInterrupt included, none of them does, and what was there before stays. Inside the
+    block no other run can begin on the same names.
+
+    Raises:
+      OutputError: another run is writing one of them, or something appeared or changed there since `check_output`.
     """
-    with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=outputs.video.parent) as hidden:
-        pairs = [(Path(hidden) / path.name, path) for path in (outputs.video, outputs.sheet, outputs.settings)]
-        yield Outputs(*(part for part, _ in pairs))
-        for part, path in reversed(pairs):  # the video last: where it is, the others are
-            _move(part, path, Path(hidden))
+    with staged_also(outputs) as (parts, _):
+        yield parts
+
+
+@contextlib.contextmanager
+def staged_also(outputs: Outputs) -> Iterator[tuple[Outputs, tuple[Path, ...]]]:
+    """`staged`, and hidden names for the targets that `check_output` was given as `also`."""
+    if outputs.checked is None:
+        raise ValueError("outputs: give what check_output returned")
+    with writing.staged(outputs.checked) as (video, sheet, settings, *also):
+        yield Outputs(video, sheet, settings), tuple(also)
 
 
 def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: int = 1) -> None:
@@ -114,19 +139,18 @@ def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: i
       ms. Both loop. These two formats store a run of identical frames as one frame of the run's duration.
     - no suffix: a folder of PNG files 00000.png, 00001.png, ...; `fps` is not kept.
 
-    Replaces what `path` held (of a folder: only one of frames); `check_output` asks before. On any exception,
-    KeyboardInterrupt included, nothing new stays on disk.
+    Replaces what `path` held if wanjax wrote it; `check_output` asks before. On any exception, KeyboardInterrupt
+    included, nothing new stays on disk.
 
     Raises ValueError for frames of another shape or dtype, no frames, or fps or scale out of range;
-    OutputError for an unknown suffix.
+    OutputError for an unknown suffix, or something that wanjax did not write.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(f"frames {frames.dtype} {frames.shape}: give uint8 [T, H, W, 3] with T at least 1")
     check_fps(fps)
-    if suffix and suffix not in SUFFIXES:
-        raise OutputError(f"output {path}: unknown suffix {path.suffix}; use {', '.join(SUFFIXES)}")
+    _check_suffix(path)
     with _replacing(path) as part:
         if suffix in CODECS:
             _encode(part, suffix, frames, fps, scale)
@@ -135,7 +159,8 @@ def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: i
         else:
             part.mkdir()
             for index, frame in enumerate(frames):
-                Image.fromarray(enlarge(frame, scale)).save(part / f"{index:05d}.png", compress_level=3)
+                picture = Image.fromarray(enlarge(frame, scale))
+                picture.save(part / f"{index:05d}.png", compress_level=3, pnginfo=_png_mark())
 
 
 def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
@@ -184,94 +209,43 @@ def contact_sheet(
 
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as a PNG file, whole or not at all."""
+    """Writes uint8 [H, W, 3] as a PNG file, whole or not at all; replaces one that wanjax wrote."""
     with _replacing(Path(path)) as part:
-        Image.fromarray(image).save(part, format="PNG")
+        Image.fromarray(image).save(part, format="PNG", pnginfo=_png_mark())
 
 
 def write_json(path: str | os.PathLike[str], settings: Any) -> None:
-    """Writes what `json` can hold, indented and in UTF-8, whole or not at all.
-
-    Raises TypeError for a value JSON does not know and ValueError for NaN and infinity, which it does not
-    either.
-    """
-    text = json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _replacing(Path(path)) as part:
-        # A lone surrogate (an undecodable byte of a command line) becomes \udcxx, which is JSON's own escape.
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to (a file or a folder) in a hidden folder beside `path`, renamed to it at the end."""
-    with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=path.parent) as hidden:
-        part = Path(hidden) / f"new{path.suffix}"
-        yield part
-        _move(part, path, Path(hidden))
-
-
-def _move(part: Path, path: Path, hidden: Path) -> None:
-    """Renames a finished file or folder to its final name."""
-    if not part.is_dir() or not path.exists():
-        os.replace(part, path)
-        return
-    # A folder that holds something cannot be renamed over: the old one steps aside, and back on failure.
-    _check_frame_folder(path)
-    old = hidden / "old"
-    os.replace(path, old)
-    try:
-        os.replace(part, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
+    """`wanjax.writing.write_json`; replaces a file that wanjax wrote."""
+    writing.write_json(path, settings, overwrite=True)
 
 
 def check_folder(path: Path) -> None:
     """Raises OutputError unless the folder that `path` lies in exists and can be written to, which is tried."""
-    parent = path.parent
-    if not parent.exists():
-        raise OutputError(f"output {path}: no folder {parent}; create it with mkdir -p {parent}")
-    if not parent.is_dir():
-        raise OutputError(f"output {path}: {parent} is not a folder; choose another place")
-    try:
-        # Tried, not asked: permissions say little about read-only mounts, quotas, network drives and root.
-        with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=parent) as hidden:
-            (Path(hidden) / "probe").write_bytes(b"probe")
-    except OSError as error:
+    writing.check_parent(Target(writing.absolute(path)))
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix and path.suffix.lower() not in SUFFIXES:
         raise OutputError(
-            f"output {path}: cannot write in folder {parent} ({error.strerror}); choose another place"
-        ) from error
+            f"output {path}: unknown suffix {path.suffix}; use {', '.join(SUFFIXES)} or, for a folder of PNG "
+            f"frames, a name without a dot"
+        )
 
 
-def _check_target(target: Path, folder: bool, overwrite: bool) -> None:
-    try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        if not target.is_symlink():
-            return
-        raise OutputError(f"output {target}: a dangling link; remove it or choose another name") from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"output {target}: not a usable name ({error}); choose another") from error
-    if folder:
-        if not stat.S_ISDIR(mode) or target.is_symlink():
-            raise OutputError(f"output {target}: exists and is not a folder; add a suffix or choose another name")
-        _check_frame_folder(target)
-        if any(target.iterdir()) and not overwrite:
-            raise OutputError(f"output {target}: the folder holds frames; pass --overwrite or choose another name")
-        return
-    if stat.S_ISDIR(mode):
-        raise OutputError(f"output {target}: exists and is a folder; choose another name")
-    if not stat.S_ISREG(mode):
-        raise OutputError(f"output {target}: exists and is not a regular file; choose another name")
-    if not overwrite:
-        raise OutputError(f"output {target}: exists; pass --overwrite or choose another name")
+def _target(path: Path) -> Target:
+    return Target(path, folder=not path.suffix, names=_FRAME_FILE.fullmatch)
 
 
-def _check_frame_folder(path: Path) -> None:
-    """Refuses a folder that holds anything but frames, so that overwriting never loses other files."""
-    foreign = [entry.name for entry in path.iterdir() if not _FRAME_FILE.fullmatch(entry.name)]
-    if foreign:
-        raise OutputError(f"output {path}: the folder holds {min(foreign)!r}, not only frames; choose another name")
+def _replacing(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """A hidden name to write to, renamed to `path` at the end."""
+    target = _target(writing.absolute(path))
+    return writing.beside(target.path, folder=target.folder, names=target.names, overwrite=True)
+
+
+def _png_mark() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Software", marks.mark())
+    return info
 
 
 def _encode(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int) -> None:
@@ -281,6 +255,7 @@ def _encode(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int)
     odd = ((0, height % 2), (0, width % 2), (0, 0))
     container_options = {"movflags": "faststart"} if suffix == ".mp4" else {}
     with av.open(str(path), "w", format=suffix[1:], options=container_options) as container:
+        container.metadata["comment"] = marks.mark()
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = height + odd[0][1], width + odd[1][1]
         stream.pix_fmt = "yuv420p"
@@ -305,13 +280,16 @@ def _animate(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int
     tick = 10 if suffix == ".gif" else 1
     times = np.rint(np.arange(len(frames) + 1) * (1000 / fps / tick)).astype(int) * tick
     durations = np.maximum(np.diff(times), tick).tolist()
-    images = (Image.fromarray(enlarge(frame, scale)) for frame in frames)
+    exif = Image.Exif()
+    exif[marks.SOFTWARE] = marks.mark()
     # WebP: at 480x864 as small as with the default effort (80, 2) in a third of the time.
-    webp = {"lossless": True, "quality": 30, "method": 1}
-    options: dict[str, Any] = webp if suffix == ".webp" else {"disposal": 1}
-    options |= {"format": suffix[1:], "save_all": True, "duration": durations, "loop": 0}
-    with path.open("wb") as file:  # opened here, as Pillow leaves its own file open on KeyboardInterrupt
-        next(images).save(file, append_images=images, **options)
+    webp = {"lossless": True, "quality": 30, "method": 1, "exif": exif.tobytes()}
+    options: dict[str, Any] = webp if suffix == ".webp" else {"disposal": 1, "comment": marks.mark().encode()}
+    options |= {"save_all": True, "duration": durations, "loop": 0}
+    pictures = np.stack([enlarge(frame, scale) for frame in frames])
+    # Opened here, as Pillow leaves its own file open on KeyboardInterrupt.
+    with path.open("wb") as file, iio.imopen(file, "w", plugin="pillow", extension=suffix) as container:
+        container.write(pictures, is_batch=True, **options)
 
 
 def _grid(tiles: Sequence[tuple[str, np.ndarray]], columns: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from samplers import video
+from wanjax import marks
 
 SUFFIXES = [".mp4", ".webm", ".gif", ".webp", ""]
 # Decibels on the clip below. Four of the five are lossy: 4:2:0 chroma, 256 colours.
@@ -142,16 +143,21 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch, suffix, error, at):
     np.testing.assert_array_equal(read_back(path), before)
 
 
-def test_ctrl_c_in_another_process(tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to one process")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_in_another_process(tmp_path, number):
     script = """
         import signal
         import numpy as np
         from samplers import video
+        from wanjax import writing
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
-        print("ready", flush=True)
-        while True:
-            frames = np.random.default_rng(0).integers(0, 256, (81, 256, 256, 3), np.uint8)
-            video.write("clip.webp", frames, 16)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        frames = np.random.default_rng(0).integers(0, 256, (81, 256, 256, 3), np.uint8)
+        with writing.terminate_as_interrupt():
+            print("ready", flush=True)
+            while True:
+                video.write("clip.webp", frames, 16)
     """
     root = Path(video.__file__).parents[1]
     process = subprocess.Popen(
@@ -165,7 +171,7 @@ def test_ctrl_c_in_another_process(tmp_path):
         assert process.stdout.readline() == b"ready\n"
         while not any(hidden.iterdir() for hidden in tmp_path.glob(".wanjax-*")):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, number))
         try:
             assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
         finally:
@@ -187,15 +193,15 @@ def test_frame_folder_replaced_whole(tmp_path):
 def test_frame_folder_comes_back_when_the_last_rename_fails(tmp_path, monkeypatch):
     folder = tmp_path / "clip"
     video.write(folder, moving_disc(3), 16)
-    replace, calls = os.replace, []
+    rename, calls = os.rename, []
 
     def failing(source, target):
         calls.append(source)
         if len(calls) == 2:
             raise OSError("no")
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OSError, match="no"):
         video.write(folder, moving_disc(5), 16)
     assert len(os.listdir(folder)) == 3 and os.listdir(tmp_path) == ["clip"]
@@ -359,12 +365,13 @@ def test_png_and_json(tmp_path):
     np.testing.assert_array_equal(iio.imread(tmp_path / "a.png"), frame)
     settings = {"prompt": "圆 moves \udc80", "seed": 3, "timings": {"decode": 0.5}, "size": [32, 32]}
     video.write_json(tmp_path / "a.json", settings)
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == settings
+    expected = {"written_by": marks.mark()} | settings
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == expected
     assert "圆" in (tmp_path / "a.json").read_text(encoding="utf-8")
     for wrong, error in ((float("nan"), ValueError), (object(), TypeError)):
         with pytest.raises(error):
             video.write_json(tmp_path / "a.json", {"value": wrong})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == settings
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == expected
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.png"]
 
 

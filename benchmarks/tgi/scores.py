@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from samplers.video import write_json
-from wanjax import checkpoint, store
+from wanjax import checkpoint, manifest
 
 LINES, CONFIG = "scores.jsonl", "config.json"
 # Entries of the config that may gain members in a later run; those of a table must stay what they were.
@@ -236,8 +236,9 @@ def model_identity(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     names = [checkpoint.CONFIG, checkpoint.TOKENIZER]
-    if (folder / store.MANIFEST).is_file():
-        arrays = store.read_manifest(folder).arrays
+    found = manifest.manifest_of(folder)
+    if found is not None and found.form == manifest.ORBAX:
+        arrays = found.arrays
         digest.update(json.dumps({name: arrays[name]["sha256"] for name in sorted(arrays)}).encode())
     else:
         names += sorted(file.name for file in folder.glob("*.safetensors"))

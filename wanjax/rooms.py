@@ -1,0 +1,238 @@
+"""Hidden folders beside results: one to a run and parent folder, locked while the run lives.
+
+    .wanjax-XXXXXXXX/lock         held (by `filelock`) by the living run
+                     claim.json   the names that the run writes, and its hidden folders in other parents
+                     moves.json   there while names are given: {name: [device, inode]} of the finished parts
+                     new/, old/   see `wanjax.publishing`
+
+While moves.json lies in the FIRST hidden folder of a run, what the run began is undone; once it is gone, the result
+stands. So a run that dies at any moment leaves either, and the next run in the folder tidies up.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from wanjax.publishing import NEW, OLD, Move, OutputError, put_back, sync, sync_folder
+
+HIDDEN = ".wanjax-"
+
+_LOCK, _CLAIM, _JOURNAL = "lock", "claim.json", "moves.json"
+_UNLOCKED = re.compile(r"\.wanjax-[a-z0-9_]{8}")  # versions before locks left such folders
+_STALE_HOURS = 6
+
+
+@contextlib.contextmanager
+def rooms(parents: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """A hidden folder in each of the parents, locked; gone at the end, unless something in one could not be put back.
+
+    Yields:
+      parent -> hidden folder.
+    """
+    with contextlib.ExitStack() as stack:
+        made: dict[Path, Path] = {}
+        for parent in parents:
+            first = next(iter(made.values()), None)
+            made[parent] = stack.enter_context(_room(parent, first))
+        yield made
+
+
+@contextlib.contextmanager
+def _room(parent: Path, first: Path | None) -> Iterator[Path]:
+    """A hidden folder with its lock held; `first` is the run's first one, None if this is it."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            room = parent / f"{HIDDEN}{secrets.token_hex(4)}"
+            lock = FileLock(room / _LOCK, thread_local=False)
+            stack.callback(_leave, room, lock, first or room)  # before anything is there, for an interrupt right after
+            try:
+                room.mkdir(mode=0o700)
+                lock.acquire(blocking=False)
+                (room / NEW).mkdir()
+                (room / OLD).mkdir()
+                break
+            except FileExistsError:
+                stack.pop_all()  # another's
+            except (Timeout, FileNotFoundError):
+                if not parent.is_dir():
+                    raise
+                # Another run took the fresh folder for a dead one's.
+        yield room
+
+
+def _leave(room: Path, lock: FileLock, first: Path) -> None:
+    """Ends a hidden folder, unless something could not be put back; the run's first one is the last to go."""
+    try:
+        _end(room, lock, first)
+    except KeyboardInterrupt:  # the first Ctrl-C, if it falls in here, must not leave anything
+        _end(room, lock, first)
+        raise
+
+
+def _end(room: Path, lock: FileLock, first: Path) -> None:
+    kept = (first / _JOURNAL).exists()
+    if not kept:
+        shutil.rmtree(room / NEW, ignore_errors=True)
+        shutil.rmtree(room / OLD, ignore_errors=True)
+    lock.release()  # before the rest goes: Windows keeps open files
+    if not kept:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def probe(parent: Path) -> None:
+    """Tries what `rooms` will do. OSError if it fails."""
+    with _room(parent, None) as room:
+        (room / NEW / "probe").write_bytes(b"probe")
+
+
+def claim(made: dict[Path, Path], names: dict[Path, list[str]]) -> None:
+    """Says which names this run writes, and refuses those that an earlier live run does.
+
+    Args:
+      made: parent -> hidden folder.
+      names: parent -> names in it.
+
+    Raises:
+      OutputError: another run is writing one of them.
+    """
+    since = time.time_ns()
+    for parent, room in made.items():
+        told = {"rooms": [str(one) for one in made.values()], "targets": names[parent], "since": since,
+                "process": os.getpid()}  # fmt: skip
+        (room / _CLAIM).write_text(json.dumps(told), encoding="utf-8")
+    for parent, room in made.items():
+        for other in parent.glob(f"{HIDDEN}*"):
+            theirs = _read_json(other / _CLAIM)
+            shared = sorted(set(names[parent]) & set(theirs.get("targets", ())))
+            # A later one sees this claim and gives way. Should neither see the other, the first to finish wins.
+            later = (theirs.get("since", 0), other.name) > (since, room.name)
+            if shared and other != room and not later and _alive(other):
+                raise OutputError(f"output {parent / shared[0]}: another run (process {theirs.get('process')}) is "
+                                  f"writing it; wait for it or choose another name")  # fmt: skip
+
+
+def begin(moves: Sequence[Move]) -> None:
+    """Writes down, on the disk, what is about to be moved."""
+    by_room: dict[Path, dict[str, Any]] = {}
+    for move in moves:
+        by_room.setdefault(move.room, {})[move.name] = move.made
+    for room, made in by_room.items():
+        (room / _JOURNAL).write_text(json.dumps(made), encoding="utf-8")
+        sync(room / _JOURNAL)
+        sync(room / _CLAIM)
+        sync_folder(room)
+        sync_folder(room.parent)
+
+
+def done(first: Path) -> None:
+    """From here on, what was moved stays."""
+    (first / _JOURNAL).unlink()
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Removes hidden folders of runs that are gone, after putting back what they had moved aside.
+
+    Those of live runs and of other users stay. One without a lock (of an older version) goes when nothing in it was
+    touched for hours and it holds nothing that was moved aside.
+
+    Returns:
+      A line for each, for the user.
+    """
+    notes = []
+    for room in sorted(folder.glob(f"{HIDDEN}*")):
+        with contextlib.suppress(OSError, Timeout, NotImplementedError):  # alive, or somebody was faster
+            if room.is_dir() and not room.is_symlink() and _own(room):
+                notes += _clear(room) if (room / _LOCK).exists() else _clear_unlocked(room)
+    return notes
+
+
+def _clear(room: Path) -> list[str]:
+    """Timeout if its run, or another that clears it, is alive."""
+    with _held(room):
+        told = _read_json(room / _CLAIM)
+        group = [Path(one) for one in told.get("rooms", ())]
+        first = room if room in group[:1] or not group else group[0]
+        if first.name == room.name:  # the parent may have been renamed since
+            kept = _undo([*group[1:], room])
+        elif (first / _JOURNAL).exists():
+            return _clear(first)
+        else:
+            # The first goes last: without it nothing says whether these moves stand.
+            kept = [] if first.exists() else [room / OLD / name for name in os.listdir(room / OLD)]
+        if kept:
+            return [f"{kept[0]} was moved aside by a run that was stopped, and its name is taken: move it where it "
+                    f"belongs, then remove {room}"]  # fmt: skip
+        for one in (NEW, OLD):
+            shutil.rmtree(room / one, ignore_errors=True)
+    shutil.rmtree(room, ignore_errors=True)
+    return [f"removed {room}, which a run that was stopped had left"]
+
+
+def _undo(group: Sequence[Path]) -> list[Path]:
+    """Puts back everything of a dead run, whose first hidden folder is the last here, unless its moves stand."""
+    if not (group[-1] / _JOURNAL).exists():
+        return []
+    kept = []
+    for room in group:
+        if not room.exists() or not _own(room):
+            continue
+        made = _read_json(room / _JOURNAL)
+        kept += put_back([Move(room, name, tuple(key)) for name, key in made.items()])
+    if not kept:
+        done(group[-1])
+    return kept
+
+
+def _clear_unlocked(room: Path) -> list[str]:
+    if not _UNLOCKED.fullmatch(room.name) or (os.name == "posix" and stat.S_IMODE(room.stat().st_mode) != 0o700):
+        return []  # the user's
+    times = [path.lstat().st_mtime for path in (room, *room.rglob("*"))]
+    if time.time() - max(times) < 3600 * _STALE_HOURS:
+        return []
+    if (room / OLD).exists():
+        return [f"{room / OLD} was moved aside by a run that was stopped: move it where it belongs, then remove {room}"]
+    shutil.rmtree(room)
+    return [f"removed {room}, which a run that was stopped had left"]
+
+
+@contextlib.contextmanager
+def _held(room: Path) -> Iterator[None]:
+    lock = FileLock(room / _LOCK, thread_local=False)
+    lock.acquire(blocking=False)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _alive(room: Path) -> bool:
+    try:
+        with _held(room):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # removed meanwhile
+        return False
+
+
+def _own(room: Path) -> bool:
+    """Whether it is the user's own: what another writes into a shared folder must move nothing."""
+    return not hasattr(os, "geteuid") or room.stat().st_uid == os.geteuid()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
