@@ -126,13 +126,13 @@ def find(
     parts: dict[str, Part] = {}
     notes: list[str] = []
     for slot, file in files.items():
-        found, told = _parts(_place(file), (slot,))
+        found, told = _parts(_place(file, (slot,)), (slot,))
         if slot not in found:
-            raise SourceError(f"--{slot} {file}: holds no {slot}; {_held(_place(file))}")
+            raise SourceError(f"--{slot} {file}: holds no {slot}; {_held(_place(file, (slot,)))}")
         parts[slot] = found[slot]
         notes += told
-    place = _place(next(iter(files.values())) if path is None else path)
     rest = tuple(slot for slot in only if slot not in files)
+    place = _place(next(iter(files.values())) if path is None else path, rest)
     if path is not None and rest:
         found, told = _parts(place, rest)
         parts |= found
@@ -147,8 +147,8 @@ def find(
     return Source(place, _with_tokens(parts, place, path), tokenizer, (), shift, tuple(dict.fromkeys(notes)))
 
 
-def _place(path: str | Path) -> Path:
-    """The file or folder that is meant, which is there."""
+def _place(path: str | Path, only: tuple[str, ...]) -> Path:
+    """The file or folder that is meant, which is there; of the hub's, with what the wanted parts need."""
     if str(path).startswith(HUB):
         return _snapshot(str(path))
     place = Path(path)
