@@ -2,10 +2,9 @@
 
 import argparse
 import logging
-import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +14,14 @@ from wanjax import store
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
-MODELS = {"auto": "auto", "flf2v-14b": "flf2v_14b", "i2v-14b": "i2v_14b", "t2v-1.3b": "t2v_1_3b"}
+MODELS = {
+    "auto": "auto",
+    "flf2v-14b": "flf2v_14b",
+    "i2v-14b": "i2v_14b",
+    "t2v-1.3b": "t2v_1_3b",
+    "fun-inp-1.3b": "fun_inp_1_3b",
+    "fun-inp-14b": "fun_inp_14b",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +33,11 @@ def parser() -> argparse.ArgumentParser:
         "--full reads a wanjax folder once and compares it with its manifest.",
     )
     p.add_argument(
-        "source", metavar="SRC", help="weight file, or folder of the original repository, diffusers, ComfyUI"
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help="weight file, or folder of the original repository, diffusers, ComfyUI; may be left away where files are "
+        "picked",
     )
     p.add_argument("target", metavar="DST", type=Path, help="folder to make")
     p.add_argument(
@@ -39,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--only", nargs="+", action="extend", choices=tuple(families.SLOTS), help="convert these parts alone"
     )
+    _add_files(p)
     p.add_argument(
         "--lora",
         nargs="+",
@@ -48,6 +59,16 @@ def parser() -> argparse.ArgumentParser:
         help="merge these into the transformer, in float32",
     )
     return p
+
+
+def _add_files(p: argparse.ArgumentParser) -> None:
+    for slot in families.SLOTS:
+        title = families.TITLES[slot]
+        p.add_argument(f"--{slot}", metavar="FILE", help=f"take the {title} from this file, whatever else lies in SRC")
+
+
+def _files(options: argparse.Namespace) -> dict[str, str]:
+    return {slot: file for slot in families.SLOTS if (file := getattr(options, slot)) is not None}
 
 
 def _model(text: str) -> str:
@@ -66,18 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("python -m convert: interrupted; run it again to go on", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         print(f"python -m convert: error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
 def _inspect(arguments: list[str]) -> int:
     p = argparse.ArgumentParser(prog="python -m convert inspect", description="Say what a path holds.")
-    p.add_argument("path", help="as SRC of a conversion, or a wanjax folder")
+    p.add_argument("path", nargs="?", help="as SRC of a conversion, or a wanjax folder")
+    _add_files(p)
     p.add_argument("--full", action="store_true", help="of a wanjax folder: read it all and compare with its manifest")
     options = p.parse_args(arguments[1:])
-    print(inspect.describe(options.path))
+    print(inspect.describe(options.path, _files(options)))
     if options.full:
+        if options.path is None:
+            raise ValueError("--full reads a wanjax folder; give its path")
         manifest = store.read_manifest(Path(options.path))
         with _bar(store.size(manifest), "verify") as bar:
             store.verify(Path(options.path), manifest.arrays, bar.update)
@@ -86,26 +110,39 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     start = time.perf_counter()
     write.check_target(options.target)
-    source = sources.find(options.source, options.only or families.SLOTS)
+    files = _files(options)
+    wanted = options.only or (families.SLOTS if options.source is not None else files)
+    source = sources.find(options.source, tuple(wanted), files)
     if options.lora:
         source = lora.merge(source, options.lora)
     planned = write.plan(source, options.dtype, options.model)
-    for note in write.lacking(planned, options.only):
+    only = options.only or (None if options.source is not None else _chosen(planned, files))
+    for note in [*source.notes, *write.lacking(planned, only)]:
         print(f"note: {note}", file=sys.stderr)
     with _bar(write.work(planned), "convert") as bar:
         manifest = write.write(planned, options.target, options.dtype, bar.update)
     print(f"{options.target}: {planned.config.name}, {', '.join(source.parts)}, {store.size(manifest) / 1e9:.3f} GB in "
-          f"{time.perf_counter() - start:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")  # fmt: skip
+          f"{time.perf_counter() - start:.1f} s{_peak_memory()}")  # fmt: skip
     return 0
 
 
-def _peak_memory() -> int:
-    """Bytes; mapped pages of the source count while they are in memory."""
+def _chosen(planned: write.Plan, files: Mapping[str, str]) -> list[str] | None:
+    """The picked parts as what is wanted, unless they make a whole model."""
+    whole = {slot for slot in families.SLOTS if getattr(planned.config, slot) is not None}
+    return None if whole <= set(files) else list(files)
+
+
+def _peak_memory() -> str:
+    """In words, where the system tells it; mapped pages of the source count while they are in memory."""
+    try:
+        import resource  # here: not on Windows
+    except ImportError:
+        return ""
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f", peak memory {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
 
 
 def _bar(size: int, description: str) -> tqdm:

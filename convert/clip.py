@@ -8,6 +8,9 @@ from wanjax.config import CLIPConfig
 
 PREFIX = "vision_model."
 
+BESIDE = ("visual_projection.weight", "text_model.", "text_projection", "logit_scale")
+"""Beginnings of names that a whole CLIP has beside its vision tower."""
+
 T = TypeVar("T")
 
 

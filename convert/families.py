@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from convert import clip, dit, umt5, vae
-from convert.keymap import Rule, Shape
+from convert.keymap import Rule, Shape, listed
 from convert.tensors import SourceError, Tensors
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 
@@ -46,29 +46,19 @@ class Family:
     unused: Callable[[Any, Iterable[str]], tuple[str, ...]] = lambda config, names: ()
 
 
-def plain(tensors: Tensors) -> Tensors:
-    """The same tensors without the prefixes that some files put in front of every name.
-
-    Raises:
-      SourceError: a name is there with the prefix and without it.
-    """
-    for prefix in (PREFIX, clip.PREFIX):
-        if any(name.startswith(prefix) for name in tensors.named):
-            tensors = tensors.renamed(lambda name, prefix=prefix: name.removeprefix(prefix))
-    return tensors
+TITLES: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "dit": "transformer",
+        "vae": "video autoencoder (VAE)",
+        "umt5": "text encoder (UMT5)",
+        "clip": "vision tower (CLIP)",
+    }
+)
 
 
-def identify(tensors: Tensors) -> Family:
-    """The family of tensors under `plain` names.
-
-    Raises:
-      SourceError: none that is known.
-    """
-    for family in FAMILIES:
-        if all(mark in tensors.named for mark in family.marks):
-            return family
-    some = ", ".join(sorted(tensors.named)[:3]) or "no tensors"
-    raise SourceError(f"{tensors.files[0]}: not a model that Wan2.1 uses (it holds {some}, ...)")
+def title(family: Family) -> str:
+    """A family by its usual name, for messages."""
+    return f"a {TITLES[family.part]}"
 
 
 def describe(config: Config) -> str:
@@ -76,20 +66,57 @@ def describe(config: Config) -> str:
     if isinstance(config, DiTConfig):
         kind = {0: "text-to-video (T2V)", 1: "image-to-video (I2V, no emb_pos)", 2: "first-and-last-frame (FLF2V)"}
         return f"{kind[config.num_images]} transformer of {config.num_layers} layers, width {config.dim}"
-    names = {VAEConfig: "video autoencoder (VAE)", UMT5Config: "text encoder (UMT5)", CLIPConfig: "vision tower (CLIP)"}
-    return names[type(config)]
+    part = next(part for part, kind in SLOTS.items() if isinstance(config, kind))
+    return TITLES[part]
+
+
+def _shape(shapes: Mapping[str, Shape], name: str, axes: int) -> Shape:
+    """The shape of a tensor that tells sizes.
+
+    Raises:
+      SourceError: it is missing, of another number of axes, or empty.
+    """
+    if name not in shapes:
+        raise SourceError(f"{name} is missing, which tells sizes; incomplete, get it again")
+    shape = tuple(shapes[name])
+    if len(shape) != axes or 0 in shape:
+        raise SourceError(f"{name} has the shape {list(shape)}, where {axes} axes belong; another model, or damaged")
+    return shape
 
 
 def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """How many layers a numbered name has: one more than the largest number."""
-    numbers = [int(found[1]) for name in shapes if (found := re.match(pattern, name))]
-    return max(numbers) + 1 if numbers else 0
+    """How many layers a numbered name has.
+
+    Raises:
+      SourceError: some are missing between others.
+    """
+    numbers = {int(found[1]) for name in shapes if (found := re.match(pattern, name))}
+    missing = [str(i) for i in range(min(max(numbers, default=-1), len(shapes)) + 1) if i not in numbers]
+    if missing:
+        where = pattern.partition("(")[0].replace("\\", "")
+        raise SourceError(f"{where}N is missing for N = {listed(missing, 5, ', ')}; incomplete, get it again")
+    return len(numbers)
+
+
+def _told(stated: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A positive number (or a list of numbers) that config.json tells, of the kind that the default is."""
+    value = stated.get(key)
+    if value is None:
+        return default
+    kinds = (int,) if isinstance(default, int) else (int, float)
+    if isinstance(default, tuple):
+        numbers = value if isinstance(value, list) else [None]
+        if all(type(number) in kinds and math.isfinite(number) for number in numbers):
+            return tuple(numbers)
+    elif type(value) in kinds and math.isfinite(value) and value > 0:
+        return value
+    raise SourceError(f"config.json says {key} {str(value)[:80]!r}, which is no such number; get it again")
 
 
 def _stated(stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Compares config.json with what the tensors say; every difference in one line."""
     differences = [
-        f"{key} {stated[key]}, the tensors {value}"
+        f"{key} {str(stated[key])[:80]}, the tensors {value}"
         for key, value in found.items()
         if stated.get(key) is not None and stated[key] != value
     ]
@@ -99,35 +126,40 @@ def _stated(stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], names: Mapping[str, str]) -> DiTConfig:
     """`names`: our role -> foreign name, for the tensors that tell sizes."""
-    dim, channels, *patch = shapes[names["patch"]]
+    dim, channels, *patch = _shape(shapes, names["patch"], 5)
     layers = _count(shapes, r"blocks\.(\d+)\.")
-    image = shapes.get(names["image"])
-    position = shapes.get(names["position"])
-    heads = stated.get("num_attention_heads", stated.get("num_heads"))
-    if heads is None:
+    heads = _told(stated, "num_attention_heads", _told(stated, "num_heads", 0))
+    if not heads:
         if dim % HEAD_DIM:
             raise SourceError(
                 f"transformer of width {dim}: how many heads is not told; give a folder with its config.json"
             )
         heads = dim // HEAD_DIM
+    if dim % heads:
+        raise SourceError(f"config.json says {heads} heads, which do not divide the width {dim} of the tensors")
     found = {
-        "num_layers": layers, "ffn_dim": shapes[names["ffn"]][0], "freq_dim": shapes[names["time"]][1],
-        "text_dim": shapes[names["text"]][1],
+        "num_layers": layers, "ffn_dim": _shape(shapes, names["ffn"], 2)[0],
+        "freq_dim": _shape(shapes, names["time"], 2)[1], "text_dim": _shape(shapes, names["text"], 2)[1],
     }  # fmt: skip
-    out = shapes[names["head"]][0] // math.prod(patch)
+    out = _shape(shapes, names["head"], 2)[0] // math.prod(patch)
     sizes = {"dim": dim, "in_dim": channels, "in_channels": channels, "out_dim": out, "out_channels": out}
     _stated(stated, found | sizes | {"patch_size": list(patch), "attention_head_dim": dim // heads})
+    # Which of them are there is compared with the table later; one of them says that there is an image branch.
+    image = any(name.startswith(names["branch"]) or names["key"] in name for name in shapes)
+    position = None if names["position"] not in shapes else _shape(shapes, names["position"], 3)
+    if position is None and (stated.get("model_type") == "flf2v" or stated.get("pos_embed_seq_len") is not None):
+        raise SourceError(f"{names['position']} is missing, and config.json says first-and-last-frame; get it again")
     return DiTConfig(
         dim=dim,
         num_heads=heads,
         in_channels=channels,
         out_channels=out,
         patch_size=tuple(patch),
-        text_length=stated.get("text_len", 512),
-        eps=stated.get("eps", DiTConfig.eps),
-        image_dim=None if image is None else image[0],
+        text_length=_told(stated, "text_len", 512),
+        eps=_told(stated, "eps", DiTConfig.eps),
+        image_dim=_shape(shapes, names["image"], 1)[0] if image else None,
         image_tokens=257 if position is None else position[1] // 2,
-        num_images=0 if image is None else 1 if position is None else 2,
+        num_images=0 if not image else 1 if position is None else 2,
         **found,
     )
 
@@ -136,7 +168,7 @@ def _dit_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> DiT
     return _dit(shapes, stated, {
         "patch": "patch_embedding.weight", "ffn": "blocks.0.ffn.0.weight", "time": "time_embedding.0.weight",
         "text": "text_embedding.0.weight", "head": "head.head.weight", "image": "img_emb.proj.0.weight",
-        "position": "img_emb.emb_pos",
+        "position": "img_emb.emb_pos", "branch": "img_emb.", "key": ".cross_attn.k_img.",
     })  # fmt: skip
 
 
@@ -146,7 +178,8 @@ def _dit_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> Di
         "patch": "patch_embedding.weight", "ffn": "blocks.0.ffn.net.0.proj.weight",
         "time": f"{embed}.time_embedder.linear_1.weight", "text": f"{embed}.text_embedder.linear_1.weight",
         "head": "proj_out.weight", "image": f"{embed}.image_embedder.norm1.weight",
-        "position": f"{embed}.image_embedder.pos_embed",
+        "position": f"{embed}.image_embedder.pos_embed", "branch": f"{embed}.image_embedder.",
+        "key": ".attn2.add_k_proj.",
     })  # fmt: skip
 
 
@@ -159,13 +192,13 @@ def _vae(
     times: Sequence[bool],
 ) -> VAEConfig:
     """From the encoder's list: `blocks` names each residual block's first convolution, None a resampler."""
-    base = shapes[first][0]
+    base = _shape(shapes, first, 5)[0]
     levels: list[list[int]] = [[]]
     for name in blocks:
         if name is None:
             levels.append([])
         else:
-            levels[-1].append(shapes[name][0] // base)
+            levels[-1].append(_shape(shapes, name, 5)[0] // base)
     counts = {len(level) for level in levels}
     if len(counts) != 1 or any(len(set(level)) != 1 for level in levels):
         raise SourceError("autoencoder: its levels differ in depth or change width inside; not a Wan2.1 VAE")
@@ -173,10 +206,10 @@ def _vae(
         base_dim=base,
         dim_mult=tuple(level[0] for level in levels),
         num_res_blocks=counts.pop(),
-        latent_channels=shapes[latent][0],
+        latent_channels=_shape(shapes, latent, 5)[0],
         temporal_downsample=tuple(times),
-        latent_mean=tuple(stated.get("latents_mean", VAEConfig.latent_mean)),
-        latent_std=tuple(stated.get("latents_std", VAEConfig.latent_std)),
+        latent_mean=_told(stated, "latents_mean", VAEConfig.latent_mean),
+        latent_std=_told(stated, "latents_std", VAEConfig.latent_std),
     )
     _stated(stated, {"base_dim": base, "z_dim": config.latent_channels, "dim_mult": list(config.dim_mult),
                      "temperal_downsample": list(times)})  # fmt: skip
@@ -207,12 +240,12 @@ def _vae_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VA
 
 def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, block: str, bias: str, q: str,
           ffn: str) -> UMT5Config:  # fmt: skip
-    vocab, dim = shapes[embed]
-    buckets, heads = shapes[bias]
+    vocab, dim = _shape(shapes, embed, 2)
+    buckets, heads = _shape(shapes, bias, 2)
     found = {
         "num_layers": _count(shapes, block), "vocab_size": vocab, "num_heads": heads,
     }  # fmt: skip
-    sizes = {"d_model": dim, "d_ff": shapes[ffn][0], "d_kv": shapes[q][0] // heads,
+    sizes = {"d_model": dim, "d_ff": _shape(shapes, ffn, 2)[0], "d_kv": _shape(shapes, q, 2)[0] // heads,
              "relative_attention_num_buckets": buckets}  # fmt: skip
     _stated(stated, found | sizes)
     return UMT5Config(
@@ -220,8 +253,8 @@ def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, bl
         head_dim=sizes["d_kv"],
         ffn_dim=sizes["d_ff"],
         num_buckets=buckets,
-        max_distance=stated.get("relative_attention_max_distance", UMT5Config.max_distance),
-        eps=stated.get("layer_norm_epsilon", UMT5Config.eps),
+        max_distance=_told(stated, "relative_attention_max_distance", UMT5Config.max_distance),
+        eps=_told(stated, "layer_norm_epsilon", UMT5Config.eps),
         **found,
     )
 
@@ -243,35 +276,45 @@ def _umt5_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> U
 
 def _clip(shapes: Mapping[str, Shape], stated: Mapping[str, Any], patch: str, positions: Shape, block: str,
           ffn: str) -> CLIPConfig:  # fmt: skip
-    stated = stated.get("vision_config", stated)
-    dim, _, size, _ = shapes[patch]
+    inner = stated.get("vision_config")
+    stated = inner if isinstance(inner, dict) else stated
+    dim, _, size, _ = _shape(shapes, patch, 4)
     side = math.isqrt(positions[-2] - 1)
-    found = {"hidden_size": dim, "intermediate_size": shapes[ffn][0], "patch_size": size, "image_size": side * size}
+    if side**2 + 1 != positions[-2] or not side:
+        raise SourceError(f"{positions[-2]} positions are no square of patches and a class token; another model")
+    found = {
+        "hidden_size": dim,
+        "intermediate_size": _shape(shapes, ffn, 2)[0],
+        "patch_size": size,
+        "image_size": side * size,
+    }
     count = _count(shapes, block)
     _stated(stated, found | {"num_hidden_layers": count, "hidden_act": "gelu"})
     return CLIPConfig(
         num_layers=count - 1,  # Wan2.1 reads the features before the last block
         dim=dim,
-        num_heads=stated.get("num_attention_heads", CLIPConfig.num_heads),
+        num_heads=_told(stated, "num_attention_heads", CLIPConfig.num_heads),
         ffn_dim=found["intermediate_size"],
         image_size=found["image_size"],
         patch_size=size,
-        eps=stated.get("layer_norm_eps", CLIPConfig.eps),
+        eps=_told(stated, "layer_norm_eps", CLIPConfig.eps),
     )
 
 
 def _clip_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> CLIPConfig:
-    return _clip(shapes, stated, "visual.patch_embedding.weight", shapes["visual.pos_embedding"],
+    return _clip(shapes, stated, "visual.patch_embedding.weight", _shape(shapes, "visual.pos_embedding", 3),
                  r"visual\.transformer\.(\d+)\.", "visual.transformer.0.mlp.0.weight")  # fmt: skip
 
 
 def _clip_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> CLIPConfig:
-    return _clip(shapes, stated, "embeddings.patch_embedding.weight", shapes["embeddings.position_embedding.weight"],
-                 r"encoder\.layers\.(\d+)\.", "encoder.layers.0.mlp.fc1.weight")  # fmt: skip
+    positions = _shape(shapes, "embeddings.position_embedding.weight", 2)
+    return _clip(shapes, stated, "embeddings.patch_embedding.weight", positions, r"encoder\.layers\.(\d+)\.",
+                 "encoder.layers.0.mlp.fc1.weight")  # fmt: skip
 
 
-def _also(*names: str) -> Callable[[Any, Iterable[str]], tuple[str, ...]]:
-    return lambda config, present: tuple(name for name in names if name in set(present))
+def _also(*starts: str) -> Callable[[Any, Iterable[str]], tuple[str, ...]]:
+    """Names that begin so."""
+    return lambda config, present: tuple(name for name in present if name.startswith(starts))
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -289,20 +332,20 @@ FAMILIES: tuple[Family, ...] = (
            vae.diffusers, _vae_diffusers),
     Family("umt5", "original", ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
                                 "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"),
-           umt5.original, _umt5_original),
+           umt5.original, _umt5_original, _also(*umt5.BESIDE)),
     Family("umt5", "diffusers", ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
                                  "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
                                  "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"),
-           umt5.diffusers, _umt5_diffusers, _also(*umt5.IGNORE, "spiece_model")),
+           umt5.diffusers, _umt5_diffusers, _also(*umt5.IGNORE)),
     Family("clip", "original", ("visual.patch_embedding.weight", "visual.pos_embedding",
                                 "visual.transformer.0.mlp.0.weight"),
            clip.original, _clip_original, clip.original_unused),
     Family("clip", "diffusers", ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
                                  "encoder.layers.0.mlp.fc1.weight"),
            clip.diffusers, _clip_diffusers,
-           lambda config, names: (*clip.unused(config), *_also("visual_projection.weight")(config, names))),
+           lambda config, names: (*clip.unused(config), *_also(*clip.BESIDE)(config, names))),
 )  # fmt: skip
-"""Every model in every layout. The first whose marks are all there is meant."""
+"""Every model in every layout; its marks being there is what tells it."""
 
 SLOTS: MappingProxyType[str, type] = MappingProxyType(
     {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
@@ -322,5 +365,5 @@ def read_config(family: Family, tensors: Tensors, stated: Mapping[str, Any]) -> 
         return family.config(tensors.shapes, stated)
     except SourceError as error:
         raise SourceError(f"{tensors.files[0]}: {error}") from error
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise SourceError(f"{tensors.files[0]}: not a whole {family.part} ({error})") from error

@@ -12,20 +12,20 @@ from convert.tensors import SourceError
 from wanjax import checkpoint, store
 
 
-def describe(path: str | Path) -> str:
-    """Text of several lines on a source or a wanjax folder.
+def describe(path: str | Path | None, files: Mapping[str, str | Path] = sources.NOTHING) -> str:
+    """Text of several lines on a source or a wanjax folder, or on picked files (as of `sources.find`).
 
     Raises:
       ValueError: nothing there that is known, or damaged files.
     """
-    if (Path(path) / store.MANIFEST).is_file():
+    if path is not None and (Path(path) / store.MANIFEST).is_file():
         return _folder(Path(path))
-    source = sources.find(path)
-    lines = [f"{path}:"]
+    source = sources.find(path, files=files) if path is not None else sources.find(None, tuple(files), files)
+    lines = [f"{path or ', '.join(map(str, files.values()))}:"]
     for name, part in source.parts.items():
         dtypes = Counter()
         for tensor in part.tensors.named.values():
-            dtypes[tensor.dtype.name] += math.prod(tensor.shape)
+            dtypes[tensor.stored] += math.prod(tensor.shape)
         where = f"{part.tensors.size / 1e9:.3f} GB in {len(part.tensors.files)} files"
         kind = f"{families.describe(part.config)}, {part.family.layout} layout"
         lines.append(f"  {name}: {kind}, {_numbers(dtypes)}, {where}")
@@ -37,6 +37,7 @@ def describe(path: str | Path) -> str:
         lines.append(f"  {planned.config.name}: {', '.join(source.parts)} complete, every tensor of the right shape")
     except SourceError as error:
         lines.append(f"  not usable: {error}")
+    lines += [f"  note: {note}" for note in source.notes]
     return "\n".join(lines)
 
 
@@ -58,7 +59,7 @@ def _folder(path: Path) -> str:
         try:
             store.check(path, part, shapes[part], manifest)
             state = "complete"
-        except store.StoreError as error:
+        except store.CheckpointError as error:
             state = str(error)
         lines.append(f"  {part}: {_numbers(dtypes)} in {len(own)} arrays; {state}")
     lines.append("  made from: " + ", ".join(manifest.sources))

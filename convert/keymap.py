@@ -16,6 +16,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Shape = tuple[int, ...]
 
 
+SHOWN = 20
+"""Lines of a list in a message; the rest is counted."""
+
+
+def listed(lines: Iterable[str], shown: int = SHOWN, between: str = "\n  ") -> str:
+    """Lines in one text, cut after some with "and N more"."""
+    lines = list(lines)
+    more = [f"and {len(lines) - shown} more"] if len(lines) > shown else []
+    return between.join([*lines[:shown], *more])
+
+
 class ConversionError(ValueError):
     """The foreign tensors are not the model that the table describes; the text lists every difference."""
 
@@ -119,7 +130,7 @@ def check(rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ign
       ignore: foreign names that may be present and are not used.
 
     Raises:
-      ConversionError: missing, extra and wrongly shaped tensors, all of them, grouped.
+      ConversionError: missing, extra and wrongly shaped tensors, grouped, of each the first and how many more.
     """
     ours = {path: tuple(leaf.shape) for path, leaf in flatten_dict(expected, sep="/").items()}
     table = [rule.ours for rule in rules]
@@ -138,7 +149,7 @@ def check(rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ign
         if name in shapes and tuple(shapes[name]) != shape
     )
     groups = (("missing", missing), ("extra", extra), ("wrong shape", wrong))
-    text = [f"{label} ({len(names)}):\n  " + "\n  ".join(names) for label, names in groups if names]
+    text = [f"{label} ({len(names)}):\n  " + listed(names) for label, names in groups if names]
     if text:
         raise ConversionError("the file does not hold this model\n" + "\n".join(text))
 

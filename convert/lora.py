@@ -1,172 +1,294 @@
-"""LoRA files merged into the transformer's linears, in float32.
+"""LoRA files merged into the transformer, in float32, as its weights are read.
 
-Spellings: `X.lora_A.weight`/`lora_B` (diffusers, PEFT), `X.lora_down.weight`/`lora_up` (kohya, ComfyUI), each with an
-optional `X.alpha`; X is the linear's name in either layout, after any of the usual prefixes, or kohya's form of it with
-underscores. The weight gains scale * alpha / rank * B A. Where the tensors tell no alpha, PEFT's own settings do
-(`adapter_config.json` beside the file, or the file's metadata), else alpha is the rank.
+With s the scale that is asked for and c the file's own factor (alpha / rank):
+
+  X.lora_A, X.lora_B (lora_down, lora_up; lora_mid)   weight += s c B A   (a convolution's kernel is in A, mid or B)
+  X.lora_B.bias (PEFT's lora_bias)                    bias += s c b
+  X.diff, X.diff_b, blocks.N.diff_m                   weight, bias, modulation += s d   (no alpha)
+
+X is any linear, norm, convolution or table of the transformer (`loranames`). c comes from X.alpha, else from PEFT's
+settings (`lorasettings`), else it is 1. What kohya's metadata repeats of alpha (ss_network_alpha) is not read, as by
+kohya's own loader, ComfyUI and diffusers.
 """
 
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
-from convert import dit
-from convert.keymap import LINEAR
+from convert import lorasettings
+from convert.hub import HUB
+from convert.keymap import Shape
+from convert.loranames import Targets, listed, parse, refuse_others
 from convert.sources import Part, Source
 from convert.tensors import SourceError, Tensor, Tensors, open_file
 
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_")
-_KEY = re.compile(r"(?P<target>.+?)\.(?P<role>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$")
-_ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
+IN_FOLDER = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
+             "pytorch_lora_weights.bin")  # fmt: skip
+"""What PEFT and diffusers call the file of a LoRA's folder."""
+
+ROWS = 1024
+"""Rows of a product held at once, to bound the memory."""
+
+Change = Callable[[np.ndarray], None]
+"""Adds its part to a float32 tensor, in place; reads its matrices only then."""
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one file adds to one linear: factor * up @ down."""
+class Held:
+    """A tensor of a LoRA file.
 
-    down: Tensor
-    up: Tensor
-    factor: float
+    Attributes:
+      where: file and key, for messages.
+      module: what it changes, as the file spells it.
+    """
+
+    where: str
+    module: str
+    tensor: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """As stored."""
+        return self.tensor.shape
+
+    def read(self) -> np.ndarray:
+        """In float32.
+
+        Raises:
+          SourceError: NaN or inf in it.
+        """
+        array = self.tensor.read().astype(np.float32)
+        if not np.isfinite(array).all():
+            raise SourceError(f"{self.where} holds NaN or inf; its file is damaged")
+        return array
 
 
 def merge(source: Source, requests: Sequence[str]) -> Source:
     """The source with updates merged into its transformer as its weights are read; reads no matrix itself.
 
     Args:
-      requests: "FILE" or "FILE:scale" each.
+      requests: "FILE" or "FILE:scale" each; FILE may be the folder of a PEFT or diffusers LoRA.
 
     Raises:
-      SourceError: no transformer, a bad scale, a file without updates; keys that match no linear, or whose sizes do
-      not fit it, all of them.
+      SourceError: no transformer, a bad scale, a file without updates or of another kind; keys that match nothing, or
+      whose sizes do not fit, all of them.
     """
     part = source.parts.get("dit")
     if part is None:
         raise SourceError("--lora: the source has no transformer to merge it into")
     if part.family.layout == "wanjax":
         raise SourceError("--lora: merges into foreign weights, not into a wanjax folder; convert the source again")
-    updates: dict[str, list[Update]] = {}
+    targets = Targets(part)
+    changes: dict[str, list[Change]] = {}
     files = []
     for request in requests:
-        path, scale = _request(request)
-        files.append(path)
-        for name, update in _of_file(path, scale, part).items():
-            updates.setdefault(name, []).append(update)
+        path, scale = parse_request(request)
+        found = _grouped(path, targets)
+        settings = lorasettings.read(path)
+        files += [path] if settings.file is None else [path, settings.file]
+        for name, own in _of_file(path, scale, part, found, settings).items():
+            changes.setdefault(name, []).extend(own)
     named = dict(part.tensors.named)
-    for name, own in updates.items():
+    for name, own in changes.items():
         named[name] = _merged(named[name], own)
-    part = dataclasses.replace(part, tensors=Tensors((*part.tensors.files, *files), named))
+    part = dataclasses.replace(part, tensors=Tensors((*part.tensors.files, *dict.fromkeys(files)), named))
     return dataclasses.replace(source, parts={**source.parts, "dit": part}, loras=tuple(requests))
 
 
-def _merged(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+def _merged(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     def read() -> np.ndarray:
-        total = weight.read().astype(np.float32)
-        for update in updates:
-            down, up = (tensor.read().astype(np.float32) for tensor in (update.down, update.up))
-            total += update.factor * (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(total.shape)
+        total = np.array(weight.read(), np.float32, order="C")
+        for change in changes:
+            change(total)
         return total
 
-    return dataclasses.replace(weight, read=read)
+    return dataclasses.replace(weight, read=read, rows=None)
 
 
-def _request(text: str) -> tuple[Path, float]:
+def parse_request(text: str) -> tuple[Path, float]:
+    """File and scale of "FILE" or "FILE:scale"; a drive's letter is no file, and a name with a colon is a name.
+
+    Raises:
+      SourceError: not a scale, or a folder without one LoRA.
+    """
+    if text.startswith(HUB):
+        raise SourceError(f"--lora {text}: must be a file on this machine; get it with hf download")
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    drive = len(path) == 1 and path.isalpha() and scale.startswith(("/", "\\"))  # C:\x.safetensors
+    if not colon or drive or Path(text).exists():
+        return _file(Path(text)), 1.0
     try:
         number = float(scale)
     except ValueError as error:
         raise SourceError(f"--lora {text}: {scale!r} is not a scale; give FILE or FILE:0.8") from error
     if not np.isfinite(number):
         raise SourceError(f"--lora {text}: the scale must be finite")
-    return Path(path), number
+    return _file(Path(path)), number
 
 
-def _of_file(path: Path, scale: float, part: Part) -> dict[str, Update]:
-    targets, found, odd = _targets(part), {}, []
-    for key, tensor in open_file(path).named.items():
-        match = _KEY.fullmatch(key)
-        target = match and targets.get(_plain(match["target"]))
+def _file(path: Path) -> Path:
+    """The file of a LoRA that may be given as the folder it was saved to."""
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise SourceError(f"{path}: no such user; give the whole path") from error
+    if not path.is_dir():
+        return path
+    usual = [path / name for name in IN_FOLDER if (path / name).is_file()]
+    found = usual[:1] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        held = ", ".join(file.name for file in found) or f"none of {', '.join(IN_FOLDER)}"
+        raise SourceError(f"{path}: a folder with {held}; give the file")
+    return found[0]
+
+
+class _Misfit(Exception):
+    """One update that cannot be added to its tensor; the text is a line of the list."""
+
+
+def _of_file(
+    path: Path, scale: float, part: Part, found: Mapping[str, Mapping[str, Held]], settings: lorasettings.Settings
+) -> dict[str, list[Change]]:
+    """The changes that a file makes, by the source's names of the tensors; `found`: its tensors by name and role."""
+    changes: dict[str, list[Change]] = {}
+    wrong = []
+    for target, roles in found.items():
+        bias = f"{target.removesuffix('weight')}bias"
+        shapes = {name: part.tensors.named[name].shape for name in (target, bias) if name in part.tensors.named}
+        alone = "diff" in roles or "diff" in found.get(bias, {})  # then an alpha has nothing to scale
+        try:
+            for name, change in _changes(target, bias, roles, shapes, scale, settings, alone):
+                changes.setdefault(name, []).append(change)
+        except _Misfit as error:
+            wrong.append(str(error))
+    if wrong:
+        raise SourceError(f"{path}: {len(wrong)} updates do not fit (made for another model?):{listed(wrong)}")
+    return changes
+
+
+def _grouped(path: Path, targets: Targets) -> dict[str, dict[str, Held]]:
+    """The tensors of a file by role, by the source's name of what they change; every key must be used."""
+    tensors = open_file(path).named
+    refuse_others(path, tensors)
+    found: dict[str, dict[str, Held]] = {}
+    odd = []
+    for name, tensor in tensors.items():
+        key = parse(name)
+        target = key and targets.find(key)
         if target is None:
-            odd.append(key)
-        else:
-            role = _ROLES[match["role"]]
-            if role in found.setdefault(target, {}):
-                raise SourceError(f"{path}: {target} has two {role} matrices in different spellings; keep one")
-            found[target][role] = tensor
+            odd.append(name)
+            continue
+        if tensor.dtype.kind in "iub" and key.role != "alpha":
+            raise SourceError(
+                f"{path}: {name} is {tensor.dtype.name}, which is no weight without a scale; get it in a float format"
+            )
+        role = "diff" if key.role.startswith("diff") else key.role
+        if role in found.setdefault(target, {}):
+            raise SourceError(f"{path}: {target} has two {role} matrices in different spellings; keep one")
+        found[target][role] = Held(f"{path}: {name}", key.target, tensor)
     if odd:
-        raise SourceError(f"{path}: {len(odd)} keys fit no linear of the transformer:\n  " + "\n  ".join(sorted(odd)))
+        raise SourceError(f"{path}: {len(odd)} keys fit no linear, norm or table of the transformer:{listed(odd)}")
     if not found:
         raise SourceError(f"{path}: holds no LoRA")
-    updates, wrong, declared = {}, [], _declared(path)
-    for name, roles in found.items():
-        shape = part.tensors.named[name].shape
-        if "down" not in roles or "up" not in roles:
-            wrong.append(f"{name}: only {', '.join(roles)}")
-            continue
-        down, up = roles["down"], roles["up"]
-        rank = down.shape[0] if down.shape else 0
-        if not rank or len(up.shape) < 2 or up.shape[1] != rank or (up.shape[0], int(np.prod(down.shape[1:]))) != (
-            shape[0], int(np.prod(shape[1:]))):  # fmt: skip
-            wrong.append(f"{name} {list(shape)}: up {list(up.shape)}, down {list(down.shape)}")
-            continue
-        if "alpha" in roles and int(np.prod(roles["alpha"].shape)) != 1:
-            wrong.append(f"{name}: alpha {list(roles['alpha'].shape)} is not one number")
-            continue
-        own = float(roles["alpha"].read().reshape(())) / rank if "alpha" in roles else declared(rank)
-        updates[name] = Update(down, up, scale * own)
-    if wrong:
-        raise SourceError(f"{path}: {len(wrong)} updates do not fit:\n  " + "\n  ".join(sorted(wrong)))
-    return updates
+    return found
 
 
-def _declared(path: Path) -> Callable[[int], float]:
-    """Factor by rank as PEFT's settings have it; 1 without any.
+def _changes(
+    target: str, bias: str, roles: Mapping[str, Held], shapes: Mapping[str, Shape], scale: float,
+    settings: lorasettings.Settings, alone: bool,
+) -> Iterator[tuple[str, Change]]:  # fmt: skip
+    """What the tensors of one target change, by name; `alone`: an alpha without matrices is no mistake."""
+    if target not in shapes:
+        raise _Misfit(f"{target}: missing in the source itself")
+    if "diff" in roles:
+        yield target, _whole(target, shapes[target], roles["diff"], scale)
+    factors = {role: held for role, held in roles.items() if role != "diff" and not (alone and role == "alpha")}
+    if not factors:
+        return
+    if "down" not in roles or "up" not in roles:
+        raise _Misfit(f"{target}: only {', '.join(factors)}")
+    up, down, mid = roles["up"], roles["down"], roles.get("mid")
+    form = _form(shapes[target], up, down, mid)
+    if form is None:
+        middle = f", mid {list(mid.shape)}" if mid is not None else ""
+        raise _Misfit(f"{target} {list(shapes[target])}: up {list(up.shape)}, down {list(down.shape)}{middle}")
+    rank, matrices = form
+    own = settings.factor(down.module, rank) if "alpha" not in roles else _alpha(target, roles["alpha"]) / rank
+    yield target, _product(matrices, scale * own)
+    if "up_bias" in roles:
+        if bias not in shapes:
+            raise _Misfit(f"{target}: a bias for a layer that has none")
+        yield bias, _whole(bias, shapes[bias], roles["up_bias"], scale * own)
 
-    Raises:
-      SourceError: settings that change more than the factor.
+
+def _whole(name: str, shape: Shape, held: Held, factor: float) -> Change:
+    """A change of the tensor's own shape, up to axes of one."""
+    if [size for size in held.shape if size != 1] != [size for size in shape if size != 1]:
+        raise _Misfit(f"{name} {list(shape)}: {held.where.rpartition('.')[2]} {list(held.shape)}")
+
+    def add(total: np.ndarray) -> None:
+        total += np.float32(factor) * held.read().reshape(total.shape)
+
+    return add
+
+
+def _alpha(target: str, held: Held) -> float:
+    if math.prod(held.shape) != 1:
+        raise _Misfit(f"{target}: alpha {list(held.shape)} is not one number")
+    return float(held.read().reshape(()))
+
+
+Matrices = Callable[[], tuple[np.ndarray, np.ndarray]]
+"""Reads [out, n] and [n, in * kernel], whose product is what a LoRA adds."""
+
+
+def _form(shape: Shape, up: Held, down: Held, mid: Held | None) -> tuple[int, Matrices] | None:
+    """The rank and the matrices of a LoRA of a weight [out, in, *kernel]; None where it does not fit.
+
+    Axes of one after the first two do not count, so a linear's factors may be those of a convolution and the reverse.
+    The kernel may lie in `down` (kohya, PEFT), in `mid` (LyCORIS' Tucker form) or in `up`; a linear's factors may also
+    be stored transposed.
     """
-    beside, settings = path.with_name("adapter_config.json"), {}
-    try:
-        if beside.is_file() and path.stem.startswith("adapter_model"):
-            settings = json.loads(beside.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-            # diffusers puts the name of the model in front of every key.
-            settings = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise SourceError(f"{path}: its PEFT settings cannot be read ({error})") from error
-    unknown = [key for key in ("use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]
-    if unknown:
-        raise SourceError(f"{path}: made with {', '.join(unknown)}, which cannot be merged here")
-    alpha, root = settings.get("lora_alpha"), settings.get("use_rslora")
-    return lambda rank: 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
+    u, d, weight = _axes(up.shape), _axes(down.shape), _axes(shape)
+    if min(map(len, (u, d, weight))) < 2 or 0 in u + d:
+        return None
+    out, width, kernel = weight[0], weight[1], weight[2:]
+    if mid is not None:
+        if u[:1] + u[2:] != (out,) or d[1:] != (width,) or _axes(mid.shape) != (u[1], d[0], *kernel):
+            return None
+        return d[0], lambda: (up.read().reshape(u), _tucker(mid.read().reshape(u[1], d[0], -1), down.read().reshape(d)))
+    if u == (out, d[0]) and d[1:] in ((width, *kernel), (math.prod(weight[1:]),)):
+        return d[0], lambda: (up.read().reshape(u), down.read().reshape(d[0], -1))
+    if u == (out, d[0], *kernel) and d[1:] == (width,):
+        return d[0], lambda: (up.read().reshape(out, -1), _spread(down.read().reshape(d), math.prod(kernel)))
+    if u == (d[-1], out) and d == (math.prod(weight[1:]), u[0]):
+        return u[0], lambda: (up.read().reshape(u).T, down.read().reshape(d).T)
+    return None
 
 
-def _targets(part: Part) -> dict[str, str]:
-    """Every spelling of a linear of the transformer -> the foreign name of its weight."""
-    ours = {rule.ours: rule.theirs for rule in part.family.rules(part.config)}
-    spellings: dict[str, str] = {}
-    for table in (dit.original(part.config), dit.diffusers(part.config)):
-        for rule in table:
-            if rule.transform is not LINEAR:
-                continue
-            for i in range(part.config.num_layers if rule.stacked else 1):
-                name, weight = (text.replace("{i}", str(i)) for text in (rule.theirs, ours[rule.ours]))
-                plain = name.removesuffix(".weight")
-                spellings |= {plain: weight, plain.replace(".", "_"): weight}
-    return spellings
+def _axes(shape: Shape) -> Shape:
+    return (*shape[:2], *(size for size in shape[2:] if size != 1))
 
 
-def _plain(target: str) -> str:
-    for prefix in PREFIXES:
-        target = target.removeprefix(prefix)
-    return target
+def _tucker(mid: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """[a, b, k] and [b, i] to [a, i * k]: a convolution after a linear."""
+    return np.einsum("abk,bi->aik", mid, down).reshape(len(mid), -1)
+
+
+def _spread(down: np.ndarray, size: int) -> np.ndarray:
+    """[r, i] to [r * k, i * k] with nothing between two positions of the kernel: for a kernel that lies in `up`."""
+    return np.einsum("ri,kl->rkil", down, np.eye(size, dtype=np.float32)).reshape(len(down) * size, -1)
+
+
+def _product(matrices: Matrices, factor: float) -> Change:
+    def add(total: np.ndarray) -> None:
+        left, right = matrices()
+        flat = total.reshape(len(total), -1)
+        for first in range(0, len(flat), ROWS):
+            flat[first : first + ROWS] += (np.float32(factor) * left[first : first + ROWS]) @ right
+
+    return add

@@ -43,8 +43,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                     tree = _structure(path, file, archive)
     except OSError as error:
         raise TorchFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (zipfile.BadZipFile, struct.error, RuntimeError, NotImplementedError) as error:  # encrypted, odd packing
-        raise TorchFileError(f"{path}: damaged or truncated ({error}); get it again") from error
+    except (zipfile.BadZipFile, struct.error, UnicodeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]  # such as encrypted, or oddly packed
+        raise TorchFileError(f"{path}: damaged or truncated ({reason}); get it again") from error
     return tensors_by_name(path, tree)
 
 

@@ -138,8 +138,14 @@ class Unpickler(pickle.Unpickler):
         return self._storage(dtype, key)
 
 
+DEPTH = 4
+"""Dictionaries in dictionaries that training codes wrap tensors into."""
+
+
 def tensors_by_name(path: Path, tree: Any) -> dict[str, np.ndarray]:
-    """The flat dict of tensors of a state dict, or of {"state_dict": one}.
+    """The flat dict of tensors of a state dict, or of dicts of them, whose names are then put in front with dots.
+
+    Of {"state_dict": one} the one. Numbers, texts and lists beside a dict of tensors ("epoch") are left out.
 
     Raises:
       TorchFileError: anything else is in it; it is named.
@@ -148,7 +154,22 @@ def tensors_by_name(path: Path, tree: Any) -> dict[str, np.ndarray]:
         tree = tree["state_dict"]
     if not isinstance(tree, Mapping):
         raise TorchFileError(f"{path}: holds a {type(tree).__name__}, not tensors by name; save a state_dict")
+    return _flat(path, tree, "", DEPTH)
+
+
+def _flat(path: Path, tree: Mapping[Any, Any], prefix: str, depth: int) -> dict[str, np.ndarray]:
+    wraps = depth > 0 and any(isinstance(value, Mapping) for value in tree.values())
+    flat: dict[str, np.ndarray] = {}
     for name, value in tree.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise TorchFileError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor; save a state_dict")
-    return dict(tree)
+        found: dict[str, np.ndarray] = {}
+        if isinstance(name, str) and isinstance(value, np.ndarray):
+            found = {prefix + name: value}
+        elif isinstance(name, str) and wraps and isinstance(value, Mapping):
+            found = _flat(path, value, f"{prefix}{name}.", depth - 1)
+        elif not (isinstance(name, str) and wraps and isinstance(value, (int, float, str, list, tuple, type(None)))):
+            kind = type(value).__name__
+            raise TorchFileError(f"{path}: {str(name)[:80]!r} is a {kind}, not a tensor; save a state_dict")
+        if found.keys() & flat.keys():
+            raise TorchFileError(f"{path}: two tensors come to the name {min(found.keys() & flat.keys())}")
+        flat |= found
+    return flat

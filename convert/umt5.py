@@ -3,8 +3,11 @@
 from convert.keymap import Rule, linear, norm
 from wanjax.config import UMT5Config
 
-IGNORE = ("encoder.embed_tokens.weight",)
-"""A second copy of `shared.weight` that some files carry."""
+BESIDE = ("spiece_model", "logit_scale")
+"""What ComfyUI's files hold beside the encoder: the tokenizer, and a number of its own."""
+
+IGNORE = ("encoder.embed_tokens.weight", "decoder.", "lm_head.weight", *BESIDE)
+"""Beginnings of names that are not read: a second copy of `shared.weight`, and a whole UMT5's other half."""
 
 
 def diffusers(config: UMT5Config) -> list[Rule]:

@@ -4,12 +4,8 @@ Needs matplotlib (`pip install 'wanjax[explain]'`), which is imported only here,
 Axis letters: F latent frames, K keys of a branch, L layers.
 """
 
-import contextlib
 import dataclasses
 import os
-import stat
-import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-from samplers import pipeline, plots, schedule, video
-from samplers.pipeline import Keyframes, Settings
-from wanjax import kab, retro, rope
+from samplers import pipeline, plots, video
+from samplers.pipeline import Encoded, ImageLike, Inputs
+from samplers.plan import Plan, Settings
+from wanjax import kab, retro, rope, writing
 from wanjax.checkpoint import Model
 from wanjax.config import DiTConfig, ModelConfig
 from wanjax.cross import CrossReport
@@ -31,62 +27,52 @@ from wanjax.kab import KAB
 from wanjax.method import MethodArrays
 from wanjax.tokenizer import CLOSE
 from wanjax.types import Conditions, CrossBias
+from wanjax.writing import Target
 
 NAMES = ("retro.png", "strength.png", "attention.png", "attention.json")
 """What the folder holds."""
 
-_HIDDEN = ".wanjax-"
 
-
-def check(
-    folder: str | os.PathLike[str],
-    settings: Settings,
-    config: ModelConfig,
-    layer: int | None = None,
-    step: int | None = None,
-    overwrite: bool = False,
-) -> tuple[int, int]:
-    """Checks, before any compute, that `explain` can run and write, and fills in what to look at.
+def check(plan: Plan, layer: int | None = None, step: int | None = None) -> tuple[int, int]:
+    """Checks, before any compute, that plots can be drawn, and fills in what to look at.
 
     Args:
-      folder: to make; absent or empty, or with `overwrite` one that holds nothing but earlier plots. The folder
-        it lies in must exist; that it can be written to is tried.
-      settings: of the run, valid for the model.
-      config: of the model.
+      plan: of the run.
       layer: 0 .. L - 1; None takes the middle of KAB's layers (without KAB, of those it would have).
       step: 0 .. steps - 1; None takes the first with KAB, or the second of the run where none has it.
-      overwrite: whether earlier plots may be replaced.
 
     Returns:
       (layer, step).
 
     Raises:
-      ValueError: no matplotlib, or a layer or step outside the model or run. OutputError: a folder that cannot
-      be written, or holds other things.
+      ValueError: no matplotlib, or a layer or step outside the model or run.
     """
     try:
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueError("--explain needs matplotlib: pip install 'wanjax[explain]'") from error
-    layers, steps = config.dit.num_layers, settings.steps
+    layers, steps = plan.config.dit.num_layers, plan.settings.steps
     if layer is None:
-        layer = sum(kab.layer_window(settings.method.kab or KAB(), layers)) // 2
+        layer = sum(kab.layer_window(plan.settings.method.kab or KAB(), layers)) // 2
     if step is None:
-        active = np.flatnonzero(settings.method_arrays(config).strength.any((1, 2)))
-        step = int(active[0]) if len(active) else min(1, steps - 1)
+        step = int(plan.kab_steps[0]) if len(plan.kab_steps) else min(1, steps - 1)
     if not 0 <= layer < layers:
         raise ValueError(f"explain layer {layer}: the model has layers 0 to {layers - 1}; give one of them")
     if not 0 <= step < steps:
         raise ValueError(f"explain step {step}: the run has steps 0 to {steps - 1}; give one of them, or more steps")
-    _check_folder(Path(folder), overwrite)
     return layer, step
+
+
+def target(folder: str | os.PathLike[str]) -> Target:
+    """Where plots go, for `wanjax.writing`: a folder that holds nothing but plots."""
+    return Target(writing.absolute(folder), folder=True, names=NAMES.__contains__, label="explain folder")
 
 
 def explain(
     model: Model,
-    first: Image.Image | np.ndarray,
-    last: Image.Image | np.ndarray,
+    first: ImageLike,
+    last: ImageLike,
     settings: Settings,
     folder: str | os.PathLike[str],
     layer: int | None = None,
@@ -94,7 +80,51 @@ def explain(
     cross_bias: CrossBias | None = None,
     mesh: Mesh | None = None,
 ) -> list[Path]:
-    """Makes a folder of plots of one run:
+    """Makes a folder of plots of one run, which is computed up to the step; `draw` says what is in it.
+
+    Args:
+      model: from `samplers.load`.
+      first, last: keyframes, as `pipeline.inbetween` takes them.
+      settings: of the run.
+      folder: to make; appears whole or not at all, and earlier plots in it are replaced.
+      layer, step: where to look, counted from 0; None as in `check`.
+      cross_bias: the caller's own bias of the run, leaves [L, 1, F, ...].
+      mesh: that the model's params lie on.
+
+    Returns:
+      The files, in the order of `NAMES`.
+
+    Raises:
+      ValueError: as `check` and `Plan.of`; OutputError for a folder that cannot be written or holds other things.
+      FloatingPointError: NaN or inf in the latents or the attention.
+      OSError: a full disk.
+    """
+    plan = Plan.of(model.config, settings)
+    layer, step = check(plan, layer, step)
+    place = target(folder)
+    checked = writing.check([place], overwrite=True)
+    inputs = Inputs.prepare([(first, last)], plan)
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        encoded = pipeline.place(*pipeline.encode(model, plan, [inputs], [[settings.prompt]]), mesh)
+        noise = pipeline.noise(plan, [settings.seed], mesh)
+        latents = pipeline.denoise(model, plan, encoded, noise, mesh=mesh, cross_bias=cross_bias, until=step)
+    with writing.staged(checked) as (part,):
+        draw(part, model, plan, encoded, latents, layer, step, cross_bias, mesh)
+    return [place.path / name for name in NAMES]
+
+
+def draw(
+    folder: Path,
+    model: Model,
+    plan: Plan,
+    encoded: Encoded,
+    latents: jax.Array,
+    layer: int,
+    step: int,
+    cross_bias: CrossBias | None = None,
+    mesh: Mesh | None = None,
+) -> None:
+    """Makes a folder of plots of a run that was looked into:
 
     - retro.png: ReTRo's factor of each latent frame, and what it does to the frame's rotary position.
     - strength.png: KAB's strength by frame and by step, and its anchor curve.
@@ -102,42 +132,24 @@ def explain(
       over heads and the frame's queries): without bias, with it, and the difference.
     - attention.json: every number in the three plots, with labels and settings.
 
-    Encodes again and denoises up to the step (a shorter sampler, compiled for it), then evaluates the conditional pass
-    once more. Earlier plots in `folder` are replaced (`check` asks before); the folder appears whole or not at all.
-
-    Args:
-      model: from `wanjax.checkpoint.load`.
-      first, last: keyframes, RGB, as `pipeline.inbetween` takes them.
-      settings: of the run.
-      folder: to make, see `check`.
-      layer, step: where to look, counted from 0; None as in `check`.
-      cross_bias: the caller's own bias of the run, leaves [L, 1, F, K].
-      mesh: that the model's params lie on.
-
-    Returns:
-      The files, in the order of `NAMES`.
+    Args: as `observe`, and the folder, which must not exist.
 
     Raises:
-      ValueError: as `check` and `Settings.check`. FloatingPointError: NaN or inf in the latents or the attention.
-      OSError: a full disk.
+      FloatingPointError: NaN or inf in the attention. OSError: a full disk.
     """
-    settings.check(model.config)
-    layer, step = check(folder, settings, model.config, layer, step, overwrite=True)
-    seen = observe(model, first, last, settings, layer, step, cross_bias, mesh)
-    numbers = _numbers(model, settings, layer, step, seen, cross_bias is not None)
-    folder = Path(folder)
-    with _replacing(folder) as part:
-        for name, draw in zip(NAMES, (plots.draw_retro, plots.draw_strength, plots.draw_attention), strict=False):
-            plots.save(draw(numbers), part / name)
-        video.write_json(part / NAMES[-1], numbers)
-    return [folder / name for name in NAMES]
+    seen = observe(model, plan, encoded, latents, layer, step, cross_bias, mesh)
+    numbers = _numbers(model, plan, layer, step, seen, cross_bias is not None)
+    folder.mkdir()
+    for name, figure in zip(NAMES, (plots.draw_retro, plots.draw_strength, plots.draw_attention), strict=False):
+        plots.save(figure(numbers), folder / name)
+    video.write_json(folder / NAMES[-1], numbers)
 
 
 def observe(
     model: Model,
-    first: Image.Image | np.ndarray,
-    last: Image.Image | np.ndarray,
-    settings: Settings,
+    plan: Plan,
+    encoded: Encoded,
+    latents: jax.Array,
     layer: int,
     step: int,
     cross_bias: CrossBias | None = None,
@@ -145,28 +157,22 @@ def observe(
 ) -> CrossReport:
     """Where the frames look in one layer and step of a run, in the pass with the prompt.
 
-    Args: as `explain`; layer and step are given.
+    Args:
+      plan, encoded: of the run, of one clip.
+      latents: [1, F, h, w, 16] that enter the step.
+      layer, step, cross_bias, mesh: as `explain`.
 
     Returns:
-      Leaves float32 [F, K] in host memory. `plain` and `biased` differ in the bias of this layer alone: both come
-      from the run's own latents, with the method at work in earlier steps and layers.
+      Leaves float32 [F, K] and [F, M, K] in host memory. `plain` and `biased` differ in the bias of this layer alone:
+      both come from the run's own latents, with the method at work in earlier steps and layers.
 
     Raises:
-      FloatingPointError: NaN or inf in the latents or the attention.
+      FloatingPointError: NaN or inf in the attention.
     """
-    config = model.config
-    prepared = Keyframes.prepare([(first, last)], config, settings)
+    strength, timestep = plan.strength[step], plan.table.step.timestep[step : step + 1]
+    args = (latents, timestep, encoded.conditions, plan.method, strength, np.int32(layer), cross_bias)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        encoded = pipeline.encode(model, prepared, [settings.prompt], settings)
-        conditions, negative = pipeline.place(*encoded, mesh)
-        latents = pipeline.denoise(model, conditions, negative, settings, None, mesh, cross_bias, until=step)
-        method = settings.method_arrays(config)
-        strength = method.strength[step]
-        levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
-        timestep = schedule.timesteps(levels)[step : step + 1].astype(np.float32)
-        method = method.replace(strength=None)
-        args = (latents, timestep, conditions, method, strength, np.int32(layer), cross_bias)
-        seen = jax.device_get(_inspect(config.dit, model.params["dit"], *args))
+        seen = jax.device_get(_inspect(plan.config.dit, model.part("dit"), *args))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((seen.plain, seen.biased))):
         raise FloatingPointError(
             f"attention: NaN or inf in layer {layer}, step {step}; check the weights and the bias, or try float32"
@@ -195,13 +201,9 @@ def _inspect(
     return jax.tree.map(lambda leaf: leaf[layer, 0], seen)
 
 
-def _numbers(
-    model: Model, settings: Settings, layer: int, step: int, seen: CrossReport, own_bias: bool
-) -> dict[str, Any]:
+def _numbers(model: Model, plan: Plan, layer: int, step: int, seen: CrossReport, own_bias: bool) -> dict[str, Any]:
     """All that the plots show, as JSON can hold it."""
-    config, method = model.config, settings.method
-    arrays = settings.method_arrays(config)
-    levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
+    config, settings, method = plan.config, plan.settings, plan.settings.method
     window = None if method.kab is None else kab.layer_window(method.kab, config.dit.num_layers)
     labels = _token_labels(model, settings.prompt)
     padding = config.dit.text_length - len(labels)
@@ -217,17 +219,17 @@ def _numbers(
         "settings": dataclasses.asdict(settings),
         "layer": layer,
         "step": step,
-        "timestep": float(1000 * levels[step]),
+        "timestep": float(plan.table.step.timestep[step]),
         "isolated": method.isolation is not None,
-        "kab": bool(arrays.strength[step, layer].any()),
+        "kab": bool(plan.strength[step, layer].any()),
         "own_bias": own_bias,
         "pixel_frames": _pixel_frames(config, len(plain.text)),
-        "retro": _retro_numbers(config, settings, len(plain.text)),
+        "retro": _retro_numbers(plan),
         "strength": {
             "layers": None if window is None else list(window),
             "of_layers": config.dit.num_layers,
-            "beta": _floats(arrays.strength.max(1)),
-            "curve": None if method.kab is None else _floats(arrays.control.curve),
+            "beta": _floats(plan.strength.max(1)),
+            "curve": None if method.kab is None else _floats(plan.method.control.share[:, -1]),
         },
         "attention": {
             "text": {
@@ -235,17 +237,19 @@ def _numbers(
                 "plain": _floats(text(plain.text)),
                 "biased": _floats(text(biased.text)),
             },
-            "first": {"labels": image_labels, "plain": _floats(plain.first), "biased": _floats(biased.first)},
-            "last": {"labels": image_labels, "plain": _floats(plain.last), "biased": _floats(biased.last)},
+        }
+        | {
+            name: {"labels": image_labels, "plain": _floats(plain.images[:, i]), "biased": _floats(biased.images[:, i])}
+            for i, name in zip(range(config.dit.num_images), ("first", "last"), strict=False)
         },
     }
 
 
-def _retro_numbers(config: ModelConfig, settings: Settings, frames: int) -> dict[str, Any]:
+def _retro_numbers(plan: Plan) -> dict[str, Any]:
     """Scale and rotary position of every latent frame; positions are angles of the fastest pair, in radians."""
-    own = settings.method.retro
+    own, frames = plan.settings.method.retro, plan.grid[0]
     index = np.arange(frames, dtype=np.float64)
-    scale = np.ones(frames) if own is None else retro.scale_vector(own, settings.frames, frames)
+    scale = np.ones(frames) if own is None else retro.scale_vector(own, plan.settings.frames, frames)
     mode = None if own is None else own.mode
     position = {"frequency": index * scale, "position": rope.warped(scale)}.get(mode, index)
     return {"mode": mode, "scale": _floats(scale), "position": _floats(position)}
@@ -268,45 +272,3 @@ def _floats(values: np.ndarray) -> list:
     if np.ndim(values):
         return [_floats(row) for row in values]
     return float(str(np.float32(values)))
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.name in ("", ".."):
-        raise video.OutputError(f"explain folder {str(folder)!r}: names no new folder; give one such as explain")
-    video.check_folder(folder)
-    try:
-        mode = os.lstat(folder).st_mode
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise video.OutputError(f"explain folder {folder}: not a usable name ({error}); choose another") from error
-    if not stat.S_ISDIR(mode):
-        raise video.OutputError(f"explain folder {folder}: exists and is not a plain folder; choose another name")
-    held = list(folder.iterdir())
-    foreign = [entry.name for entry in held if entry.name not in NAMES or not entry.is_file()]
-    if foreign:
-        raise video.OutputError(
-            f"explain folder {folder}: holds {min(foreign)!r}, which is none of the plots; choose another name"
-        )
-    if held and not overwrite:
-        raise video.OutputError(f"explain folder {folder}: holds plots; pass --overwrite or choose another name")
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, hidden beside `folder`; it takes its name when the block ends well, and only then."""
-    with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=folder.parent) as hidden:
-        part, old = Path(hidden) / "new", Path(hidden) / "old"
-        part.mkdir()
-        yield part
-        _check_folder(folder, overwrite=True)  # other files may have come since
-        if not folder.exists():
-            os.replace(part, folder)
-            return
-        # A folder that holds something cannot be renamed over: the old one steps aside, and back on failure.
-        os.replace(folder, old)
-        try:
-            os.replace(part, folder)
-        except BaseException:
-            os.replace(old, folder)
-            raise

@@ -4,34 +4,30 @@ Everything that can be wrong is found in `prepare`, before any computing; `make`
 """
 
 import dataclasses
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from PIL import Image
 
 from samplers import explain as explaining
-from samplers import pipeline, video
-from samplers.pipeline import Settings
-from samplers.sample import Progress
-from wanjax import checkpoint, keyframes, sharding
+from samplers import hints, memory, pipeline, video
+from samplers.pipeline import Batch, Inputs
+from samplers.plan import Plan, Settings
+from samplers.run import bar
+from samplers.sample import Carry
+from wanjax import checkpoint, environment, keyframes, sharding
 from wanjax import method as methods
 from wanjax.config import ModelConfig
 from wanjax.tokenizer import PromptCut, Tokenizer
-
-try:
-    import resource
-except ImportError:  # Windows has no such module, and then no peak memory in the report
-    resource = None
-
-VERSIONED = ("wanjax", "jax", "jaxlib", "flax", "numpy", "pillow", "imageio", "av", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,13 @@ class Job:
     """A checked run: nothing about it is wrong any more that can be known without computing.
 
     Attributes:
-      model: "tiny" or a model folder; config: what is in it.
+      model: "tiny" or a model folder; config: what is in it, under the policy that was asked for.
       first, last: RGB images of any size; paths: where they came from.
-      settings: what to make; dtype: policy, None for the model's own.
+      plan: what to make; dtype: policy, None for the model's own.
       outputs: where to write; fps, scale: of the video file, scale a whole factor.
       mesh: axis -> devices, empty for one device.
       notes: lines that the user should see.
-      explain: folder, layer and step of the plots; None for none.
+      explain: layer and step of the plots; None for none.
     """
 
     model: str
@@ -53,14 +49,24 @@ class Job:
     first: Image.Image
     last: Image.Image
     paths: tuple[str, str]
-    settings: Settings
+    plan: Plan
     dtype: str | None
     outputs: video.Outputs
     fps: float
     scale: int
     mesh: dict[str, int]
     notes: tuple[str, ...]
-    explain: tuple[Path, int, int] | None = None
+    explain: tuple[int, int] | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """Of the plan."""
+        return self.plan.settings
+
+    @cached_property
+    def devices(self) -> Mesh | None:
+        """The mesh; None for one device."""
+        return sharding.make_mesh(self.mesh) if self.mesh else None
 
 
 def prepare(
@@ -75,6 +81,7 @@ def prepare(
     overwrite: bool = False,
     mesh: dict[str, int] | None = None,
     size: tuple[int, int] | str | None = None,
+    preset: str | None = None,
     explain: str | Path | None = None,
     explain_layer: int | None = None,
     explain_step: int | None = None,
@@ -83,14 +90,15 @@ def prepare(
     """Reads and checks everything a run needs; computes nothing.
 
     Args:
-      first, last: image files.
+      first, last: image files, or FILE@N for a frame of a video.
       out: video file or folder, see `video.write`; contact sheet and JSON go beside it.
       model: "tiny" or a model folder.
       dtype: "float32", "bfloat16", or None for the model's own.
       fps, scale: of the file; default the model's, and what brings the shorter side to 256 pixels.
-      overwrite: whether existing outputs may be replaced.
+      overwrite: whether existing outputs of wanjax may be replaced.
       mesh: axis -> number of devices.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
+      preset: a name in `plan.PRESETS`.
       explain: folder for plots of the method, see `samplers.explain`.
       explain_layer, explain_step: whose attention is plotted, from 0; None takes one that KAB acts on.
       settings: fields of `Settings`; what is None or absent takes the model's default.
@@ -100,22 +108,24 @@ def prepare(
     """
     folder, config = checkpoint.read_config(model)
     if dtype is not None:
-        checkpoint.policy(dtype)
+        config = config.with_precision(checkpoint.policy(dtype))
     given = {name: value for name, value in settings.items() if value is not None}
     if size not in (None, "auto"):
         given["size"] = size
-    chosen = Settings.of(config, **given)
-    chosen.check(config)
+    chosen = Settings.of(config, preset, **given)
+    plan = Plan.of(config, chosen)  # before the images are read, so that a mistyped number costs nothing
     images, notes = _read_keyframes((first, last), chosen.matte)
     if size == "auto":
         area = config.sampling.size[0] * config.sampling.size[1]
         fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
-        chosen = dataclasses.replace(chosen, size=fitting)
+        plan = Plan.of(config, dataclasses.replace(chosen, size=fitting))
+    chosen = plan.settings
     for name, image in zip(("first", "last"), images, strict=True):
         if (image.height, image.width) != chosen.size:
             notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
                          f"{chosen.size[0]}x{chosen.size[1]} by {chosen.fit}")  # fmt: skip
-    notes += _cut_prompts(Tokenizer(folder / checkpoint.TOKENIZER), chosen, config.dit.text_length)
+    notes += _about_prompts(Tokenizer(folder / checkpoint.TOKENIZER), chosen, config)
+    notes += hints.about(folder, chosen.prompt, pipeline.fitted(images, chosen))
     fps = config.sampling.fps if fps is None else fps
     video.check_fps(fps)
     scale = video.enlarge_factor(*chosen.size) if scale is None else scale
@@ -123,45 +133,24 @@ def prepare(
         raise ValueError(f"scale {scale}: give a whole number of at least 1")
     if mesh:
         sharding.make_mesh(mesh)
-    outputs = video.check_output(out, overwrite)
-    for path in (first, last):
-        if any(target.exists() and target.samefile(path) for target in (outputs.video, outputs.sheet)):
-            raise ValueError(f"output {out}: is the keyframe {path}; choose another name")
+        sharding.check_mesh(mesh, config.dit.num_heads, plan.tokens)
+    memory.check(plan, mesh or {})
+    looked_at = _looked_at(explain, explain_layer, explain_step, plan)
+    also = [] if explain is None else [explaining.target(explain)]
+    outputs = video.check_output(out, overwrite, inputs=(first, last, folder), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
-    plots = _plots(explain, out, explain_layer, explain_step, chosen, config, overwrite)
-    return Job(
-        str(model),
-        config,
-        *images,
-        (str(first), str(last)),
-        chosen,
-        dtype,
-        outputs,
-        fps,
-        scale,
-        mesh or {},
-        tuple(notes),
-        plots,
-    )
+    notes += outputs.notes
+    return Job(str(model), config, *images, (str(first), str(last)), plan, dtype, outputs, fps, scale, mesh or {},
+               tuple(notes), looked_at)  # fmt: skip
 
 
-def _plots(
-    folder: str | Path | None,
-    out: str | Path,
-    layer: int | None,
-    step: int | None,
-    settings: Settings,
-    config: ModelConfig,
-    overwrite: bool,
-) -> tuple[Path, int, int] | None:
-    """Where plots go and of which layer and step. ValueError as `explain.check`, or for a layer without a folder."""
-    if folder is None:
-        if layer is not None or step is not None:
-            raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
-        return None
-    if Path(folder).absolute() == Path(out).absolute():
-        raise ValueError(f"--explain {folder}: is the output; choose another folder")
-    return (Path(folder), *explaining.check(folder, settings, config, layer, step, overwrite))
+def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
+    """Which layer and step are plotted. ValueError as `explain.check`, or for a layer without a folder."""
+    if folder is not None:
+        return explaining.check(plan, layer, step)
+    if layer is not None or step is not None:
+        raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
+    return None
 
 
 def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) -> tuple[list[Image.Image], list[str]]:
@@ -172,46 +161,71 @@ def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) 
     return images, [str(warning.message) for warning in caught]
 
 
-def _cut_prompts(tokenizer: Tokenizer, settings: Settings, length: int) -> list[str]:
+def _about_prompts(tokenizer: Tokenizer, settings: Settings, config: ModelConfig) -> list[str]:
     """A line for each prompt that the model cannot take whole."""
     lines = []
     for name, text in (("prompt", settings.prompt), ("negative prompt", settings.negative_prompt)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptCut)
-            tokenizer.encode([text], length)
+            tokenizer.encode([text], config.dit.text_length)
         lines += [str(warning.message).replace("prompt 1", name, 1) for warning in caught]
     return lines
 
 
-def make(job: Job, progress: Progress | None = None) -> dict[str, Any]:
+def make(job: Job, progress: bool = False) -> dict[str, Any]:
     """Runs a job and writes its three outputs, all or none of them.
+
+    Args:
+      progress: draws a bar while denoising.
 
     Returns:
       The report, as it is written to the JSON file.
 
     Raises:
-      ValueError: damaged weights. FloatingPointError: NaN or inf while denoising. OSError: a full disk.
+      ValueError: damaged weights, or a file that came to the output's name meanwhile. FloatingPointError: NaN or inf;
+      names the stage. OSError: a full disk.
     """
     start = time.perf_counter()
-    mesh = sharding.make_mesh(job.mesh) if job.mesh else None
-    model = checkpoint.load(job.model, job.dtype, mesh)
-    loaded = time.perf_counter() - start
-    result = pipeline.inbetween(model, job.first, job.last, job.settings, progress, mesh)
-    frames = result.video[0]
-    sheet = video.contact_sheet(frames, pipeline.fitted((job.first, job.last), job.settings))
-    begun = time.perf_counter()
-    with video.staged(job.outputs) as outputs:
-        video.write_png(outputs.sheet, sheet)
+    # From here on nobody else can begin on these names.
+    with video.staged_also(job.outputs) as (outputs, plots):
+        model, result, latents, seconds = _compute(job, progress)
+        begun = time.perf_counter()
+        frames = result.video[0]
         video.write(outputs.video, frames, job.fps, job.scale)
-        seconds = {"load": loaded, **result.seconds, "write": time.perf_counter() - begun}
-        if job.explain is not None:  # before the outputs get their names, so that a failure leaves none of them
+        video.write_png(
+            outputs.sheet, video.contact_sheet(frames, pipeline.fitted((job.first, job.last), job.settings))
+        )
+        seconds["write"] = time.perf_counter() - begun
+        for folder in plots:
             begun = time.perf_counter()
-            explaining.explain(model, job.first, job.last, job.settings, *job.explain, mesh=mesh)
+            explaining.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
-        report = _report(job, model.config, seconds)
+        report = _report(job, seconds)
         video.write_json(outputs.settings, report)
     return report
+
+
+def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Result, jax.Array | None, dict[str, float]]:
+    """The model, its result, the latents that enter the step which is to be explained, and seconds by stage."""
+    start = time.perf_counter()
+    plan, mesh, seen = job.plan, job.devices, []
+    # A mesh changes where arguments lie, and so the programs.
+    with nullcontext(lambda stage: None) if mesh else pipeline.compile_ahead(plan) as ready:
+        model = checkpoint.load(job.model, job.dtype, mesh)
+        loaded = time.perf_counter() - start
+        with bar(job.settings.steps) if progress else nullcontext() as shown:
+
+            def on_step(done: int, carry: Carry) -> None:
+                if shown is not None:
+                    shown(done, carry)
+                if job.explain is not None and done == job.explain[1]:
+                    seen.append(carry.sample)
+
+            inputs = Inputs.prepare([(job.first, job.last)], plan)
+            batch = Batch(inputs, [job.settings.prompt], [job.settings.seed])
+            (result,) = pipeline.make(model, plan, [batch], mesh=mesh, ready=ready, on_step=on_step)
+    return model, result, seen[0] if seen else None, {"load": loaded, **result.seconds}
 
 
 def inbetween_files(first: str | Path, last: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
@@ -221,13 +235,13 @@ def inbetween_files(first: str | Path, last: str | Path, out: str | Path, **opti
       The report that is also written beside the video.
 
     Raises:
-      ValueError: bad input, before any computing. FloatingPointError: NaN or inf while denoising.
+      ValueError: bad input, before any computing. FloatingPointError: NaN or inf; names the stage.
     """
     return make(prepare(first, last, out, **options))
 
 
-def _report(job: Job, config: ModelConfig, seconds: dict[str, float]) -> dict[str, Any]:
-    devices = jax.devices()
+def _report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
+    config = job.config
     return {
         "keyframes": list(job.paths),
         "video": str(job.outputs.video),
@@ -237,31 +251,10 @@ def _report(job: Job, config: ModelConfig, seconds: dict[str, float]) -> dict[st
         "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
         "notes": list(job.notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "peak_memory_bytes": _peak_memory(devices[0]),
-        "device": {"kind": devices[0].device_kind, "count": len(devices), "platform": devices[0].platform},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
+        **environment.report(),
         "command": sys.argv,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a clone without installing
-        return "not installed"
-
-
-def _peak_memory(device: jax.Device) -> dict[str, int]:
-    """Bytes: the process on the host, and the device where it keeps count."""
-    peak = {}
-    if resource is not None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["host"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    stats = device.memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        peak["device"] = int(stats["peak_bytes_in_use"])
-    return peak
 
 
 def example() -> dict[str, Any]:

@@ -1,16 +1,17 @@
-"""From two keyframes and a prompt to a video: the whole story, from arrays to arrays and from files to files.
+"""From keyframes and prompts to videos, from arrays to arrays.
 
-Axis letters as in `wanjax.types`. Nothing here knows how a model computes; each stage is one jitted function
-of (config, params, arrays), so that a second run with other values compiles nothing.
+Axis letters as in `wanjax.types`; A keyframes. Nothing here knows how a model computes; each stage is one jitted
+function of (config, params, arrays), so that a second run with other values compiles nothing, and says whether its
+result is finite.
 """
 
-import dataclasses
-import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,119 +20,73 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import schedule, solvers
-from samplers.sample import Progress, check, sample
-from wanjax import conditioning, keyframes, sharding, vae
-from wanjax import method as methods
+from samplers import run as host
+from samplers import sample
+from samplers.plan import Plan, Settings, check_seed
+from samplers.sample import Carry, Row
+from wanjax import checkpoint, conditioning, keyframes, sharding, vae
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
-from wanjax.config import CLIPConfig, DiTConfig, ModelConfig, UMT5Config, VAEConfig
+from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wanjax.dit import WanDiT, check_cross
-from wanjax.guidance import MODES, GuidanceMode, guided
-from wanjax.method import Method, MethodArrays
+from wanjax.guidance import GuidanceMode, guided
+from wanjax.method import MethodArrays
 from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
 
-FITS = ("stretch", "crop", "pad")
+ImageLike = Any
+"""A path, a Pillow image, or an array uint8 [H, W, 3]: what `keyframes.image` takes."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a clip is made. `Settings.of(config)` fills in what suits a model.
+class Inputs:
+    """Keyframes of B clips as the models take them.
 
     Attributes:
-      prompt, negative_prompt: what the video shows; what guidance steers away from.
-      frames: pixel frames, temporal_stride * n + 1, keyframes included.
-      size: (height, width) in pixels, multiples of the model's `size_multiple`.
-      steps: denoising steps.
-      guidance: classifier-free guidance scale, at least 0; at 1 the second pass is skipped.
-      shift: timestep shift of the schedule.
-      solver, grid: names in `solvers.SOLVERS` and `schedule.GRIDS`.
-      seed: of the noise, 0 .. 2**32 - 1.
-      fit: how keyframes of another size are brought to `size`: stretch, crop or pad.
-      matte: red, green, blue in 0..255 under transparent keyframes and around padded ones.
-      guidance_mode: "sequential" (least memory) or "batched" passes.
-      method: what is changed of Wan2.1's attention (`wanjax.method`); the default changes nothing.
+      pixels: uint8 [B, A, H, W, 3], fitted to the output size, in the order of `Plan.at`.
+      vision: float32 [B, A, size, size, 3], the original images squared and normalised.
     """
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    frames: int = 81
-    size: tuple[int, int] = (480, 864)
-    steps: int = 50
-    guidance: float = 5.0
-    shift: float = 16.0
-    solver: str = "unipc"
-    grid: str = "wan"
-    seed: int = 0
-    fit: keyframes.Fit = "stretch"
-    matte: tuple[int, int, int] = keyframes.BLACK
-    guidance_mode: GuidanceMode = "sequential"
-    method: Method = Method()
+    pixels: np.ndarray
+    vision: np.ndarray
 
     @classmethod
-    def of(cls, config: ModelConfig, **overrides: Any) -> "Settings":
-        """The model's own defaults, with some replaced."""
-        d = config.sampling
-        own = cls("", d.negative_prompt, d.frames, d.size, d.steps, d.guidance, d.shift, d.solver)
-        return dataclasses.replace(own, **overrides)
+    def prepare(cls, clips: Sequence[Sequence[ImageLike]], plan: Plan) -> "Inputs":
+        """From B clips' A keyframes each, in the order of `Plan.at`, of any size.
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError, one line naming the setting and the mend, for what this model cannot do."""
-        if config.dit.num_images != 2:
-            raise ValueError(
-                f"model {config.name}: takes {config.dit.num_images} keyframes; "
-                "inbetweening needs a first-and-last-frame model (flf2v)"
-            )
-        keyframes.check_frames(self.frames, config.vae.temporal_stride)
-        keyframes.check_size(*self.size, config.size_multiple)
-        if not (math.isfinite(self.guidance) and 0 <= self.guidance <= 1e6):
-            raise ValueError(f"guidance {self.guidance}: give a number from 0 to 1e6; 1 switches it off")
-        if len(self.matte) != 3 or not all(0 <= value <= 255 for value in self.matte):
-            raise ValueError(f"matte {self.matte}: give red, green, blue, each from 0 to 255")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
-        choices = (("solver", self.solver, solvers.SOLVERS), ("fit", self.fit, FITS),
-                   ("guidance mode", self.guidance_mode, MODES))  # fmt: skip
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"{name} {value!r}: choose {', '.join(allowed)}")
-        schedule.sigmas(self.grid, self.steps, self.shift)
-        self.method_arrays(config)
-
-    def method_arrays(self, config: ModelConfig) -> MethodArrays:
-        """The method as inputs of the sampler. ValueError, naming the setting, for what this model cannot have."""
-        return methods.arrays(self.method, config, self.frames, self.size, self.steps)
-
-
-@dataclass(frozen=True)
-class Keyframes:
-    """Both keyframes as the models take them, of B pairs.
-
-    Attributes:
-      first, last: [B, H, W, 3] uint8, fitted to the output size.
-      clip_first, clip_last: [B, size, size, 3] float32, the original images stretched and normalised.
-    """
-
-    first: np.ndarray
-    last: np.ndarray
-    clip_first: np.ndarray
-    clip_last: np.ndarray
-
-    @classmethod
-    def prepare(cls, pairs: list[tuple[Any, Any]], config: ModelConfig, settings: Settings) -> "Keyframes":
-        """From B pairs of RGB images, each a Pillow image or a uint8 array [H, W, 3], of any size."""
-        images = [[_image(image) for image in pair] for pair in pairs]
-        size = config.clip.image_size
-        clip = [[keyframes.clip_input(image, size) for image in pair] for pair in images]
-        fit = [fitted(pair, settings) for pair in images]
-        columns = [np.stack(column) for rows in (fit, clip) for column in zip(*rows, strict=True)]
-        return cls(*columns)
+        Raises:
+          ValueError: something that is no image, or another number of keyframes.
+        """
+        s = plan.settings
+        images = [[keyframes.image(image, s.matte) for image in clip] for clip in clips]
+        if any(len(clip) != len(plan.at) for clip in images):
+            raise ValueError(f"keyframes: {[len(clip) for clip in images]} given, {len(plan.at)} planned")
+        size = plan.config.clip.image_size
+        vision = [[keyframes.clip_input(image, size, s.clip_fit) for image in clip] for clip in images]
+        return cls(np.stack([np.stack(fitted(clip, s)) for clip in images]), np.stack(list(map(np.stack, vision))))
 
 
 def fitted(images: Sequence[Image.Image], settings: Settings) -> list[np.ndarray]:
     """The images at the size of the video, uint8 [H, W, 3] each."""
-    return [keyframes.fit(image, *settings.size, settings.fit, settings.matte) for image in images]
+    s = settings
+    return [keyframes.fit(image, *s.size, s.fit, s.matte, resample=s.resample) for image in images]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B clips that are computed together: their keyframes, prompts and seeds."""
+
+    inputs: Inputs
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the transformer is told of B clips: conditions, and the text [B, L, text_dim] of the pass without prompt."""
+
+    conditions: Conditions
+    negative: jax.Array
 
 
 @dataclass
@@ -151,12 +106,12 @@ class Timings:
                 compiling += duration
 
         jax.monitoring.register_event_duration_secs_listener(listen)
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             yield
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-            spent = time.perf_counter() - start
+            spent = perf_counter() - start
             # Nested traces report overlapping times, so the sum may exceed the wall clock.
             compiling = min(compiling, spent)
             self.seconds[name] = self.seconds.get(name, 0.0) + spent - compiling
@@ -165,199 +120,364 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished batch.
+    """Finished clips.
 
     Attributes:
-      video: uint8 [B, T, H, W, 3]; the first and last frame are the model's rendering of the keyframes.
+      video: uint8 [B, T, H, W, 3]; the keyframes in it are the model's rendering of them.
       latents: float32 [B, F, h, w, 16], normalised.
       seconds: wall time of "encode", "compile", "denoise", "decode".
+      encoded: what the transformer was told.
     """
 
     video: np.ndarray
     latents: jax.Array
     seconds: Mapping[str, float]
+    encoded: Encoded | None = None
 
 
 def inbetween(
     model: Model,
-    first: Image.Image | np.ndarray,
-    last: Image.Image | np.ndarray,
-    settings: Settings,
-    progress: Progress | None = None,
+    first: ImageLike | Sequence[ImageLike],
+    last: ImageLike | Sequence[ImageLike],
+    prompt: str | Sequence[str] | None = None,
+    *,
+    seeds: int | Sequence[int] | None = None,
+    keyframes: Mapping[int, ImageLike | Sequence[ImageLike]] | None = None,
+    settings: Settings | None = None,
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
+    chunk: int = 1,
+    on_step: host.OnStep | None = None,
+    **overrides: Any,
 ) -> Result:
-    """Makes the video between two keyframes.
+    """Makes the videos between first and last keyframes: one clip, or several by one compiled program.
+
+    What is a list gives one value a clip; what is not holds for all of them, so that two pairs of keyframes are two
+    clips, and one pair with four seeds is four.
 
     Args:
-      model: from `wanjax.checkpoint.load`.
-      first, last: RGB, each a Pillow image or uint8 [H, W, 3], of any size.
-      settings: see `Settings`; the prompt is in it.
-      progress: draws a bar while denoising. Pass the same object to every run: it is part of the program.
-      mesh: from `sharding.make_mesh`; the model's params should lie on it (`sharding.shard_params`).
-      cross_bias: a bias of your own on cross-attention, leaves [layers, 1, F, keys], in every step of the
-        conditional pass; KAB's is added to it. See docs/method.md for an example.
+      model: from `samplers.load`.
+      first, last: paths, Pillow images or arrays uint8 [H, W, 3], of any size; None leaves one out.
+      prompt: None takes that of the settings.
+      seeds: of the noise; None takes that of the settings.
+      keyframes: more of them, by pixel frame, negative ones counted from the end.
+      settings: see `Settings`; None takes the model's own.
+      mesh: from `sharding.make_mesh`; the model's params should lie on it (`samplers.load(..., mesh=mesh)`).
+      cross_bias: a bias of your own on cross-attention, leaves [layers, 1, F, ...], in every step of the conditional
+        pass; KAB's is added to it. See docs/method.md for an example.
+      chunk: steps of one call of the program; `settings.steps` makes the run one scan.
+      on_step: called before each clip's first step and after each chunk with (steps done, `sample.Carry`).
+      overrides: single fields of `Settings`, such as frames=33 or method="paper".
 
     Returns:
-      A `Result` of batch 1.
+      A `Result` of all clips, in order.
 
     Raises:
-      ValueError: settings that this model cannot run.
-      FloatingPointError: NaN or inf in the latents; names the step.
+      ValueError: settings that this model cannot run, or something that is no image; one line.
+      FloatingPointError: NaN or inf; names the stage, and of denoising the step.
     """
-    settings.check(model.config)
-    prepared = Keyframes.prepare([(first, last)], model.config, settings)
-    return run(model, prepared, [settings.prompt], settings, progress, mesh, cross_bias)
+    settings = Settings.of(model.config, **overrides) if settings is None else replace(settings, **overrides)
+    given = {0: first, -1: last} | dict(keyframes or {})
+    given = {at: images for at, images in given.items() if images is not None}
+    order = sorted(given, key=lambda at: at % settings.frames)
+    plan = Plan.of(model.config, settings, order)
+    prompt = settings.prompt if prompt is None else prompt
+    seeds = settings.seed if seeds is None else seeds
+    *columns, prompts, seeds = _clips([*(given[at] for at in order), prompt, seeds])
+    for seed in seeds:
+        check_seed(seed)
+    batches = [Batch(Inputs.prepare([clip], plan), [text], [seed])
+               for clip, text, seed in zip(zip(*columns, strict=True), prompts, seeds, strict=True)]  # fmt: skip
+    results = make(model, plan, batches, mesh=mesh, cross_bias=cross_bias, chunk=chunk, on_step=on_step)
+    video, latents = zip(*((one.video, one.latents) for one in results), strict=True)
+    return Result(np.concatenate(video), jnp.concatenate(latents), results[-1].seconds)
 
 
-def run(
+def _clips(values: Sequence[Any]) -> list[list[Any]]:
+    """Each value as a list of one entry a clip. ValueError: lists of different lengths."""
+    lists = [list(v) if isinstance(v, (list, tuple, range)) else [v] for v in values]
+    count = max(map(len, lists))
+    if any(len(one) not in (1, count) for one in lists) or any(not one for one in lists):
+        sizes = ", ".join(str(len(one)) for one in lists)
+        raise ValueError(f"lists of {sizes} keyframes, prompts, seeds: give as many of each, or one for all")
+    return [one * count if len(one) == 1 else one for one in lists]
+
+
+def make(
     model: Model,
-    prepared: Keyframes,
-    prompts: list[str],
-    settings: Settings,
-    progress: Progress | None = None,
+    plan: Plan,
+    batches: Sequence[Batch],
+    *,
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
-) -> Result:
-    """`inbetween` for B pairs of keyframes and B prompts at once: encode, denoise, decode."""
-    config = model.config
-    rows = len(prompts), config.vae.latent_frames(settings.frames) // config.dit.patch_size[0]
-    check_cross(config.dit, rows, cross_bias, None)
+    chunk: int = 1,
+    on_step: host.OnStep | None = None,
+    ready: Callable[[str], Any] = lambda stage: None,
+) -> list[Result]:
+    """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
+
+    Args:
+      ready: called with "encode", "denoise", "decode" before that stage; `compile_ahead` gives one.
+      others: as `inbetween`.
+    """
     timings = Timings()
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("encode"):
-            conditions, negative = encode(model, prepared, prompts, settings)
-            conditions, negative = jax.block_until_ready(place(conditions, negative, mesh))
+            ready("encode")
+            encoded = encode(model, plan, [batch.inputs for batch in batches], [batch.prompts for batch in batches])
+            encoded = [jax.block_until_ready(place(one, mesh)) for one in encoded]
         with timings.stage("denoise"):
-            latents = denoise(model, conditions, negative, settings, progress, mesh, cross_bias)
+            ready("denoise")
+            latents = [
+                denoise(model, plan, one, noise(plan, batch.seeds, mesh), seeds=batch.seeds, mesh=mesh,
+                        cross_bias=cross_bias, chunk=chunk, on_step=on_step)
+                for one, batch in zip(encoded, batches, strict=True)
+            ]  # fmt: skip
         with timings.stage("decode"):
-            video = decode(model, latents)
-    return Result(video, latents, timings.seconds)
+            ready("decode")
+            videos = [decode(model, plan, one) for one in latents]
+    return [Result(video, own, timings.seconds, one) for video, own, one in zip(videos, latents, encoded, strict=True)]
 
 
-def encode(model: Model, prepared: Keyframes, prompts: list[str], settings: Settings) -> tuple[Conditions, jax.Array]:
-    """Conditions of B samples, and the text [B, L, text_dim] of the pass without the prompt."""
-    config, params = model.config, model.params
-    # Both prompts in one call: the text encoder is large, and reads its weights once.
-    texts = [*prompts, settings.negative_prompt]
-    ids, mask = model.tokenizer.encode(texts, config.dit.text_length)
-    text = _encode_text(config.umt5, params["umt5"], ids, mask)
+def noise(plan: Plan, seeds: Sequence[int], mesh: Mesh | None = None) -> jax.Array:
+    """Standard normal latents float32 [B, F, h, w, C], each clip's from its own seed alone."""
+    drawn = [jax.random.normal(jax.random.key(seed), (1, *plan.latent_shape), jnp.float32) for seed in seeds]
+    whole = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
+    return whole if mesh is None else sharding.shard_video(whole, mesh)
+
+
+def encode(model: Model, plan: Plan, inputs: Sequence[Inputs], prompts: Sequence[Sequence[str]]) -> list[Encoded]:
+    """What the transformer is told of each batch.
+
+    Raises:
+      FloatingPointError: NaN or inf in the text, the image tokens or the keyframes' latent.
+    """
+    config = plan.config
+    texts = [_texts(model, plan, list(own)) for own in prompts]
+    tokens = [encode_images(model, plan, own.vision) for own in inputs]
+    params = model.part("vae")
+    latents = []
+    for own in inputs:
+        pixels = keyframes.to_unit(own.pixels)
+        latent = _encode_keyframes(config.vae, params, pixels, at=plan.at, frames=plan.settings.frames)
+        latents.append(_finite("keyframe latent", *latent))
+    return [
+        Encoded(Conditions(text, images, latent), negative)
+        for (text, negative), images, latent in zip(texts, tokens, latents, strict=True)
+    ]
+
+
+def _texts(model: Model, plan: Plan, prompts: list[str]) -> tuple[jax.Array, jax.Array]:
+    """Embeddings of B prompts, and as many of the negative one."""
+    config = plan.config
+    # Both in one call: the text encoder is large, and reads its weights once.
+    ids, mask = model.tokenizer.encode([*prompts, plan.settings.negative_prompt], config.dit.text_length)
+    text = _finite("text", *_encode_text(config.umt5, model.part("umt5"), ids, mask))
     batch = len(prompts)
-    negative = jnp.broadcast_to(text[batch:], text[:batch].shape)
-    images = np.concatenate([prepared.clip_first, prepared.clip_last])
-    tokens = _encode_images(config.clip, params["clip"], images)
-    first, last = keyframes.to_unit(prepared.first), keyframes.to_unit(prepared.last)
-    latent = _encode_keyframes(config.vae, params["vae"], first, last, frames=settings.frames)
-    return Conditions(text[:batch], tokens[:batch], tokens[batch:], latent), negative
+    return text[:batch], jnp.broadcast_to(text[batch:], text[:batch].shape)
+
+
+def encode_images(model: Model, plan: Plan, vision: np.ndarray) -> jax.Array:
+    """Tokens [B, M, K, D] of the images that the transformer sees; zeros for one that is not given."""
+    slots = image_slots(plan)
+    seen = [slot for slot in slots if slot is not None]
+    batch = len(vision)
+    pixels = np.concatenate([vision[:, slot] for slot in seen])
+    tokens = _finite("image tokens", *_encode_images(plan.config.clip, model.part("clip"), pixels))
+    given = {slot: tokens[i * batch : (i + 1) * batch] for i, slot in enumerate(seen)}
+    absent = jnp.zeros_like(tokens[:batch])
+    return jnp.stack([absent if slot is None else given[slot] for slot in slots], 1)
+
+
+def image_slots(plan: Plan) -> tuple[int | None, ...]:
+    """Which keyframe each of the transformer's M images is, by its place in `Plan.at`; None for none.
+
+    A first-and-last-frame model sees the outermost two; of one keyframe alone it sees that in the nearer place, and
+    nothing in the other. A model of one image sees the first.
+    """
+    if plan.config.dit.num_images == 1:
+        return (0,)
+    if len(plan.at) > 1:
+        return 0, len(plan.at) - 1
+    return (0, None) if plan.at[0] <= (plan.settings.frames - 1) / 2 else (None, 0)
 
 
 def denoise(
     model: Model,
-    conditions: Conditions,
-    negative_text: jax.Array,
-    settings: Settings,
-    progress: Progress | None = None,
+    plan: Plan,
+    encoded: Encoded,
+    noise: jax.Array,
+    *,
+    seeds: Sequence[int] | None = None,
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     until: int | None = None,
-    noise: jax.Array | None = None,
+    chunk: int = 1,
+    on_step: host.OnStep | None = None,
 ) -> jax.Array:
-    """Latents [B, F, h, w, 16] of B samples, from seeded noise. FloatingPointError on NaN or inf.
+    """Latents [B, F, h, w, 16] of B clips from noise in that shape.
 
-    `until` stops before that step, 0 .. steps, and gives the latents that enter it. `noise`, standard normal in the
-    latents' shape, takes the place of the seed's.
+    Args:
+      seeds: B of them, for solvers that add noise anew; None takes that of the settings for all.
+      until: stop before that step, 0 .. steps, and give the latents that enter it.
+      others: as `inbetween`.
+
+    Raises:
+      ValueError: noise of another shape, or a bias that is not this model's.
+      FloatingPointError: NaN or inf in the latents; names the step.
     """
-    config = model.config
-    table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
-    method = settings.method_arrays(config)
-    if until is not None:
-        table = jax.tree.map(lambda rows: rows[:until], table)
-        method = method.replace(strength=method.strength[:until])
-    shape = (*conditions.latent.shape[:-1], config.dit.out_channels)
-    if noise is None:
-        noise = jax.random.normal(jax.random.key(settings.seed), shape, jnp.float32)
-    elif noise.shape != shape:
-        raise ValueError(f"noise of shape {noise.shape}: the latents are {shape}")
-    if mesh is not None:
-        noise = sharding.shard_video(noise, mesh)
-    with progress.open(len(table.sigma)) if progress is not None else nullcontext():
-        latents, failed_step = _denoise(
-            config.dit,
-            model.params["dit"],
-            noise,
-            conditions,
-            negative_text,
-            np.float32(settings.guidance),
-            table,
-            method,
-            cross_bias,
-            guidance_mode=settings.guidance_mode,
-            on_step=progress,
-        )
-        check(failed_step)
-    return latents
+    batch = encoded.conditions.text.shape[0]
+    if noise.shape != (batch, *plan.latent_shape):
+        raise ValueError(f"noise of shape {noise.shape}: the latents are {(batch, *plan.latent_shape)}")
+    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias, None)
+    params = model.part("dit")
+
+    def part(carry: Carry, table: Row, first: np.int32, n: int) -> Carry:
+        return _denoise(plan.config.dit, params, carry, table, first, encoded.conditions, encoded.negative, plan.method,
+                        cross_bias, n=n, guidance_mode=plan.settings.guidance_mode)  # fmt: skip
+
+    keys = None
+    if plan.table.step.renoise is not None:
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds or [plan.settings.seed] * batch])
+    steps = plan.settings.steps if until is None else until
+    carry = host.run(part, sample.start(noise, keys=keys), plan.table, steps, chunk=chunk, on_step=on_step)
+    return carry.sample
 
 
-def decode(model: Model, latents: jax.Array) -> np.ndarray:
-    """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]."""
-    return keyframes.from_unit(_decode(model.config.vae, model.params["vae"], latents))
+def decode(model: Model, plan: Plan, latents: jax.Array) -> np.ndarray:
+    """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]. FloatingPointError on NaN or inf."""
+    return keyframes.from_unit(_finite("decoded video", *_decode(plan.config.vae, model.part("vae"), latents)))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "on_step"))
+def _finite(stage: str, value: jax.Array, finite: jax.Array) -> jax.Array:
+    if not bool(finite):
+        raise FloatingPointError(f"{stage}: NaN or inf; check the weights, or try --dtype float32")
+    return value
+
+
+def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
+    """Puts encoded conditions on the mesh: the latent as `sharding.shard_video`, the rest on every device."""
+    if mesh is None:
+        return encoded
+    conditions = encoded.conditions
+    latent = sharding.shard_video(conditions.latent, mesh)
+    rest, negative = sharding.replicate((conditions.replace(latent=None), encoded.negative), mesh)
+    return Encoded(rest.replace(latent=latent), negative)
+
+
+@contextmanager
+def compile_ahead(plan: Plan, chunk: int = 1) -> Iterator[Callable[[str], Any]]:
+    """Compiles the programs of one clip in the background, while weights are read; for one device.
+
+    Yields a function to call before each stage with its name: it waits for that stage's programs, and raises what
+    their compilation raised. The ordinary calls then find them compiled.
+    """
+    pool = ThreadPoolExecutor(max_workers=5, thread_name_prefix="compile")
+    try:
+        futures = {
+            stage: [pool.submit(lambda lower=lower: lower(plan, chunk).compile()) for lower in lowers]
+            for stage, lowers in _LOWERED.items()
+        }
+        yield lambda stage: [future.result() for future in futures[stage]]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
 def _denoise(
     config: DiTConfig,
     params: Any,
-    noise: jax.Array,
+    carry: Carry,
+    table: Row,
+    first: jax.Array,
     conditions: Conditions,
     negative_text: jax.Array,
-    guidance: jax.Array,
-    steps: solvers.StepTable,
     method: MethodArrays,
     cross_bias: CrossBias | None,
     *,
+    n: int,
     guidance_mode: GuidanceMode,
-    on_step: Progress | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Carry:
     def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
         return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
 
-    denoise = guided(model, conditions, negative_text, guidance, guidance_mode, method.control, cross_bias)
-    return sample(denoise, noise, steps, on_step, method.strength)
+    def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
+        run = guided(model, conditions, negative_text, row.guidance, guidance_mode, method.control, cross_bias)
+        return run(latents, row.step.timestep, row.strength), state
+
+    return sample.sample(denoise, carry, table, first, n)
+
+
+def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return value, jnp.isfinite(value).all()
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode_text(config: UMT5Config, params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return conditioning.pad_text(UMT5Encoder(config).apply({"params": params}, ids, mask), mask)
+def _encode_text(config: UMT5Config, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_finite(conditioning.pad_text(UMT5Encoder(config).apply({"params": params}, ids, mask), mask))
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> jax.Array:
-    return CLIPVision(config).apply({"params": params}, pixels)
+def _encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_finite(CLIPVision(config).apply({"params": params}, pixels))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="frames")
-def _encode_keyframes(config: VAEConfig, params: Any, first: jax.Array, last: jax.Array, *, frames: int) -> jax.Array:
-    latent = vae.encode(config, params, conditioning.pixel_condition(first, last, frames))
-    return conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride))
+@partial(jax.jit, static_argnums=0, static_argnames=("at", "frames"))
+def _encode_keyframes(
+    config: VAEConfig, params: Any, images: jax.Array, *, at: tuple[int, ...], frames: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mask and latent [B, F, h, w, s + 16] of keyframes [B, A, H, W, 3] in [-1, 1]."""
+    latent = vae.encode(config, params, conditioning.keyframe_video(images, at, frames))
+    return _with_finite(conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, at)))
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
-    return vae.decode(config, params, latents)
+def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_finite(vae.decode(config, params, latents))
 
 
-def place(conditions: Conditions, negative: jax.Array, mesh: Mesh | None) -> tuple[Conditions, jax.Array]:
-    """Puts encoded conditions on the mesh: the latent as `sharding.shard_video`, the rest on every device."""
-    if mesh is None:
-        return conditions, negative
-    latent = sharding.shard_video(conditions.latent, mesh)
-    rest, negative = sharding.replicate((conditions.replace(latent=None), negative), mesh)
-    return rest.replace(latent=latent), negative
+def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _image(image: Image.Image | np.ndarray) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"keyframe {image.dtype} {image.shape}: give uint8 [H, W, 3] or a Pillow image")
-    return Image.fromarray(image)
+def _lower_text(plan: Plan, chunk: int) -> Any:
+    ids = _struct(2, plan.config.dit.text_length, dtype=np.int32)
+    return _encode_text.lower(plan.config.umt5, checkpoint.param_shapes(plan.config)["umt5"], ids, ids)
+
+
+def _lower_images(plan: Plan, chunk: int) -> Any:
+    side, count = plan.config.clip.image_size, len([slot for slot in image_slots(plan) if slot is not None])
+    pixels = _struct(count, side, side, 3)
+    return _encode_images.lower(plan.config.clip, checkpoint.param_shapes(plan.config)["clip"], pixels)
+
+
+def _lower_keyframes(plan: Plan, chunk: int) -> Any:
+    pixels = _struct(1, len(plan.at), *plan.settings.size, 3)
+    shapes = checkpoint.param_shapes(plan.config)["vae"]
+    return _encode_keyframes.lower(plan.config.vae, shapes, pixels, at=plan.at, frames=plan.settings.frames)
+
+
+def _lower_decode(plan: Plan, chunk: int) -> Any:
+    return _decode.lower(plan.config.vae, checkpoint.param_shapes(plan.config)["vae"], _struct(1, *plan.latent_shape))
+
+
+def _lower_denoise(plan: Plan, chunk: int) -> Any:
+    d = plan.config.dit
+    text = _struct(1, d.text_length, d.text_dim, dtype=_lower_text(plan, chunk).out_info[0].dtype)
+    images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=_lower_images(plan, chunk).out_info[0].dtype)
+    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels,
+                     dtype=_lower_keyframes(plan, chunk).out_info[0].dtype)  # fmt: skip
+    keys = None if plan.table.step.renoise is None else jax.random.split(jax.random.key(0), 1)
+    carry = jax.eval_shape(sample.start, _struct(1, *plan.latent_shape), keys=keys)
+    table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
+    return _denoise.lower(
+        d, checkpoint.param_shapes(plan.config)["dit"], carry, table, _struct(dtype=np.int32),
+        Conditions(text, images, latent), text, method, None, n=chunk, guidance_mode=plan.settings.guidance_mode,
+    )  # fmt: skip
+
+
+_LOWERED = MappingProxyType(
+    {"denoise": (_lower_denoise,), "decode": (_lower_decode,),
+     "encode": (_lower_keyframes, _lower_text, _lower_images)}
+)  # fmt: skip
+"""The programs of each stage, the longest first."""

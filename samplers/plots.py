@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from wanjax import marks
+
 DPI = 150
 # Families that matplotlib may fall back on for characters its own font lacks, such as those of Chinese prompts.
 _FALLBACKS = (
@@ -239,5 +241,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure as PNG at DPI, on white."""
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    """Writes a figure as PNG at DPI, on white, with the mark of wanjax."""
+    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": marks.mark()})

@@ -16,11 +16,18 @@ The last step of every grid goes to sigma 0. Computed in float64; nothing here t
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import numpy as np
 
 TRAIN_TIMESTEPS = 1000.0
 """The timestep given to the model is this times sigma."""
+
+MOST_STEPS = 1000
+"""More steps than the model was trained with noise levels bring nothing."""
+
+Rounding = Literal["exact", "truncated"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 
 def shifted(s: np.ndarray | float, shift: float) -> np.ndarray | float:
@@ -44,9 +51,9 @@ def sigmas(grid: str, steps: int, shift: float) -> np.ndarray:
     """
     if grid not in GRIDS:
         raise ValueError(f"schedule: unknown sigma grid {grid!r}; choose one of {', '.join(GRIDS)}")
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"steps: got {steps!r}; give a whole number of denoising steps, at least 1")
-    if not (math.isfinite(shift) and shift > 0):
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps: got {steps!r}; give a whole number of denoising steps, 1 to {MOST_STEPS}")
+    if not (isinstance(shift, (int, float, np.number)) and math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift: got {shift!r}; give a positive finite number (Wan2.1 uses 3 to 16)")
     levels = np.append(GRIDS[grid](int(steps), float(shift)), 0.0)
     if not np.all(np.diff(levels) < 0):
@@ -54,16 +61,22 @@ def sigmas(grid: str, steps: int, shift: float) -> np.ndarray:
     return levels
 
 
-def timesteps(levels: np.ndarray) -> np.ndarray:
-    """Timesteps for the model: ``1000 * sigma`` of each step's start, float64 [steps], never rounded.
+def timesteps(levels: np.ndarray, rounding: Rounding = "exact") -> np.ndarray:
+    """Timesteps for the model: ``1000 * sigma`` of each step's start, float64 [steps].
 
-    The original Wan2.1 and diffusers' multistep schedulers truncate to integers. At shift 16 the first levels
-    lie so close that from 70 steps on the first two become one integer, which their look-up by value takes
-    for the second step and then runs off the end. The model's sinusoidal embedding takes any real number, so
-    the exact value is given, as in the paper's code. Keep it in float32: bfloat16 has steps of 4 there (1000,
-    1000, 996).
+    Args:
+      levels: [steps + 1] of `sigmas`.
+      rounding: "exact" leaves them as they are, as the paper's code and diffusers' Euler do; "truncated" cuts them to
+        integers, as the original Wan2.1 and diffusers' multistep schedulers do (11 % of the latents after 4 steps).
+        The model's sinusoidal embedding takes any real number. Keep them in float32: bfloat16 has steps of 4 there.
+
+    Raises:
+      ValueError: an unknown rounding.
     """
-    return TRAIN_TIMESTEPS * np.asarray(levels, np.float64)[:-1]
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"timesteps {rounding!r}: choose {', '.join(ROUNDINGS)}")
+    exact = TRAIN_TIMESTEPS * np.asarray(levels, np.float64)[:-1]
+    return np.trunc(exact) if rounding == "truncated" else exact
 
 
 def _wan(steps: int, shift: float) -> np.ndarray:

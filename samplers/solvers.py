@@ -7,16 +7,17 @@ row a step:
     corrected_i = corrector[i] . (x_i, corrected_{i-1}, m_i, m_{i-1}, m_{i-2})
     x_{i+1}     = predictor[i] . (corrected_i, m_i, m_{i-1})
 
-They are made once in float64 on the host. Notation: alpha = 1 - sigma; lambda = log(alpha / sigma), half the
+The consistency sampler "lcm" adds fresh noise after the predictor, with the deviation of its own column. The tables are
+made once in float64 on the host. Notation: alpha = 1 - sigma; lambda = log(alpha / sigma), half the
 log signal-to-noise ratio; h = lambda_{i+1} - lambda_i; ratio = sigma_{i+1} / sigma_i. For flow matching
 ``alpha_{i+1} * (1 - exp(-h)) = 1 - ratio`` exactly, which has no logarithm in it: so the first-order
 exponential step IS the Euler step, and the limits sigma = 1 (lambda = -inf) and sigma = 0 (lambda = +inf) are
 finite.
 
-Sources: DPM-Solver++ (arXiv 2211.01095, the 2M midpoint form), UniPC (arXiv 2302.04867, B(h) = exp(h) - 1
-called bh2, data prediction). UniPC's second-order predictor with its customary weight 1/2 is the 2M midpoint
-step; what it adds is the corrector. Both take first order at the first and at the last step, whatever the
-number of steps.
+Sources: DPM-Solver++ (arXiv 2211.01095, the 2M midpoint form), UniPC (arXiv 2302.04867, B(h) = exp(h) - 1 called bh2,
+data prediction), latent consistency models (arXiv 2310.04378). UniPC's second-order predictor with its customary weight
+1/2 is the 2M midpoint step; what it adds is the corrector. Both take first order at the first and at the last step,
+whatever the number of steps.
 """
 
 from typing import Literal, get_args
@@ -27,7 +28,7 @@ import numpy as np
 
 from samplers import schedule
 
-Solver = Literal["euler", "unipc", "dpm++"]
+Solver = Literal["euler", "unipc", "dpm++", "lcm"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
 
@@ -40,19 +41,29 @@ class StepTable:
       timestep: [steps] ``1000 * sigma``, what the model is given; never rounded.
       corrector: [steps, 5] weights of (x_i, corrected_{i-1}, m_i, m_{i-1}, m_{i-2}).
       predictor: [steps, 3] weights of (corrected_i, m_i, m_{i-1}).
+      renoise: [steps] standard deviation of noise that is added after the predictor; None for solvers of the ODE.
     """
 
     sigma: jax.Array | np.ndarray
     timestep: jax.Array | np.ndarray
     corrector: jax.Array | np.ndarray
     predictor: jax.Array | np.ndarray
+    renoise: jax.Array | np.ndarray | None = None
 
 
-def table(solver: Solver, sigmas: np.ndarray) -> StepTable:
-    """Coefficient table of ``solver`` on ``sigmas``, float64 [steps + 1]. Raises as `coefficients`."""
+def table(solver: Solver, sigmas: np.ndarray, rounding: schedule.Rounding = "exact") -> StepTable:
+    """Coefficient table of ``solver`` on ``sigmas``, float64 [steps + 1].
+
+    Args:
+      rounding: of the timesteps, see `schedule.timesteps`.
+
+    Raises:
+      ValueError: as `coefficients` and `schedule.timesteps`.
+    """
     corrector, predictor = coefficients(solver, sigmas)
     levels = np.asarray(sigmas, np.float64)
-    rows = (levels[:-1], schedule.timesteps(levels), corrector, predictor)
+    renoise = [levels[1:]] if solver == "lcm" else []
+    rows = (levels[:-1], schedule.timesteps(levels, rounding), corrector, predictor, *renoise)
     return StepTable(*(np.asarray(values, np.float32) for values in rows))
 
 
@@ -60,8 +71,9 @@ def coefficients(solver: Solver, sigmas: np.ndarray) -> tuple[np.ndarray, np.nda
     """Corrector [steps, 5] and predictor [steps, 3] weights in float64, all finite.
 
     Args:
-      solver: "euler" (order 1), "dpm++" (DPM-Solver++ 2M, midpoint) or "unipc" (order 2, bh2, data
-        prediction, corrector from the second step on).
+      solver: "euler" (order 1), "dpm++" (DPM-Solver++ 2M, midpoint), "unipc" (order 2, bh2, data prediction,
+        corrector from the second step on) or "lcm" (the data estimate, noised anew to the next level; for weights
+        distilled to a few steps).
       sigmas: [steps + 1] noise levels, strictly decreasing within [0, 1]; 1 and 0 are allowed at the ends.
 
     Raises:
@@ -77,7 +89,9 @@ def coefficients(solver: Solver, sigmas: np.ndarray) -> tuple[np.ndarray, np.nda
     log_snr = _log_snr(levels)
     corrector = _correct_nothing(levels)
     predictor = _first_order(levels)
-    if solver != "euler":
+    if solver == "lcm":
+        predictor[:] = np.stack([np.zeros(len(predictor)), 1 - levels[1:], np.zeros(len(predictor))], axis=1)
+    if solver in ("dpm++", "unipc"):
         _raise_predictor_to_second_order(predictor, levels, log_snr)
     if solver == "unipc":
         _fill_unipc_corrector(corrector, levels, log_snr)

@@ -13,11 +13,12 @@ from reference import relative_error
 from test_pipeline import count_compilations, images
 
 from samplers import explain, files, pipeline, video
-from samplers.pipeline import Settings
+from samplers.pipeline import Inputs
+from samplers.plan import Plan, Settings
 from wanjax import checkpoint, rope
 from wanjax.dit import WanDiT
 from wanjax.kab import KAB
-from wanjax.method import METHODS, Isolation, Method, override
+from wanjax.method import METHODS, Isolation, Method, arrays, override
 from wanjax.retro import ReTRo
 from wanjax.types import Conditions, CrossBias
 
@@ -36,7 +37,7 @@ def settings(method=WAN, **changes):
 
 
 def latents(model, chosen, cross_bias=None):
-    return np.asarray(pipeline.inbetween(model, *images(), chosen, cross_bias=cross_bias).latents)
+    return np.asarray(pipeline.inbetween(model, *images(), settings=chosen, cross_bias=cross_bias).latents)
 
 
 def change(model, method, against=WAN, **changes):
@@ -88,14 +89,16 @@ def test_guidance_modes_agree_with_the_method_on(model):
 
 def random_bias(batch=1, frames=3):
     rng, d = np.random.default_rng(5), NANO.dit
-    keys = {"text": d.text_length, "first": d.image_tokens, "last": d.image_tokens}
+    keys = {"text": (d.text_length,), "images": (2, d.image_tokens)}
     shape = (d.num_layers, batch, frames)
-    return CrossBias(**{name: jnp.asarray(rng.normal(size=(*shape, size)), jnp.float32) for name, size in keys.items()})
+    return CrossBias(
+        **{name: jnp.asarray(rng.normal(size=(*shape, *size)), jnp.float32) for name, size in keys.items()}
+    )
 
 
 def test_a_callers_bias_is_added_to_kabs(model):
     method, bias = Method(Isolation(), ALWAYS), random_bias()
-    zero = CrossBias(*(jnp.zeros_like(leaf) for leaf in (bias.text, bias.first, bias.last)))
+    zero = CrossBias(*(jnp.zeros_like(leaf) for leaf in (bias.text, bias.images)))
     kab, both = latents(model, settings(method)), latents(model, settings(method), bias)
     assert relative_error(both, kab) > 1e-3
     assert relative_error(latents(model, settings(method), zero), kab) < 1e-6
@@ -130,7 +133,7 @@ def test_the_six_settings_of_the_paper_from_one_program():
 
     def make(method):
         chosen = Settings.of(model.config, prompt=example["prompt"], steps=5, method=method)
-        return np.asarray(pipeline.inbetween(model, *pair, chosen).latents)
+        return np.asarray(pipeline.inbetween(model, *pair, settings=chosen).latents)
 
     wan = make(Method())
     with count_compilations() as compiled:
@@ -153,7 +156,11 @@ def test_the_documented_example_moves_attention_between_words():
     exec(compile(code, "docs/method.md", "exec"), names)
     assert names["result"].video.shape == (1, 25, 32, 32, 3)
     model, pair, bias = names["model"], (names["first"], names["last"]), CrossBias(text=names["bias"])
-    seen = explain.observe(model, *pair, names["settings"], 2, 1, bias)
+    plan = Plan.of(model.config, names["settings"])
+    encoded = pipeline.encode(model, plan, [Inputs.prepare([pair], plan)], [names["settings"].prompt])[0]
+    noise = pipeline.noise(plan, [names["settings"].seed])
+    latents = pipeline.denoise(model, plan, encoded, noise, cross_bias=bias, until=1)
+    seen = explain.observe(model, plan, encoded, latents, 2, 1, bias)
     share = seen.biased.text / seen.plain.text
     red, blue = share[:, names["red"]], share[:, names["blue"]]
     assert red[-1] < 0.5 < red[0] and blue[0] < 0.5 < blue[-1]
@@ -173,14 +180,14 @@ def test_inspecting_needs_a_control():
 def evaluation():
     """(latents, timestep, conditions, table) of one evaluation of the nano transformer."""
     d = NANO.dit
-    image = jnp.zeros((1, d.image_tokens, d.image_dim))
-    conditions = Conditions(jnp.zeros((1, d.text_length, d.text_dim)), image, image,
+    image = jnp.zeros((1, 2, d.image_tokens, d.image_dim))
+    conditions = Conditions(jnp.zeros((1, d.text_length, d.text_dim)), image,
                             jnp.zeros((1, 3, 4, 6, d.condition_channels)))  # fmt: skip
     return jnp.zeros((1, 3, 4, 6, 16)), jnp.zeros(1), conditions, rope.table((3, 2, 3), d.head_dim)
 
 
 def test_a_control_for_one_evaluation(model):
-    made = settings(Method(Isolation(), ALWAYS)).method_arrays(NANO)
+    made = arrays(Method(Isolation(), ALWAYS), NANO, 9, (16, 24), 3)
     apply = WanDiT(NANO.dit, inspect=True).apply
     _, seen = apply({"params": model.params["dit"]}, *evaluation(), control=made.at(1))
     assert seen.plain.text.shape == (2, 1, 3, 8)

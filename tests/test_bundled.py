@@ -1,5 +1,8 @@
 """The bundled tiny model through the pipeline, on its own example and on held-out clips."""
 
+import hashlib
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import wanjax
 from benchmarks.tiny.clips import clip
 from benchmarks.tiny.evaluate import baselines, psnr
 from samplers import files
-from samplers.pipeline import Keyframes, Settings, run
-from wanjax import checkpoint
+from samplers.pipeline import Batch, Inputs, make
+from samplers.plan import Plan, Settings
+from wanjax import checkpoint, manifest
 
 SEEDS = range(1000, 1008)
 
@@ -20,11 +24,11 @@ SEEDS = range(1000, 1008)
 def made():
     """Held-out clips that neither training nor the published figures saw, and what the model makes of them."""
     model = checkpoint.load("tiny")
-    settings = Settings.of(model.config)
+    plan = Plan.of(model.config, Settings.of(model.config))
     clips = [clip(seed, "heldout") for seed in SEEDS]
-    prepared = Keyframes.prepare([(c.video[0], c.video[-1]) for c in clips], model.config, settings)
-    video = run(model, prepared, [c.caption for c in clips], settings).video
-    return np.stack([c.video for c in clips]), video
+    inputs = Inputs.prepare([(c.video[0], c.video[-1]) for c in clips], plan)
+    (made,) = make(model, plan, [Batch(inputs, [c.caption for c in clips], list(SEEDS))], chunk=plan.settings.steps)
+    return np.stack([c.video for c in clips]), made.video
 
 
 def test_ends_are_the_keyframes(made):
@@ -49,6 +53,19 @@ def test_example_is_of_the_models_size():
         with Image.open(example[name]) as image:
             assert image.size == (width, height)
     assert example["prompt"]
+
+
+def test_its_manifest_is_that_of_its_files(tmp_path):
+    """Made again it is the same to the byte; only a new version of wanjax changes its name in it."""
+    folder = checkpoint.bundled()
+    assert checkpoint.open_folder("tiny").notes == ()
+    shutil.copytree(folder, tmp_path / "tiny")
+    checkpoint.sign(tmp_path / "tiny")
+    again, kept = ((path / "manifest.json").read_text() for path in (tmp_path / "tiny", folder))
+    assert re.sub('"tool": ".*"', "", again) == re.sub('"tool": ".*"', "", kept)
+    files = manifest.read_manifest(folder).files
+    for name in ("config.json", "tokenizer.json"):
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == files[name]
 
 
 def test_package_stays_small():

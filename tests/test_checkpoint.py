@@ -132,13 +132,31 @@ def test_broken_config(folder):
 
 
 def test_import_is_light():
-    """No torch, and no device started."""
+    """Nothing that only some uses need, and no device started."""
     import subprocess
     import sys
 
+    heavy = ("orbax", "tensorstore", "torch", "av", "huggingface_hub", "optax", "matplotlib", "imageio", "ftfy")
     code = (
         "import sys, wanjax, jax._src.xla_bridge as b; "
-        "assert 'torch' not in sys.modules; assert not b._backends; print(len(wanjax.__all__))"
+        f"print([name for name in {heavy} if name in sys.modules]); assert not b._backends; print(len(wanjax.__all__))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) > 10
+    found, names = out.stdout.splitlines()
+    assert found == "[]" and int(names) > 10
+
+
+def test_parts_that_the_model_has_not_are_not_written(tmp_path):
+    params = random_params(NANO) | {"vocoder": {"bias": np.zeros(3, np.float32)}}
+    with pytest.raises(CheckpointError, match=r"vocoder/bias: \(3,\), config wants none"):
+        checkpoint.save(tmp_path / "bad", NANO, params, write_tokenizer(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="none.json: no such file"):
+        checkpoint.save(tmp_path / "bad", NANO, random_params(NANO), tmp_path / "none.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_staged_model_is_written_whole(folder, tmp_path):
+    model = checkpoint.load(folder, policy="stage")
+    checkpoint.save(tmp_path / "copy", NANO, model.params, folder / "tokenizer.json")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == files

@@ -62,9 +62,10 @@ def test_condition_equals_diffusers(frames, with_last, stride):
     last = last if with_last else None
     latent = rng.standard_normal((1, (frames - 1) // stride + 1, 2, 3, 16), np.float32)
     condition, video = reference(first, last, frames, stride, latent)
-    ours = conditioning.pixel_condition(jnp.asarray(first), None if last is None else jnp.asarray(last), frames)
+    images, at = (np.stack([first], 1), (0,)) if last is None else (np.stack([first, last], 1), (0, -1))
+    ours = conditioning.keyframe_video(jnp.asarray(images), at, frames)
     np.testing.assert_array_equal(ours, video)
-    mask = conditioning.mask(frames, stride, last=with_last)
+    mask = conditioning.mask(frames, stride, at)
     assert mask.dtype == jnp.float32 and mask.shape == ((frames - 1) // stride + 1, stride)
     np.testing.assert_array_equal(conditioning.latent_condition(jnp.asarray(latent), mask), condition)
 
@@ -74,16 +75,47 @@ def test_mask_of_81_frames_written_out():
     expected[0] = 1
     expected[20, 3] = 1
     np.testing.assert_array_equal(conditioning.mask(81, 4), expected)
-    np.testing.assert_array_equal(conditioning.mask(81, 4, first=False).sum(), 1)
-    np.testing.assert_array_equal(conditioning.mask(81, 4, last=False).sum(), 4)
+    np.testing.assert_array_equal(conditioning.mask(81, 4, (-1,)).sum(), 1)
+    np.testing.assert_array_equal(conditioning.mask(81, 4, (0,)).sum(), 4)
     for frames in (80, 1, 0):
         with pytest.raises(ValueError, match="nearest"):
             conditioning.mask(frames, 4)
 
 
+@pytest.mark.parametrize("stride", [4, 2])
+@pytest.mark.parametrize("at", [(), (7,), (0, 1), (0, 5, -1), (-1, 3, 0, 4), (8, 2)], ids=str)
+def test_keyframes_anywhere(at, stride):
+    """A pixel frame's channel of the mask and its place in the video, by plain loops."""
+    frames, given = 17, [place % 17 for place in at]
+    folded = np.zeros((16 // stride + 1, stride))
+    for place in given:
+        if place == 0:
+            folded[0] = 1
+        else:
+            folded[1 + (place - 1) // stride, (place - 1) % stride] = 1
+    np.testing.assert_array_equal(conditioning.mask(frames, stride, at), folded)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, len(at), 4, 6, 3)).astype(np.float32)
+    video = np.asarray(conditioning.keyframe_video(jnp.asarray(images), at, frames))
+    assert video.shape == (2, 17, 4, 6, 3) and video.dtype == np.float32
+    for frame in range(17):
+        wanted = images[:, given.index(frame)] if frame in given else 0
+        np.testing.assert_array_equal(video[:, frame], np.broadcast_to(wanted, (2, 4, 6, 3)))
+
+
+@pytest.mark.parametrize("at, message", [((0, 9), "keyframe at frame 9: the clip has frames 0 to 8"),
+                                         ((-10,), "keyframe at frame -10"), ((8, -1), "keyframes at 8, -1 of 9"),
+                                         ((3, 3), "keyframes at 3, 3 of 9")])  # fmt: skip
+def test_bad_places_are_named(at, message):
+    for make in (lambda: conditioning.mask(9, 4, at),
+                 lambda: conditioning.keyframe_video(jnp.zeros((1, len(at), 4, 4, 3)), at, 9)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{message}") as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
 def test_works_traced_and_keeps_dtype():
-    first, last = jnp.ones((2, 8, 8, 3), jnp.bfloat16), -jnp.ones((2, 8, 8, 3), jnp.float32)
-    video = jax.jit(conditioning.pixel_condition, static_argnums=2)(first, last, 9)
+    images = jnp.stack([jnp.ones((2, 8, 8, 3)), -jnp.ones((2, 8, 8, 3))], 1).astype(jnp.bfloat16)
+    video = jax.jit(conditioning.keyframe_video, static_argnums=(1, 2))(images, (0, -1), 9)
     assert video.shape == (2, 9, 8, 8, 3) and video.dtype == jnp.bfloat16
     np.testing.assert_array_equal(video[0, :, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, -1])
     latent = jnp.ones((2, 3, 2, 2, 16), jnp.bfloat16)
@@ -93,11 +125,11 @@ def test_works_traced_and_keeps_dtype():
 
 
 def test_shapes_that_do_not_match_are_named():
-    first, last = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 16, 3))
-    with pytest.raises(ValueError, match="same height and width"):
-        conditioning.pixel_condition(first, last, 9)
-    with pytest.raises(ValueError, match="at least 2 frames"):
-        conditioning.pixel_condition(first, first, 1)
+    two = jnp.zeros((1, 2, 8, 8, 3))
+    with pytest.raises(ValueError, match="^2 keyframes at 3 places: give a place for each$"):
+        conditioning.keyframe_video(two, (0, 1, -1), 9)
+    with pytest.raises(ValueError, match="^keyframes at 0, -1 of 1 frames: give each a frame of its own$"):
+        conditioning.keyframe_video(two, (0, -1), 1)
     with pytest.raises(ValueError, match="latent of 4 frames"):
         conditioning.latent_condition(jnp.zeros((1, 4, 2, 2, 16)), conditioning.mask(9, 4))
 

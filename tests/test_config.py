@@ -48,6 +48,53 @@ def test_published_sizes():
     assert preset("t2v_1_3b").dit.condition_channels == 0
 
 
+def test_fun_inp():
+    """Image-to-video shapes: one image, mask and latent of both keyframes; only the small one's sizes differ."""
+    small, large = preset("fun_inp_1_3b"), preset("fun_inp_14b")
+    assert large.dit == preset("i2v_14b").dit
+    assert (small.dit.dim, small.dit.num_layers, small.dit.num_heads, small.dit.ffn_dim) == (1536, 30, 12, 8960)
+    for config in (small, large):
+        assert (config.dit.num_images, config.dit.image_dim, config.dit.in_channels) == (1, 1280, 36)
+        assert (config.clip, config.umt5, config.vae) == (large.clip, large.umt5, large.vae)
+        assert config.sampling.negative_prompt.startswith("色调艳丽")
+
+
+PLATFORMS = {"cpu": ("xla", "taps"), "gpu": ("cudnn", "taps"), "cuda": ("cudnn", "taps"), "rocm": ("xla", "taps"),
+             "tpu": ("xla", "conv3d")}  # fmt: skip
+
+
+@pytest.mark.parametrize("platform, names", PLATFORMS.items(), ids=list(PLATFORMS))
+@pytest.mark.parametrize("name", PRESETS)
+def test_for_platform(name, platform, names):
+    config = preset(name)
+    assert config.dit.attention == config.vae.conv3d == "auto"
+    found = config.for_platform(platform)
+    assert (found.dit.attention, found.vae.conv3d) == names
+    assert "auto" not in [value for part in (found.dit, found.vae) for value in vars(part).values()]
+    assert found.for_platform("tpu") == found, "what is chosen stays"
+    back = dataclasses.replace(found, dit=dataclasses.replace(found.dit, attention="auto"),
+                               vae=dataclasses.replace(found.vae, conv3d="auto"))  # fmt: skip
+    assert back == config, "nothing else changes"
+
+
+def test_choices_stay():
+    config = changed("dit", attention="chunked").for_platform("gpu")
+    assert (config.dit.attention, config.vae.conv3d) == ("chunked", "taps")
+    with pytest.raises(ValueError, match="^platform 'npu': choose one of cpu, gpu, cuda, rocm, tpu$"):
+        config.for_platform("npu")
+
+
+def test_files_of_older_versions_still_read():
+    """They lack the fields that came later, which then have their defaults."""
+    fields = json.loads(to_json(preset("tiny")))
+    del fields["dit"]["attention"], fields["vae"]["conv3d"]
+    for part in ("dit", "vae", "umt5", "clip"):
+        del fields[part]["precision"]["product"]
+    assert from_json(json.dumps(fields)) == preset("tiny")
+    fields["sampling"]["shift"] = 3  # a whole number is a number
+    assert from_json(json.dumps(fields)) == preset("tiny")
+
+
 def test_with_precision():
     config = preset("flf2v_14b").with_precision(BFLOAT16)
     assert config.dit.precision == config.umt5.precision == config.clip.precision == BFLOAT16
@@ -68,6 +115,8 @@ def test_configs_are_frozen():
 
 
 REFUSED = [
+    (lambda: Precision(product="bfloat16"), "precision: product='bfloat16' is not one of float32, compute"),
+    (lambda: VAEConfig(conv3d="fft"), "vae: conv3d 'fft' is not auto, conv3d or taps"),
     (lambda: Precision(param="int8"), "precision: param='int8' is not one of float32, bfloat16, float16"),
     (lambda: DiTConfig(dim=100, num_heads=3), "dit: dim 100 is not a multiple of num_heads 3"),
     (lambda: DiTConfig(dim=30, num_heads=6), "dit: head width 5 is odd; rotary pairs need it even"),
@@ -81,7 +130,10 @@ REFUSED = [
     (lambda: VAEConfig(latent_channels=8), "vae: latent_mean and latent_std need 8 numbers each"),
     (lambda: UMT5Config(num_buckets=30), "umt5: num_buckets 30 is not a multiple of 4"),
     (lambda: CLIPConfig(image_size=225), "clip: image_size 225 is not a multiple of 14"),
-    (lambda: preset("wan"), "unknown preset 'wan': choose one of tiny, flf2v_14b, i2v_14b, t2v_1_3b"),
+    (
+        lambda: preset("wan"),
+        "unknown preset 'wan': choose one of tiny, flf2v_14b, i2v_14b, t2v_1_3b, fun_inp_1_3b, fun_inp_14b",
+    ),
 ]
 
 
@@ -128,10 +180,17 @@ UNREADABLE = {
     "missing part": (edited(lambda c: c.pop("dit")), "model configuration: .*dit"),
     "a part that is a number": (edited(lambda c: c.update(vae=3)), "model configuration: "),
     "text for a number": (edited(lambda c: c["dit"].update(dim="wide")), "model configuration: "),
+    "a number for text": (edited(lambda c: c["sampling"].update(solver=3)), "model configuration: .*solver"),
+    "a truth for a number": (edited(lambda c: c["dit"].update(num_layers=True)), "model configuration: .*num_layers"),
+    "a share of a layer": (edited(lambda c: c["dit"].update(num_layers=2.5)), "model configuration: .*num_layers"),
+    "a number for a truth": (edited(lambda c: c["dit"].update(remat=1)), "model configuration: .*remat"),
+    "two of three": (edited(lambda c: c["dit"].update(patch_size=[1, 2])), "model configuration: .*patch_size"),
+    "text among numbers": (edited(lambda c: c["vae"].update(dim_mult=[1, "2", 4])), "model configuration: .*dim_mult"),
     "not finite": (
         edited(lambda c: c["sampling"].update(shift=float("inf"))),
         "model configuration: shift is inf",
     ),
+    "not a number": (edited(lambda c: c["vae"].update(latent_std=[float("nan")] * 16)), "latent_std is nan"),
     "inconsistent": (edited(lambda c: c["dit"].update(dim=190)), "dit: dim 190 is not a multiple of"),
 }
 

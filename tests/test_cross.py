@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import relative_error
 
-import wanjax.attention
+import wanjax.attention.xla
 from wanjax import cross, kab
 from wanjax.config import BFLOAT16, FLOAT32
 from wanjax.layers import constrain
@@ -23,9 +23,36 @@ from wanjax.types import Branches, CrossBias, CrossControl
 SIZES = (11, 6, 6)
 BOTH = pytest.mark.parametrize("isolated", [False, True], ids=["joint", "isolated"])
 
-attend = jax.jit(cross.cross_attention, static_argnames="precision")
-bias_of = jax.jit(kab.bias, static_argnames="precision")
-report_of = jax.jit(cross.report, static_argnames="precision")
+
+def both(q, keys, values=None, bias=None, control=None, precision=FLOAT32, inspect=False):
+    return cross.cross_attention(q, keys, keys if values is None else values, bias, control, precision, inspect=inspect)
+
+
+@partial(jax.jit, static_argnames="precision")
+def attend(q, keys, values, bias=None, control=None, precision=FLOAT32):
+    return both(q, keys, values, bias, control, precision)[0]
+
+
+@partial(jax.jit, static_argnames="precision")
+def report_of(q, keys, bias, control, precision=FLOAT32):
+    return both(q, keys, None, bias, control, precision, inspect=True)[1]
+
+
+def bias_of(q, keys, control, precision=FLOAT32):
+    return report_of(q, keys, None, control, precision).bias
+
+
+def joined(kind, parts, axis):
+    """[text, image 1, ...] as Branches or CrossBias; an image's None is zero where another has something."""
+    text, *images = parts
+    if all(x is None for x in images):
+        return kind(text)
+    shape = next(x.shape for x in images if x is not None)
+    return kind(text, np.stack([np.zeros(shape, np.float32) if x is None else x for x in images], axis))
+
+
+branches_of = partial(joined, Branches, axis=1)
+bias_from = partial(joined, CrossBias, axis=2)
 
 
 @dataclasses.dataclass
@@ -51,7 +78,7 @@ class Case:
 
     @property
     def branches(self):
-        return self.q, Branches(*self.k), Branches(*self.v)
+        return self.q, branches_of(self.k), branches_of(self.v)
 
     @property
     def total(self):
@@ -64,26 +91,32 @@ class Case:
         return np.float32(np.multiply.outer(rows or (1.0,) * self.batch, schedule))
 
 
-def control(beta, isolated, weights=(1, 1, 1), tau=None, eps=5e-4):
-    tau = np.linspace(0, 1, beta.shape[-1]) if tau is None else tau
-    return CrossControl(beta, np.float32(tau), np.float32(eps), np.bool_(isolated), np.float32(weights))
+def control(beta, isolated, weights=None, tau=None, eps=5e-4, at=None, images=2):
+    """A control as wanted; the anchors are the ends unless `at` is given, tau the share of the following one."""
+    frames = beta.shape[-1]
+    at = (0, frames - 1) if at is None else at
+    share = oracle.shares(frames, at, tau)
+    weights = np.ones(1 + images) if weights is None else weights
+    return CrossControl(beta, np.int32(at), np.float32(share), np.float32(eps), np.bool_(isolated), np.float32(weights))
 
 
 def leaves(branches):
-    return [x for x in (branches.text, branches.first, branches.last) if x is not None]
+    return [branches.text, *([] if branches.images is None else jnp.unstack(branches.images, axis=2))]
 
 
-def check(case, isolated, beta, added=None, weights=(1, 1, 1), tolerance=1e-4, **target):
+def check(case, isolated, beta, added=None, weights=None, tolerance=1e-4, **target):
     """What KAB changes of the output, and its bias, are the oracle's."""
-    bias = None if added is None else CrossBias(*added)
-    betas = (beta, 0 * beta)
-    ours = [np.float64(attend(*case.branches, bias, control(b, isolated, weights, **target))) for b in betas]
+    bias = None if added is None else bias_from(added)
+    betas, images = (beta, 0 * beta), len(case.k) - 1
+    ours = [
+        np.float64(attend(*case.branches, bias, control(b, isolated, weights, images=images, **target))) for b in betas
+    ]
     exact = [oracle.cross_attention(case.q, case.k, case.v, b, isolated, weights, added, **target) for b in betas]
     assert relative_error(ours[1], exact[1]) <= 1e-6
     change = exact[0] - exact[1]
     assert np.linalg.norm(change) > 0.03 * np.linalg.norm(exact[1])
     assert relative_error(ours[0] - ours[1], change) <= tolerance
-    made = leaves(bias_of(case.q, Branches(*case.k), control(beta, isolated, **target)))
+    made = leaves(bias_of(case.q, branches_of(case.k), control(beta, isolated, images=images, **target)))
     for a, b in zip(made, oracle.bias(case.q, case.k, beta, isolated, **target), strict=True):
         assert relative_error(a, b) <= 1e-5
 
@@ -97,8 +130,8 @@ def test_change_against_float64(frames):
 
 
 @BOTH
-def test_unequal_keyframes_two_heads_callers_bias_and_weights(isolated):
-    case = Case(7, queries=5, heads=2, sizes=(11, 9, 4))
+def test_two_heads_callers_bias_and_weights(isolated):
+    case = Case(7, queries=5, heads=2, sizes=(11, 9, 9))
     check(case, isolated, case.beta(1.0, 0.5), case.added, weights=(0.5, 2.0, 1.25))
 
 
@@ -107,7 +140,7 @@ def test_curve_and_floor_are_inputs(isolated):
     case = Case(7)
     tau = np.array([0, 0.1, 0.1, 0.5, 0.6, 0.95, 1])
     check(case, isolated, case.beta(), tau=tau, eps=0.03)
-    made = [bias_of(case.q, Branches(*case.k), control(case.beta(), isolated, **x)) for x in
+    made = [bias_of(case.q, branches_of(case.k), control(case.beta(), isolated, **x)) for x in
             ({"tau": tau, "eps": 0.03}, {"tau": tau}, {"eps": 0.03})]  # fmt: skip
     assert relative_error(made[1].text, made[0].text) > 0.1
     assert relative_error(made[2].text, made[0].text) > 0.1
@@ -124,9 +157,9 @@ def test_models_with_fewer_branches(sizes):
     """They have nothing to isolate, whatever the control says."""
     case = Case(7, sizes=sizes)
     check(case, False, case.beta(1.0, 0.5))
-    outs = [attend(*case.branches, None, control(case.beta(), x, weights=(0.5, 2, 3))) for x in (False, True)]
+    outs = [attend(*case.branches, None, control(case.beta(), x, (0.5, 2, 3)[: len(sizes)])) for x in (False, True)]
     assert np.array_equal(*outs)
-    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.beta(), False)))
+    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.beta(), False, images=len(sizes) - 1)))
 
 
 @BOTH
@@ -134,7 +167,7 @@ def test_two_frames_are_both_anchors(isolated):
     """Whatever the strength, their own attention is their target."""
     case = Case(2)
     strong = control(np.full((2, 2), 0.7, np.float32), isolated)
-    for leaf in leaves(bias_of(case.q, Branches(*case.k), strong)):
+    for leaf in leaves(bias_of(case.q, branches_of(case.k), strong)):
         assert not leaf.any()
     exact = oracle.cross_attention(case.q, case.k, case.v, np.zeros((2, 2)), isolated)
     assert relative_error(attend(*case.branches, None, strong), exact) <= 1e-6
@@ -145,7 +178,7 @@ def test_ends_have_exactly_no_bias(isolated):
     """The schedule's strength is zero there; and any other strength finds attention equal to its target."""
     case = Case(7)
     for beta in (case.beta(), np.full((2, 7), 0.7, np.float32)):
-        for leaf in leaves(bias_of(case.q, Branches(*case.k), control(beta, isolated))):
+        for leaf in leaves(bias_of(case.q, branches_of(case.k), control(beta, isolated))):
             assert not leaf[:, [0, -1]].any()
             assert (np.abs(leaf[:, 1:-1]).max((0, 2)) > 0.1).all()
 
@@ -153,7 +186,7 @@ def test_ends_have_exactly_no_bias(isolated):
 @pytest.mark.parametrize("given", [False, True], ids=["no bias", "caller's bias"])
 def test_zero_strength_is_the_unbiased_model_bit_for_bit(given):
     case = Case(7)
-    bias = CrossBias(*case.added) if given else None
+    bias = bias_from(case.added) if given else None
     none = np.zeros((2, 7), np.float32)
     plain = attend(*case.branches, bias)
     assert np.array_equal(attend(*case.branches, bias, control(none, False)), plain)
@@ -176,7 +209,7 @@ def test_a_row_of_zero_strength_is_left_alone():
     assert relative_error(mixed[1], plain[1]) <= 1e-6
     assert relative_error(mixed[0], both[0]) <= 1e-6
     assert relative_error(both[1], plain[1]) > 1e-2
-    for leaf in leaves(bias_of(case.q, Branches(*case.k), control(case.beta(1.0, 0.0), True))):
+    for leaf in leaves(bias_of(case.q, branches_of(case.k), control(case.beta(1.0, 0.0), True))):
         assert not leaf[1].any() and leaf[0].any()
 
 
@@ -185,7 +218,7 @@ def test_bias_serves_all_heads_and_queries(isolated):
     """Given explicitly, one number a frame and key, it has the whole effect."""
     case = Case(7)
     active = control(case.beta(1.0, 0.5), isolated)
-    made = bias_of(case.q, Branches(*case.k), active)
+    made = bias_of(case.q, branches_of(case.k), active)
     assert [x.shape for x in leaves(made)] == [(2, 7, n) for n in SIZES]
     explicit = attend(*case.branches, made, control(0 * case.beta(), isolated))
     out, plain = (attend(*case.branches, None, control(b, isolated)) for b in (case.beta(1.0, 0.5), 0 * case.beta()))
@@ -201,11 +234,11 @@ def test_a_constant_of_a_frame_changes_nothing(isolated):
     text, first, last = (rng.normal(size=(2, 7, 1)).astype(np.float32) for _ in range(3))
     shifts = (text, first, last if isolated else first)
     active = control(case.beta(), isolated)
-    out = attend(*case.branches, CrossBias(*case.added), active)
-    moved = CrossBias(*(x + shift for x, shift in zip(case.added, shifts, strict=True)))
+    out = attend(*case.branches, bias_from(case.added), active)
+    moved = bias_from([x + shift for x, shift in zip(case.added, shifts, strict=True)])
     assert relative_error(attend(*case.branches, moved, active), out) <= 1e-6
     if not isolated:
-        uneven = CrossBias(case.added[0], case.added[1] + first, case.added[2] + last)
+        uneven = bias_from([case.added[0], case.added[1] + first, case.added[2] + last])
         assert relative_error(attend(*case.branches, uneven, active), out) > 1e-2
 
 
@@ -214,9 +247,9 @@ def test_time_reversed_with_keyframes_swapped(isolated):
     case = Case(7)
     q = case.q.reshape(2, 7, 4, 3, 8)[:, ::-1].reshape(case.q.shape)
     active = control(case.beta(1.0, 0.5), isolated)
-    plain = bias_of(case.q, Branches(*case.k), active)
-    mirrored = bias_of(q, Branches(case.k[0], case.k[2], case.k[1]), active)
-    pairs = [(mirrored.text, plain.text), (mirrored.first, plain.last), (mirrored.last, plain.first)]
+    plain = bias_of(case.q, branches_of(case.k), active)
+    mirrored = bias_of(q, branches_of([case.k[0], case.k[2], case.k[1]]), active)
+    pairs = zip(leaves(mirrored), [leaves(plain)[i] for i in (0, 2, 1)], strict=True)
     for a, b in pairs:
         assert relative_error(a[:, ::-1], b) <= 1e-5
         assert relative_error(a, b) > 0.1
@@ -245,14 +278,14 @@ def test_minus_infinity_hides_a_key(isolated, strong):
     beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
     bias = [np.zeros_like(x) for x in case.added]
     bias[0][..., 3] = bias[1][..., 2] = -np.inf
-    out = attend(*case.branches, CrossBias(*bias), control(beta, isolated))
+    out = attend(*case.branches, bias_from(bias), control(beta, isolated))
     case.v[0][:, 3] = case.v[1][:, 2] = 1e6
     assert np.isfinite(out).all()
-    assert np.array_equal(attend(*case.branches, CrossBias(*bias), control(beta, isolated)), out)
+    assert np.array_equal(attend(*case.branches, bias_from(bias), control(beta, isolated)), out)
     exact = oracle.cross_attention(case.q, case.k, case.v, beta, isolated, added=bias)
     assert relative_error(out, exact) <= 1e-5
-    seen = report_of(case.q, Branches(*case.k), CrossBias(*bias), control(beta, isolated)).biased
-    assert not seen.text[..., 3].any() and not seen.first[..., 2].any()
+    seen = report_of(case.q, branches_of(case.k), bias_from(bias), control(beta, isolated)).biased
+    assert not seen.text[..., 3].any() and not seen.images[..., 0, 2].any()
     assert np.isfinite(seen.text).all() and seen.text[..., 4].all()
 
 
@@ -276,9 +309,9 @@ def test_bfloat16_policy(isolated):
 
 @BOTH
 def test_report(isolated):
-    case = Case(7, sizes=(11, 9, 4))
+    case = Case(7, sizes=(11, 9, 9))
     beta = case.beta(1.0, 0.5)
-    ours = report_of(case.q, Branches(*case.k), CrossBias(*case.added), control(beta, isolated))
+    ours = report_of(case.q, branches_of(case.k), bias_from(case.added), control(beta, isolated))
     made = oracle.bias(case.q, case.k, beta, isolated)
     total = [a + b for a, b in zip(made, case.added, strict=True)]
     wanted = {
@@ -300,7 +333,7 @@ def test_report(isolated):
 @pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
 def test_report_of_models_with_fewer_branches(sizes):
     case = Case(3, sizes=sizes)
-    ours = report_of(case.q, Branches(*case.k), None, control(case.beta(), True))
+    ours = report_of(case.q, branches_of(case.k), None, control(case.beta(), True, images=len(sizes) - 1))
     made = oracle.bias(case.q, case.k, case.beta(), True)
     for a, b in zip(leaves(ours.biased), oracle.looks(case.q, case.k, 3, True, made), strict=True):
         assert relative_error(a, b) <= 1e-5
@@ -308,7 +341,7 @@ def test_report_of_models_with_fewer_branches(sizes):
 
 def test_what_is_off_is_not_run(monkeypatch):
     """Calls that the compiled program really makes, counted on the host: one program for every setting."""
-    counts = {"bias": 0, "attention": 0}
+    counts = {"bias": 0, "attention": 0, "logits": 0}
 
     def counting(name, function):
         def add():
@@ -320,24 +353,25 @@ def test_what_is_off_is_not_run(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(kab, "frame_attention", counting("bias", kab.frame_attention))
+    monkeypatch.setattr(kab, "anchor_bias", counting("bias", kab.anchor_bias))
     monkeypatch.setattr(cross, "attention", counting("attention", cross.attention))
-    run = jax.jit(lambda *args: cross.cross_attention(*args))
+    monkeypatch.setattr(cross.xla, "logits", counting("logits", cross.xla.logits))
+    run = jax.jit(lambda *args: both(*args)[0])
     case = Case(3)
     single = np.zeros((2, 3), np.float32)
     single[1, 1] = 0.3
     wanted = [
-        (0 * single, False, 0, 2),
-        (0 * single, True, 0, 3),
-        # Biased attention is called once a frame.
-        (single, False, 2, 2 * 3),
-        (single, True, 3, 3 * 3),
+        (0 * single, False, 0, 3, 3),
+        (0 * single, True, 0, 3, 3),
+        # Three branches, a frame at a time: the two anchors, then all three frames; logits once for plain and biased.
+        (single, False, 3 * 5, 0, 3 * 5),
+        (single, True, 3 * 5, 0, 3 * 5),
     ]
-    for beta, isolated, biases, attentions in wanted:
-        counts.update(bias=0, attention=0)
+    for beta, isolated, biases, attentions, logits in wanted:
+        counts.update(bias=0, attention=0, logits=0)
         run(*case.branches, None, control(beta, isolated)).block_until_ready()
         jax.effects_barrier()
-        assert counts == {"bias": biases, "attention": attentions}
+        assert counts == {"bias": biases, "attention": attentions, "logits": logits}
     assert run._cache_size() == 1
 
 
@@ -365,13 +399,93 @@ def test_probabilities_of_all_frames_never_exist(monkeypatch):
     per_frame = case.total // 21
     rows = case.q.size
     assert per_frame < rows < case.total // 3
-    assert largest(cross.cross_attention, q, keys, values) >= case.total, "the walk sees all logits"
-    assert largest(kab.bias, q, keys, active) == rows
-    alone = partial(cross._attend_by_frame, precision=FLOAT32)
-    assert largest(alone, q, keys.text, values.text, case.added[0]) == rows
+    assert largest(both, q, keys, values) >= case.total, "the walk sees all logits"
+    # A caller's bias, and KAB's: the largest array is the output itself.
+    assert largest(both, q, keys, values, bias_from(case.added)) == rows
+    assert largest(partial(both, inspect=True), q, keys, values, None, active) == rows
     # With attention in blocks of about a frame the whole program, cond's branches and all, stays small.
-    monkeypatch.setattr(wanjax.attention, "CHUNK_BYTES", 4 * per_frame)
-    assert largest(cross.cross_attention, q, keys, values, None, active) < case.total // 3
+    monkeypatch.setattr(wanjax.attention.xla, "CHUNK_BYTES", 4 * per_frame)
+    assert largest(both, q, keys, values, None, active) < case.total // 3
+
+
+PLACES = {0: [(2, 5)], 1: [(3,)], 2: [(0, 3, 6)], 3: [(3,), (2, 5), (0, 6), (1, 2, 6)]}
+
+
+@BOTH
+@pytest.mark.parametrize("images", PLACES)
+def test_any_number_of_images_and_anchors(images, isolated):
+    """The two are different numbers, and anchors also lie inside the clip."""
+    case = Case(7, sizes=(11, *[6] * images))
+    for at in PLACES[images]:
+        beta = np.float32(np.multiply.outer((1.0, 0.5), oracle.strength(50, 40, 7, (5, 12), at=at)[10, 8]))
+        check(case, isolated and images > 1, beta, case.added, at=at)
+
+
+def test_places_and_shares_are_traced():
+    case, outs, programs = Case(7), [], []
+    for at in ((2, 5), (0, 6)):
+        outs.append(attend(*case.branches, None, control(case.beta(), True, at=at)))
+        programs.append(attend._cache_size())
+    assert programs[0] == programs[1] and relative_error(*outs) > 1e-3
+
+
+def test_weights_of_three_images():
+    check(Case(7, sizes=(11, 6, 6, 6)), True, Case(7).beta(), weights=(0.5, 2.0, 1.25, 0.0))
+
+
+@BOTH
+def test_no_anchor(isolated):
+    """Without anchors the strength is zero and nothing changes."""
+    case = Case(7)
+    free = control(0 * case.beta(), isolated, at=())
+    same = control(0 * case.beta(), isolated)
+    assert np.array_equal(attend(*case.branches, None, free), attend(*case.branches, None, same))
+    for own in (None, bias_from(case.added)):
+        assert np.isfinite(attend(*case.branches, own, free)).all()
+
+
+@BOTH
+@pytest.mark.parametrize("strong", [False, True], ids=["plain", "kab"])
+def test_minus_infinity_hides_a_whole_image(isolated, strong):
+    """It gets no share and puts nothing out; the others are what they are without it."""
+    case, rest = Case(7, sizes=(11, 6, 6, 6)), Case(7, sizes=(11, 6, 6, 6))
+    beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
+    hidden = [None, np.zeros((2, 7, 6), np.float32), np.full((2, 7, 6), -np.inf, np.float32), np.zeros((2, 7, 6))]
+    out = attend(*case.branches, bias_from(hidden), control(beta, isolated, images=3))
+    assert np.isfinite(out).all()
+    case.v[2][:] = 1e6
+    assert np.array_equal(out, attend(*case.branches, bias_from(hidden), control(beta, isolated, images=3)))
+    if not strong:
+        for parts in (rest.k, rest.v):
+            del parts[2]
+        assert relative_error(out, oracle.cross_attention(rest.q, rest.k, rest.v, beta, isolated)) <= 1e-6
+    everything = [None, *[np.full((2, 7, 6), -np.inf, np.float32)] * 3]
+    text = oracle.cross_attention(rest.q, rest.k[:1], rest.v[:1], 0 * beta, True)
+    plain = attend(*case.branches, bias_from(everything), control(0 * beta, isolated, images=3))
+    assert relative_error(plain, text) <= 1e-6
+
+
+def test_one_conditional():
+    """The window of KAB; all else that a control decides is arithmetic."""
+    case = Case(7)
+    text = str(jax.make_jaxpr(both)(*case.branches, None, control(case.beta(), True)))
+    assert text.count(" cond[") == 1
+
+
+def test_gradients():
+    """Of the log-sum-exp form, against finite differences of itself in one direction."""
+    case, rng = Case(3), np.random.default_rng(0)
+    way = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), case.branches)
+
+    @jax.jit
+    def loss(step, active):
+        return jnp.sin(attend(*jax.tree.map(lambda x, d: x + step * d, case.branches, way), None, active)).sum()
+
+    slope = jax.jit(jax.grad(loss))
+    for isolated in (False, True):
+        active = control(case.beta(1.0, 0.5), isolated)
+        ahead, behind = (loss(step, active) for step in (3e-3, -3e-3))
+        assert abs((ahead - behind) / 6e-3 / slope(0.0, active) - 1) < 1e-2
 
 
 MESHES = [({"sequence": 8}, 4, False), ({"sequence": 8}, 8, True), ({"sequence": 8}, 12, False),
@@ -392,7 +506,7 @@ def test_sharded(sizes, queries, placed):
 
     @jax.jit
     def run(q, keys, values, control):
-        return cross.cross_attention(constrain(q, None, "sequence", "tensor", None), keys, values, None, control)
+        return both(constrain(q, None, "sequence", "tensor", None), keys, values, None, control)[0]
 
     with jax.set_mesh(mesh):
         if placed:

@@ -12,11 +12,12 @@ from reference import listing, numpy_state, randomize, relative_error
 
 from convert import dit as names
 from convert.keymap import ConversionError, check, convert
-from wanjax import rope
+from wanjax import kab, rope
 from wanjax.config import BFLOAT16, DiTConfig, preset
 from wanjax.cross import cross_attention
 from wanjax.dit import WanDiT, sinusoid
-from wanjax.types import Branches, Conditions, CrossBias
+from wanjax.kab import KAB
+from wanjax.types import Branches, Conditions, CrossBias, CrossControl
 
 SMALL = DiTConfig(
     num_layers=3, dim=96, num_heads=4, ffn_dim=160, text_dim=40, text_length=512, freq_dim=64,
@@ -45,7 +46,7 @@ def shapes(config: DiTConfig):
     return jax.eval_shape(WanDiT(config).init, jax.random.key(0), *inputs)["params"]
 
 
-def make_inputs(config: DiTConfig, grid=(3, 1, 6, 4), batch=2, seed=0, timesteps=None):
+def make_inputs(config: DiTConfig, grid=(3, 1, 6, 4), batch=2, seed=0, timesteps=None, images=None):
     """Random latents, timesteps, conditions and the rotary table; grid = (latent frames, unused, h, w)."""
     rng = np.random.default_rng(seed)
     frames, _, height, width = grid
@@ -54,10 +55,10 @@ def make_inputs(config: DiTConfig, grid=(3, 1, 6, 4), batch=2, seed=0, timesteps
         return rng.normal(size=shape).astype(np.float32)
 
     latents = normal(batch, frames, height, width, config.out_channels)
-    image = [normal(batch, config.image_tokens, config.image_dim) for _ in range(config.num_images)]
+    image = [normal(batch, config.image_tokens, config.image_dim) for _ in range(images or config.num_images)]
     channels = config.condition_channels
     conditions = Conditions(
-        normal(batch, config.text_length, config.text_dim), *image, *([None] * (2 - len(image))),
+        normal(batch, config.text_length, config.text_dim), np.stack(image, 1) if image else None,
         latent=normal(batch, frames, height, width, channels) if channels else None,
     )  # fmt: skip
     timesteps = np.asarray([987.5, 3.25][:batch] if timesteps is None else timesteps, np.float32)
@@ -71,9 +72,8 @@ def run_reference(model, latents, timesteps, conditions, table):
 
     parts = [latents] + ([] if conditions.latent is None else [conditions.latent])
     image = None
-    if conditions.first is not None:
-        pair = [conditions.first] if conditions.last is None else [conditions.first, conditions.last]
-        image = torch.from_numpy(np.stack(pair, 1).reshape(-1, *conditions.first.shape[1:]))
+    if conditions.images is not None:
+        image = torch.from_numpy(conditions.images.reshape(-1, *conditions.images.shape[2:]))
     with torch.no_grad():
         out = model(
             channels_first(np.concatenate(parts, -1)), torch.from_numpy(timesteps),
@@ -192,16 +192,19 @@ def test_cross_bias_reaches_every_layer_and_frame():
     plain = WanDiT(FLF2V).apply({"params": params}, *inputs)
     shape = (FLF2V.num_layers, 2, 3)
     rng = np.random.default_rng(0)
-    for branch, keys in (("text", 512), ("first", 257), ("last", 257)):
-        zero = CrossBias(**{branch: jnp.zeros((*shape, keys))})
+    for branch, keys in (("text", (512,)), ("images", (2, 257))):
+        zero = CrossBias(**{branch: jnp.zeros((*shape, *keys))})
         assert relative_error(WanDiT(FLF2V).apply({"params": params}, *inputs, zero), plain) < 2e-6
-        random = CrossBias(**{branch: jnp.asarray(rng.normal(size=(*shape, keys)), jnp.float32)})
+    for branch, keys, image in (("text", (512,), ...), ("images", (2, 257), 0), ("images", (2, 257), 1)):
+        some = np.zeros((*shape, *keys), np.float32)
+        some[..., image, :] = rng.normal(size=some[..., image, :].shape)
+        random = CrossBias(**{branch: jnp.asarray(some)})
         assert relative_error(WanDiT(FLF2V).apply({"params": params}, *inputs, random), plain) > 1e-4
 
 
 def test_cross_attention_bias_against_oracle():
     rng = np.random.default_rng(3)
-    sizes = {"text": 11, "first": 5, "last": 7}
+    sizes = {"text": 11, "first": 7, "last": 7}
     frames, tokens, heads, width = 3, 4, 2, 8
     q = rng.normal(size=(2, frames * tokens, heads, width))
     keys, values = ({n: rng.normal(size=(2, k, heads, width)) for n, k in sizes.items()} for _ in range(2))
@@ -219,9 +222,13 @@ def test_cross_attention_bias_against_oracle():
         return out
 
     expected = softmax_attention(["text"]) + softmax_attention(["first", "last"])
-    as32 = lambda d: {n: jnp.asarray(a, jnp.float32) for n, a in d.items()}  # noqa: E731
-    ours = cross_attention(
-        jnp.asarray(q, jnp.float32), Branches(**as32(keys)), Branches(**as32(values)), CrossBias(**as32(bias))
+
+    def as32(kind, d, axis):
+        images = jnp.stack([jnp.asarray(d[n], jnp.float32) for n in ("first", "last")], axis)
+        return kind(jnp.asarray(d["text"], jnp.float32), images)
+
+    ours, _ = cross_attention(
+        jnp.asarray(q, jnp.float32), as32(Branches, keys, 1), as32(Branches, values, 1), as32(CrossBias, bias, 2)
     )
     assert relative_error(ours, expected) < 1e-6
 
@@ -233,7 +240,11 @@ def test_cross_attention_bias_against_oracle():
             {"text": np.zeros((2, 77, 40))},
             r"conditions.text is \[2, 77, 40\]; this model takes \[2, 512, 40\]",
         ),
-        ({"last": None}, "conditions.last is absent"),
+        ({"images": None}, r"conditions.images is absent; this model takes \[2, 2, 257, 32\]"),
+        (
+            {"images": np.zeros((2, 3, 257, 32))},
+            r"conditions.images is \[2, 3, 257, 32\]; this model takes \[2, 2, 257",
+        ),
         ({"latent": np.zeros((2, 3, 6, 4, 16))}, r"takes \[2, 3, 6, 4, 20\]"),
     ],
 )
@@ -241,3 +252,106 @@ def test_wrong_conditions_are_named(change, message):
     latents, timesteps, conditions, table = make_inputs(FLF2V)
     with pytest.raises(ValueError, match=message):
         WanDiT(FLF2V).init(jax.random.key(0), latents, timesteps, conditions.replace(**change), table)
+
+
+@pytest.mark.parametrize(
+    "config, images, wanted",
+    [
+        (T2V, np.zeros((2, 1, 257, 32)), "absent"),
+        (I2V, np.zeros((2, 0, 257, 32)), r"\[2, M, 257, 32\]"),
+        (I2V, np.zeros((2, 257, 32)), r"\[2, M, 257, 32\]"),
+        (I2V, None, r"\[2, M, 257, 32\]"),
+    ],
+    ids=["t2v with one", "i2v with none", "i2v without axis", "i2v without"],
+)
+def test_wrong_numbers_of_images_are_named(config, images, wanted):
+    latents, timesteps, conditions, table = make_inputs(config)
+    with pytest.raises(ValueError, match=f"^conditions.images is .*; this model takes {wanted}$"):
+        WanDiT(config).init(jax.random.key(0), latents, timesteps, conditions.replace(images=images), table)
+
+
+SLIM = {name: dataclasses.replace(c, num_layers=2, text_length=8, image_tokens=5, dim=48, num_heads=2, ffn_dim=64)
+        for name, c in (("t2v", T2V), ("i2v", I2V), ("flf2v", FLF2V))}  # fmt: skip
+
+
+def slim_params(config):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda s: np.float32(0.3 * rng.normal(size=s.shape)), shapes(config))
+
+
+def control_of(config, frames, at, images, batch=2, strong=True):
+    """An isolated one, as `wanjax.method` makes it, with KAB in every layer."""
+    beta = kab.strength(KAB(layers=(0, config.num_layers - 1)), 4, config.num_layers, frames, at)[1]
+    beta = np.repeat(beta[:, None], batch, 1) * strong
+    share, weights = kab.anchor_shares(KAB(), frames, at), np.linspace(1, 0.5, 1 + images, dtype=np.float32)
+    return CrossControl(beta, np.int32(at), share, np.float32(5e-4), np.bool_(True), weights)
+
+
+@pytest.mark.parametrize("name, images", [("t2v", 0), ("i2v", 1), ("flf2v", 2), ("i2v", 3)])
+def test_images_and_anchors_are_different_numbers(name, images):
+    """Any of both: one program for other places, shares, strengths and weights; the report has an axis of images."""
+    config = SLIM[name]
+    inputs = make_inputs(config, (5, 1, 4, 4), images=images)
+    params = slim_params(config)
+    apply = jax.jit(WanDiT(config, inspect=True).apply)
+    outs, programs = [], []
+    for at in ((1, 3), (0, 4)):
+        velocity, seen = apply({"params": params}, *inputs, control=control_of(config, 5, at, images))
+        outs.append(np.asarray(velocity))
+        programs.append(apply._cache_size())
+    assert programs[0] == programs[1] and relative_error(*outs) > 1e-5
+    assert outs[0].shape == (2, 5, 4, 4, 16)
+    for part in (seen.plain, seen.biased, seen.bias):
+        assert part.text.shape == (2, 2, 5, 8)
+        assert part.images is None if images == 0 else part.images.shape == (2, 2, 5, images, 5)
+    assert np.isfinite(outs).all()
+
+
+def test_one_image_twice_is_the_image():
+    """A joint softmax over copies of an image is the one over the image."""
+    config = SLIM["i2v"]
+    latents, timesteps, conditions, table = make_inputs(config)
+    params, apply = slim_params(config), jax.jit(WanDiT(config).apply)
+    once = apply({"params": params}, latents, timesteps, conditions, table)
+    for copies in (2, 3):
+        many = conditions.replace(images=np.repeat(conditions.images, copies, 1))
+        assert relative_error(apply({"params": params}, latents, timesteps, many, table), once) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("strength", np.zeros((2, 2, 4)), r"control.strength is \[2, 2, 4\]; this model takes \[2, 2, 5\]"),
+        ("at", np.zeros((1, 2)), r"control.at is \[1, 2\]; this model takes \[A\]"),
+        ("share", np.zeros((5, 3)), r"control.share is \[5, 3\]; this model takes \[5, 2\]"),
+        ("floor", np.zeros(2), r"control.floor is \[2\]; this model takes \[\]"),
+        ("weights", np.ones(4), r"control.weights is \[4\]; this model takes \[3\]"),
+    ],
+)
+def test_wrong_controls_are_named(field, value, message):
+    config = SLIM["flf2v"]
+    control = control_of(config, 5, (0, 4), 2).replace(**{field: value})
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        WanDiT(config).init(jax.random.key(0), *make_inputs(config, (5, 1, 4, 4)), control=control)
+
+
+@pytest.mark.parametrize("attention", ["auto", "xla", "chunked", "cudnn"])
+def test_the_config_names_the_kernel(attention):
+    """All give the same; float32 is left to XLA by cuDNN."""
+    config = SLIM["flf2v"]
+    inputs, params = make_inputs(config), slim_params(config)
+    named = dataclasses.replace(config, attention=attention)
+    out, plain = (jax.jit(WanDiT(c).apply)({"params": params}, *inputs) for c in (named, config))
+    assert relative_error(out, plain) <= 1e-6
+
+
+def test_an_unknown_kernel_is_named():
+    config = dataclasses.replace(SLIM["t2v"], attention="flash")
+    with pytest.raises(ValueError, match="^unknown attention kernel 'flash'"):
+        shapes(config)
+
+
+def test_nothing_asks_for_the_backend(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("asked for the backend"))
+    config = dataclasses.replace(SLIM["flf2v"], precision=BFLOAT16)
+    assert shapes(config)

@@ -11,8 +11,9 @@ from nano import NANO, write_model
 from PIL import Image
 
 from samplers import explain, pipeline, plots
-from samplers.pipeline import Keyframes, Settings
-from wanjax import checkpoint, dit, method, sharding
+from samplers.pipeline import Inputs
+from samplers.plan import Plan, Settings
+from wanjax import checkpoint, dit, method, sharding, writing
 from wanjax.cross import CrossReport
 from wanjax.kab import KAB
 from wanjax.method import Method
@@ -26,6 +27,16 @@ ANCHORED = dataclasses.replace(method.named("paper"), kab=KAB(beta_end=0.9, beta
 def settings(**changes):
     given = {"prompt": "a red circle", "frames": 17, "method": ANCHORED, "guidance": 1.5} | changes
     return Settings.of(NANO, **given)
+
+
+def plan(**changes):
+    return Plan.of(NANO, settings(**changes))
+
+
+def encoded_of(model, chosen):
+    """(plan, conditions of the two images)."""
+    made = Plan.of(NANO, chosen)
+    return made, pipeline.encode(model, made, [Inputs.prepare([images()], made)], [[chosen.prompt]])[0]
 
 
 def images():
@@ -42,18 +53,24 @@ def model(tmp_path_factory):
 def run(model, tmp_path_factory):
     """(folder, files, report, layer -> (q, text keys, first keys, last keys) of the observed evaluation)."""
     layers, folder = [], tmp_path_factory.mktemp("explain") / "plots"
-    report = dit.report
+    attend = dit.cross_attention
 
-    def recorded(q, keys, *args):
+    def recorded(q, keys, *args, **options):
         jax.debug.callback(
             lambda *arrays: layers.append([np.asarray(a[0], np.float64) for a in arrays]),
-            q, keys.text, keys.first, keys.last, ordered=True,
+            q, keys.text, keys.images[:, 0], keys.images[:, 1], ordered=True,
         )  # fmt: skip
-        return report(q, keys, *args)
+        return attend(q, keys, *args, **options)
+
+    inspect = explain._inspect
+
+    def recording(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dit, "cross_attention", recorded)
+            return jax.jit(inspect.__wrapped__, static_argnums=0)(*args)  # nothing cached
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dit, "report", recorded)
-        patch.setattr(explain, "_inspect", jax.jit(explain._inspect.__wrapped__, static_argnums=0))  # nothing cached
+        patch.setattr(explain, "_inspect", recording)
         files = explain.explain(model, *images(), settings(), folder, layer=0, step=1)
     jax.effects_barrier()
     return folder, files, json.loads((folder / "attention.json").read_text(encoding="utf-8")), layers
@@ -68,9 +85,17 @@ def observed(run, monkeypatch):
     for leaf in rows["text"]:
         assert leaf.shape == (FRAMES, 5)
     text = [np.pad(leaf, ((0, 0), (0, 3))) for leaf in rows["text"]]
-    seen = CrossReport(*(Branches(text[i], rows["first"][i], rows["last"][i]) for i in range(2)), CrossBias())
+    images = [np.stack([rows["first"][i], rows["last"][i]], 1) for i in range(2)]
+    seen = CrossReport(*(Branches(text[i], images[i]) for i in range(2)), CrossBias())
     monkeypatch.setattr(explain, "observe", lambda *args: seen)
     return seen
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The run up to the step, without computing it."""
+    monkeypatch.setattr(pipeline, "encode", lambda *args: [None])
+    monkeypatch.setattr(pipeline, "denoise", lambda *args, **options: None)
 
 
 def test_files(run):
@@ -127,19 +152,18 @@ def softmax(logits):
 
 def test_latents_are_those_of_the_run(model):
     """Stopped after all of its steps, the truncated run is the run; before the first, it is the noise."""
-    chosen = settings(steps=2)
-    prepared = Keyframes.prepare([tuple(images())], NANO, chosen)
-    encoded = pipeline.encode(model, prepared, [chosen.prompt], chosen)
-    whole = pipeline.denoise(model, *encoded, chosen)
-    assert np.array_equal(pipeline.denoise(model, *encoded, chosen, until=2), whole)
-    noise = np.asarray(pipeline.denoise(model, *encoded, chosen, until=0))
+    a_plan, encoded = encoded_of(model, settings(steps=2))
+    start = pipeline.noise(a_plan, [0])
+    whole = pipeline.denoise(model, a_plan, encoded, start)
+    assert np.array_equal(pipeline.denoise(model, a_plan, encoded, start, until=2), whole)
+    noise = np.asarray(pipeline.denoise(model, a_plan, encoded, start, until=0))
     assert noise.shape == whole.shape and abs(noise.std() - 1) < 0.1
 
 
 @pytest.mark.parametrize("mode", [None, "frequency", "magnitude", "position"])
 def test_retro(model, observed, mode):
     own = None if mode is None else dataclasses.replace(ANCHORED.retro, mode=mode, w_edge=4, smooth=0)
-    chosen = settings(method=Method(retro=own))
+    chosen = plan(method=Method(retro=own))
     numbers = explain._numbers(model, chosen, 0, 1, observed, False)
     scale, position = (np.array(numbers["retro"][name]) for name in ("scale", "position"))
     title = plots.draw_retro(numbers).get_suptitle()
@@ -150,7 +174,7 @@ def test_retro(model, observed, mode):
     np.testing.assert_allclose(scale, [1.06, 0.94, 0.94, 0.94, 1.06], atol=1e-7)
     assert title.splitlines()[1].startswith(f"ReTRo, {mode}: ")
     # What is plotted is what the model gets: the fastest temporal pair turns by one radian a frame.
-    table = chosen.method_arrays(NANO).table
+    table = chosen.method.table
     pairs = (np.asarray(a).reshape(FRAMES, -1, a.shape[-1])[:, 0, 0] for a in (table.cos, table.sin))
     factor = next(pairs) + 1j * next(pairs)
     np.testing.assert_allclose(np.unwrap(np.angle(factor)), position, atol=1e-5)
@@ -168,7 +192,7 @@ def test_titles_say_where_nothing_is_done(model, observed):
         (settings(method=Method()), 0, 1, True, "Keyframes are not isolated", "none in this method"),
     ]
     for chosen, layer, step, own, attention, strength in cases:
-        numbers = explain._numbers(model, chosen, layer, step, observed, own)
+        numbers = explain._numbers(model, Plan.of(NANO, chosen), layer, step, observed, own)
         assert attention in plots._attention_title(numbers)
         assert ("No KAB" in plots._attention_title(numbers)) == (not numbers["kab"] and not own)
         assert strength in plots.draw_strength(numbers).get_suptitle()
@@ -180,7 +204,7 @@ def test_labels_of_any_prompt(model, observed, monkeypatch):
     """Cut prompts, no padding, characters that no font has, and text that would be a formula."""
     words = ["a", "▁red", "▁", "一只", "🐈", "$x_1$", "▁over", "▁under", "▁up"]
     monkeypatch.setattr(type(model.tokenizer), "tokens", lambda self, text: [*words, "</s>"])
-    numbers = explain._numbers(model, settings(), 0, 1, observed, False)
+    numbers = explain._numbers(model, plan(), 0, 1, observed, False)
     labels = numbers["attention"]["text"]["labels"]
     assert labels == ["a", " red", " ", "一只", "🐈", "$x_1$", " over", "</s>", "padding (0)"]
     np.testing.assert_allclose(np.array(numbers["attention"]["text"]["plain"]).sum(1), 1, atol=1e-6)
@@ -201,7 +225,7 @@ def test_many_tokens_share_the_axis():
 
 def test_defaults():
     def resolve(**changes):
-        return explain.check("plots", settings(**changes), NANO)
+        return explain.check(plan(**changes))
 
     assert resolve() == (0, 1)
     assert resolve(steps=20) == (0, 1)
@@ -223,36 +247,41 @@ def test_defaults():
 )
 def test_bad_places_are_named(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        explain.check(tmp_path / "plots", settings(), NANO, **changes)
+        explain.check(plan(), **changes)
     with pytest.raises(ValueError, match=message):
         explain.explain(model, *images(), settings(), tmp_path / "plots", **changes)
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_folders_are_named(tmp_path):
+    def allowed(folder, overwrite=False):
+        writing.check([explain.target(folder)], overwrite=overwrite)
+
     def refused(folder, message, overwrite=False):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ValueError, match=message) as caught:
-            explain.check(folder, settings(), NANO, overwrite=overwrite)
-        assert "\n" not in str(caught.value)
+            allowed(folder, overwrite)
+        assert "\n" not in str(caught.value) and "explain folder" in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == before
 
     refused(tmp_path / "missing" / "plots", "mkdir -p")
     refused("/proc/plots", "cannot write")
-    refused("..", "names no new folder")
     refused(tmp_path / ("x" * 300), "not a usable name")
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(file, "not a plain folder", overwrite=True)
+    refused(file, "is not a folder", overwrite=True)
     refused(file / "plots", "is not a folder")
     folder = tmp_path / "plots"
     folder.mkdir()
-    explain.check(folder, settings(), NANO)  # empty
+    allowed(folder)  # empty
     (tmp_path / "link").symlink_to(folder)
-    refused(tmp_path / "link", "not a plain folder", overwrite=True)
-    (folder / "retro.png").write_bytes(b"old")
+    refused(tmp_path / "link", "is not a folder", overwrite=True)
+    plots.save(plots._figure(1, 1), folder / "retro.png")
     refused(folder, "pass --overwrite")
-    explain.check(folder, settings(), NANO, overwrite=True)
+    allowed(folder, overwrite=True)
+    (folder / "strength.png").write_bytes(b"by somebody else")
+    refused(folder, "holds 'strength.png', which wanjax did not write", overwrite=True)
+    (folder / "strength.png").unlink()
     (folder / "holiday.jpg").write_bytes(b"mine")
     refused(folder, "holds 'holiday.jpg'", overwrite=True)
 
@@ -261,16 +290,15 @@ def test_bad_folders_are_named(tmp_path):
 def test_without_matplotlib(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=r"--explain needs matplotlib: pip install 'wanjax\[explain\]'"):
-        explain.check(tmp_path / "plots", settings(), NANO)
+        explain.check(plan())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["draw_attention", "video.write_json"])
-def test_a_failed_run_leaves_what_was_there(model, observed, tmp_path, monkeypatch, error, place):
+def test_a_failed_run_leaves_what_was_there(model, observed, computed, tmp_path, monkeypatch, error, place):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(plots, "save", lambda figure, path: path.write_bytes(b"new"))
     owner, name = (explain.video, "write_json") if "." in place else (plots, place)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
@@ -279,18 +307,19 @@ def test_a_failed_run_leaves_what_was_there(model, observed, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
     old = tmp_path / "plots"
     old.mkdir()
-    (old / "retro.png").write_bytes(b"old")
+    plots.save(plots._figure(1, 1), old / "retro.png")
+    before = (old / "retro.png").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
         with pytest.raises(error):
             explain.explain(model, *images(), settings(), old)
-    assert list(tmp_path.iterdir()) == [old] and (old / "retro.png").read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old] and (old / "retro.png").read_bytes() == before
 
 
-def test_earlier_plots_are_replaced_and_other_files_never(model, observed, tmp_path, monkeypatch):
+def test_earlier_plots_are_replaced_and_other_files_never(model, observed, computed, tmp_path, monkeypatch):
     folder = tmp_path / "plots"
     folder.mkdir()
-    (folder / "retro.png").write_bytes(b"old")
+    plots.save(plots._figure(1, 1), folder / "retro.png")
     explain.explain(model, *images(), settings(), folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(explain.NAMES)
     assert list(tmp_path.iterdir()) == [folder]
@@ -300,36 +329,30 @@ def test_earlier_plots_are_replaced_and_other_files_never(model, observed, tmp_p
         return {}
 
     monkeypatch.setattr(explain.video, "write_json", late)
-    with pytest.raises(ValueError, match=r"mine\.txt"):
+    with pytest.raises(ValueError, match="changed while this run worked"):
         explain.explain(model, *images(), settings(), folder)
     assert len(list(folder.iterdir())) == 5 and list(tmp_path.iterdir()) == [folder]
 
 
 def test_nan_is_named(model, observed, monkeypatch):
-    broken = observed.replace(biased=observed.biased.replace(last=np.full((FRAMES, 5), np.nan)))
+    broken = observed.replace(biased=observed.biased.replace(images=np.full((FRAMES, 2, 5), np.nan)))
     monkeypatch.undo()
     monkeypatch.setattr(explain, "_inspect", lambda *args: broken)
+    a_plan, encoded = encoded_of(model, settings())
     with pytest.raises(FloatingPointError, match="layer 1, step 0"):
-        explain.observe(model, *images(), settings(), 1, 0)
+        explain.observe(model, a_plan, encoded, pipeline.noise(a_plan, [0]), 1, 0)
 
 
-def test_on_a_mesh(model, run, monkeypatch):
+def test_on_a_mesh(model, run):
     """Two devices see what one sees; what goes before is left to one, for its programs take long to compile."""
-    encode, denoise = pipeline.encode, pipeline.denoise
-    monkeypatch.setattr(pipeline, "encode", lambda spread, *args: encode(model, *args))
-    alone = pipeline.encode(None, Keyframes.prepare([tuple(images())], NANO, settings()), ["a red circle"], settings())
-    monkeypatch.setattr(
-        pipeline,
-        "denoise",
-        lambda spread, conditions, negative, chosen, progress, mesh, bias, until: sharding.shard_video(
-            denoise(model, *alone, chosen, until=until), mesh
-        ),
-    )
+    a_plan, encoded = encoded_of(model, settings())
+    latents = pipeline.denoise(model, a_plan, encoded, pipeline.noise(a_plan, [0]), until=1)
     mesh = sharding.make_mesh({"sequence": 2}, jax.devices()[:2])
     params = {name: sharding.shard_params(tree, mesh) for name, tree in model.params.items()}
     spread = dataclasses.replace(model, params=params)
-    seen = explain.observe(spread, *images(), settings(), 0, 1, mesh=mesh)
-    for name in ("first", "last"):
+    seen = explain.observe(spread, a_plan, pipeline.place(encoded, mesh), sharding.shard_video(latents, mesh), 0, 1,
+                           mesh=mesh)  # fmt: skip
+    for i, name in enumerate(("first", "last")):
         branch = run[2]["attention"][name]
         for key in ("plain", "biased"):
-            np.testing.assert_allclose(getattr(getattr(seen, key), name), branch[key], atol=1e-6)
+            np.testing.assert_allclose(getattr(seen, key).images[:, i], branch[key], atol=1e-6)

@@ -15,7 +15,7 @@ import pytest
 from nano import edit_config, write_model
 from PIL import Image
 
-from samplers import files, inbetween, pipeline
+from samplers import command, files, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def no_compute(monkeypatch):
 
 
 def test_makes_video_sheet_and_settings(job, capsys):
-    assert inbetween.main(arguments(job, "--steps", 2, "--seed", 5, "--frames", 9)) == 0
+    assert command.main(arguments(job, "--steps", 2, "--seed", 5, "--frames", 9)) == 0
     out = job["--out"]
     assert iio.imread(out, plugin="pyav").shape == (9, 256, 384, 3)
     assert iio.imread(out.with_name("clip.sheet.png")).shape[1] > 128
@@ -67,7 +67,7 @@ def test_makes_video_sheet_and_settings(job, capsys):
 
 def test_method_by_name_with_single_changes(job, tmp_path):
     extra = ["--method", "release", "--no-kab", "--s-mid", 0.9, "--branch-weights", "1,0.5,0.5", "--frames", 25]
-    assert inbetween.main(arguments(job, *extra, "--explain", tmp_path / "plots")) == 0
+    assert command.main(arguments(job, *extra, "--explain", tmp_path / "plots")) == 0
     report = json.loads(job["--out"].with_suffix(".json").read_text())
     method = report["settings"]["method"]
     assert method["kab"] is None and method["isolation"] == {"weights": [1.0, 0.5, 0.5]}
@@ -80,8 +80,8 @@ def test_plots_that_fail_leave_no_video(job, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.explaining, "explain", fail)
-    assert inbetween.main(arguments(job, "--explain", tmp_path / "plots")) == 130
+    monkeypatch.setattr(files.explaining, "draw", fail)
+    assert command.main(arguments(job, "--explain", tmp_path / "plots")) == 130
     assert "nothing was written under the final name" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
@@ -90,7 +90,7 @@ def test_same_seed_same_frames(job, tmp_path):
     videos = []
     for name in ("one", "two"):
         job["--out"] = tmp_path / name
-        assert inbetween.main(arguments(job, "--scale", 1, "--quiet")) == 0
+        assert command.main(arguments(job, "--scale", 1, "--quiet")) == 0
         videos.append(np.stack([iio.imread(frame) for frame in sorted((tmp_path / name).iterdir())]))
     assert videos[0].shape == (5, 16, 24, 3)
     assert np.array_equal(*videos)
@@ -150,7 +150,7 @@ def spoil(job, tmp_path, name):
 def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
     extra = spoil(job, tmp_path, name)
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert inbetween.main(arguments(job, *extra)) == 2
+    assert command.main(arguments(job, *extra)) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert re.search(message, error), error
@@ -164,6 +164,8 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--frames", 1], "nearest are 5 and 9"),
         (["--size", "18x24"], "nearest size is 16x24"),
         (["--steps", 0], "steps"),
+        (["--steps", 10**9], "1 to 1000"),
+        (["--guidance-interval", "0.5-0.2"], "guidance interval 0.5-0.2"),
         (["--guidance", "inf"], "guidance inf"),
         (["--shift", -3], "shift"),
         (["--seed", -1], "seed -1"),
@@ -172,6 +174,9 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--scale", 1000], "16000x24000 pixels after scaling, the format holds 16384 a side"),
         (["--mesh", "rows=8"], "mesh axis rows"),
         (["--mesh", "data=3"], "3 places for"),
+        (["--mesh", "tensor=8"], "mesh tensor=8: does not divide the 2 heads; give one of 1, 2"),
+        (["--mesh", "sequence=8"], "mesh sequence=8: does not divide the 12 video tokens; give one of 1, 2, 3, 4"),
+        (["--size", "65536x65536"], "largest size of this shape is"),
         (["--beta-end", 0.5], "beta_end 0.5: kab is off; switch it on (--kab, or --method paper)"),
         (["--no-retro", "--s-mid", 0.9, "--method", "paper"], "s_mid 0.9: retro is off"),
         (["--kab", "--beta-end", -0.1], "beta_end -0.1: give a number from 0"),
@@ -192,16 +197,17 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--explain", "plots", "--explain-layer", 2], "layer 2"),
         (["--explain", "plots", "--explain-step", 3], "step 3"),
         (["--explain", "/proc/plots"], "/proc"),
-        (["--out", "plots", "--explain", "plots"], "--explain plots: is the output"),
+        (["--out", "plots", "--explain", "plots"], "in each other's way"),
     ],
 )
 def test_bad_settings(job, capsys, no_compute, extra, message):
-    assert inbetween.main(arguments(job, *extra)) == 2
+    assert command.main(arguments(job, *extra)) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and message in error
 
 
 SYNTAX = [
+    ["--preset", "turbo"], ["--timesteps", "rounded"], ["--clip-fit", "pad"], ["--guidance-interval", "0.5"],
     ["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"], ["--method", "ours"],
     ["--retro-mode", "twist"], ["--kab-layers", "5"], ["--kab-steps", "a-b"], ["--branch-weights", "1,x,1"],
     ["--anchor-curve", "0,x"],
@@ -211,7 +217,7 @@ SYNTAX = [
 @pytest.mark.parametrize("extra", SYNTAX, ids=str)
 def test_bad_syntax_exits_with_2(job, extra):
     with pytest.raises(SystemExit) as stop:
-        inbetween.main(arguments(job, *extra))
+        command.main(arguments(job, *extra))
     assert stop.value.code == 2
 
 
@@ -220,7 +226,7 @@ def test_damaged_weights_fail_in_one_line(job, tmp_path, capsys):
     file = folder / "dit.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     job["--model"] = folder
-    assert inbetween.main(arguments(job)) == 1
+    assert command.main(arguments(job)) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "dit.safetensors: damaged" in error
     assert not job["--out"].exists()
@@ -230,13 +236,13 @@ def test_config_of_another_model_is_named(job, tmp_path, capsys, no_compute):
     folder = write_model(tmp_path / "odd")
     edit_config(folder, colour="red")
     job["--model"] = folder
-    assert inbetween.main(arguments(job)) == 2
+    assert command.main(arguments(job)) == 2
     assert "colour" in capsys.readouterr().err
 
 
 def test_long_prompt_is_cut_and_said(job, capsys):
     job["--prompt"] = "red " * 20
-    assert inbetween.main(arguments(job, "--steps", 1)) == 0
+    assert command.main(arguments(job, "--steps", 1)) == 0
     assert "21 tokens, the model takes 8; the last 13 are dropped" in capsys.readouterr().err
 
 
@@ -252,7 +258,7 @@ def test_files_to_files_from_python(job, tmp_path):
 def test_mesh_from_the_command_line(job, monkeypatch):
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two)
-    assert inbetween.main(arguments(job, "--mesh", "sequence=2", "--steps", 1)) == 0
+    assert command.main(arguments(job, "--mesh", "sequence=2", "--steps", 1)) == 0
     assert json.loads(job["--out"].with_suffix(".json").read_text())["settings"]["mesh"] == {"sequence": 2}
 
 
@@ -262,7 +268,7 @@ def test_matte_shows_around_padded_keyframes(job, tmp_path):
                              fit="pad", matte=(255, 0, 0), size=(16, 40))  # fmt: skip
     first = pipeline.fitted([prepared.first], prepared.settings)[0]
     assert (first[:, :8] == [255, 0, 0]).all() and not (first[:, 8:32] == [255, 0, 0]).all()
-    assert inbetween.main(arguments(job, *extra)) == 0
+    assert command.main(arguments(job, *extra)) == 0
     assert json.loads(job["--out"].with_suffix(".json").read_text())["settings"]["matte"] == [255, 0, 0]
 
 
@@ -270,23 +276,43 @@ def test_output_that_is_a_keyframe(job, tmp_path, capsys, no_compute):
     job["--first"] = tmp_path / "a.gif"
     Image.new("RGB", (24, 16)).save(job["--first"])
     job["--out"] = tmp_path / "a.gif"
-    assert inbetween.main(arguments(job, "--overwrite")) == 2
-    assert "is the keyframe" in capsys.readouterr().err
+    assert command.main(arguments(job, "--overwrite")) == 2
+    assert "is the input" in capsys.readouterr().err
 
 
 def test_overwrite_replaces(job):
-    job["--out"].write_bytes(b"old")
-    assert inbetween.main(arguments(job, "--overwrite", "--steps", 1)) == 0
-    assert iio.imread(job["--out"], plugin="pyav").shape[0] == 5
+    assert command.main(arguments(job, "--steps", 1)) == 0
+    first = job["--out"].read_bytes()
+    assert command.main(arguments(job, "--overwrite", "--steps", 1, "--frames", 9)) == 0
+    assert iio.imread(job["--out"], plugin="pyav").shape[0] == 9 and job["--out"].read_bytes() != first
+
+
+def test_overwrite_never_replaces_what_is_not_ours(job, tmp_path, capsys, no_compute):
+    """A foreign video, sheet or JSON, and a folder with the keyframes in it."""
+    for name in ("clip.mp4", "clip.sheet.png", "clip.json"):
+        (tmp_path / name).write_bytes(b'{"name": "precious"}')
+        assert command.main(arguments(job, "--overwrite")) == 2
+        assert re.search(rf"{name}.*wanjax did not write it", capsys.readouterr().err)
+        assert (tmp_path / name).read_bytes() == b'{"name": "precious"}'
+        (tmp_path / name).unlink()
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for option, name in (("--first", "00000.png"), ("--last", "00009.png")):
+        job[option] = (tmp_path / "a.png").rename(frames / name) if option == "--first" else frames / name
+    Image.new("RGB", (24, 16)).save(frames / "00009.png")
+    job["--out"] = frames
+    assert command.main(arguments(job, "--overwrite")) == 2
+    assert "the input" in capsys.readouterr().err
+    assert sorted(path.name for path in frames.iterdir()) == ["00000.png", "00009.png"]
 
 
 def test_ctrl_c_leaves_nothing(job, tmp_path):
     """A real SIGINT in the middle of denoising."""
-    command = [sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 200000)]
+    command = [sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 1000)]
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=env, bufsize=0) as process:
         seen = b""
-        while b"1/200000" not in seen.replace(b" ", b"") and b"%|" not in seen:
+        while b"1/1000" not in seen.replace(b" ", b"") and b"%|" not in seen:
             piece = process.stderr.read(64)
             assert piece, seen.decode()
             seen += piece
@@ -310,7 +336,7 @@ def test_failure_while_writing_leaves_nothing_new(job, tmp_path, capsys, monkeyp
     """At each of the three outputs; what was there before --overwrite stays."""
     frames = np.zeros((1, 5, 16, 24, 3), np.uint8)
     made = pipeline.Result(frames, None, dict.fromkeys(("encode", "compile", "denoise", "decode"), 0.0))
-    monkeypatch.setattr(files.pipeline, "inbetween", lambda *_: made)
+    monkeypatch.setattr(files.pipeline, "make", lambda *_, **__: [made])
     written = getattr(files.video, writer)
 
     def fail(*arguments):
@@ -318,12 +344,13 @@ def test_failure_while_writing_leaves_nothing_new(job, tmp_path, capsys, monkeyp
         raise error
 
     monkeypatch.setattr(files.video, writer, fail)
-    job["--out"].write_bytes(b"old")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    assert inbetween.main(arguments(job, "--overwrite")) == code
+    with monkeypatch.context() as whole:
+        whole.setattr(files.video, writer, written)
+        assert command.main(arguments(job)) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert command.main(arguments(job, "--overwrite")) == code
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert job["--out"].read_bytes() == b"old"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_ctrl_c_while_checking(job, capsys, monkeypatch):
@@ -331,7 +358,7 @@ def test_ctrl_c_while_checking(job, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "prepare", interrupt)
-    assert inbetween.main(arguments(job)) == 130
+    assert command.main(arguments(job)) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted; nothing was written")
 
 
@@ -340,13 +367,13 @@ def test_device_out_of_memory_is_one_line(job, capsys, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
     monkeypatch.setattr(files, "make", fail)
-    assert inbetween.main(arguments(job)) == 1
+    assert command.main(arguments(job)) == 1
     assert "Out of memory allocating 9 bytes.; if memory" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_help_groups_options_and_gives_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
-        inbetween.main(["--help"])
+        command.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for part in ("keyframes and text:", "sampling:", "output:", "flf2v_14b: 81 frames, 480x864, 50 steps"):

@@ -7,7 +7,9 @@ import pytest
 from reference import relative_error
 
 from wanjax import kab
+from wanjax.cross import cross_attention
 from wanjax.kab import CURVES, KAB
+from wanjax.types import Branches, CrossBias, CrossControl
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,10 @@ def test_given_layers_are_kept():
 
 def test_curves():
     assert set(CURVES) == {"linear", "ease-in", "ease-out", "ease-in-out"}
-    curves = {name: kab.anchor_curve(KAB(curve=name), 9) for name in CURVES}
+    shares = {name: kab.anchor_shares(KAB(curve=name), 9) for name in CURVES}
+    for share in shares.values():
+        np.testing.assert_array_equal(share[:, 0], np.float32(1) - share[:, 1])
+    curves = {name: share[:, 1] for name, share in shares.items()}
     for curve in curves.values():
         assert curve.dtype == np.float32 and curve[0] == 0 and curve[-1] == 1
         assert (np.diff(curve) > 0).all()
@@ -77,7 +82,57 @@ def test_curves():
 
 def test_callers_curve():
     given = (0.0, 0.1, 0.1, 0.9, 1.0)
-    assert np.array_equal(kab.anchor_curve(KAB(curve=given), 5), np.float32(given))
+    assert np.array_equal(kab.anchor_shares(KAB(curve=given), 5)[:, 1], np.float32(given))
+
+
+ANCHORS = [
+    (7, (3,)),
+    (7, (0,)),
+    (7, (6,)),
+    (9, (0, 8)),
+    (9, (2, 5)),
+    (9, (0, 3, 8)),
+    (21, (1, 2, 14)),
+    (21, (0, 9, 10, 20)),
+]
+
+
+@pytest.mark.parametrize("frames, at", ANCHORS, ids=str)
+def test_anchors_inside_against_float64(frames, at):
+    """Strength and shares of one, two, three and four anchors, for named curves and a caller's."""
+    beta = kab.strength(KAB(), 10, 6, frames, at)
+    np.testing.assert_allclose(beta, oracle.strength(10, 6, frames, (1, 1), at=at), rtol=1e-6)
+    assert not beta[..., list(at)].any() and beta[1, 1].astype(bool).sum() == frames - len(at)
+    np.testing.assert_allclose(kab.anchor_shares(KAB(), frames, at), oracle.shares(frames, at), atol=1e-7)
+    tau = tuple(np.random.default_rng(0).uniform(size=frames))
+    given = kab.anchor_shares(KAB(curve=tau), frames, at)
+    np.testing.assert_allclose(given, oracle.shares(frames, at, tau), atol=1e-7)
+    eased = kab.anchor_shares(KAB(curve="ease-in"), frames, at)
+    assert given.dtype == eased.dtype == np.float32 and given.shape == (frames, len(at))
+    np.testing.assert_allclose([given.sum(1), eased.sum(1)], 1, atol=1e-7)
+    np.testing.assert_array_equal(eased[list(at)], np.eye(len(at)))
+
+
+def test_two_anchors_at_the_ends_are_the_default():
+    for frames in (2, 5, 8, 21):
+        ends = (0, frames - 1)
+        assert np.array_equal(kab.strength(KAB(), 50, 40, frames, ends), kab.strength(KAB(), 50, 40, frames))
+        for curve in CURVES:
+            shares = (kab.anchor_shares(KAB(curve=curve), frames, at) for at in (ends, None))
+            assert np.array_equal(*shares)
+
+
+def test_a_segment_is_a_clip_of_its_own():
+    whole, part = (kab.strength(KAB(), 50, 40, 21, (0, 8, 20)), kab.strength(KAB(), 50, 40, 9))
+    assert np.array_equal(whole[..., :9], part)
+    shares = kab.anchor_shares(KAB(curve="ease-out"), 21, (0, 8, 20))
+    assert np.array_equal(shares[:9, :2], kab.anchor_shares(KAB(curve="ease-out"), 9)) and not shares[:9, 2].any()
+
+
+def test_no_anchor():
+    with pytest.raises(ValueError, match="^KAB needs a keyframe to anchor to: give one, or switch it off$"):
+        kab.strength(KAB(), 50, 40, 21, ())
+    assert kab.anchor_shares(KAB(), 21, ()).shape == (21, 0)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -121,7 +176,7 @@ def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError) as error:
         chosen = KAB(**changes)
         kab.strength(chosen, 50, 40, 21)
-        kab.anchor_curve(chosen, 21)
+        kab.anchor_shares(chosen, 21)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -137,22 +192,30 @@ def arrays(frames, queries=5, heads=3, keys=7):
     return q, k, rng.standard_normal((2, frames, keys), np.float32)
 
 
+def frame_attention(q, k, frames, bias=None):
+    """As a report shows it: (without, with the bias), under a control of no strength."""
+    none = np.zeros((2, frames), np.float32)
+    control = CrossControl(none, np.int32([0]), np.ones((frames, 1), np.float32), 5e-4, False, np.ones(1))
+    branch = Branches(k)
+    _, seen = cross_attention(q, branch, branch, CrossBias(bias), control, inspect=True)
+    return seen.plain.text, seen.biased.text
+
+
 @pytest.mark.parametrize("frames", [1, 2, 7])
 def test_frame_attention_against_float64(frames):
     q, k, bias = arrays(frames)
-    plain, biased = kab.frame_attention(q, k, frames), kab.frame_attention(q, k, frames, bias)
+    plain, biased = frame_attention(q, k, frames, bias)
     assert plain.shape == (2, frames, 7) and plain.dtype == jnp.float32
     assert relative_error(plain, oracle.frame_attention(q, k, frames)) <= 1e-6
     assert relative_error(biased, oracle.frame_attention(q, k, frames, bias)) <= 1e-6
     assert relative_error(biased, plain) > 0.1
-    scaled = kab.frame_attention(q, k, frames, scale=1.0)
-    assert relative_error(scaled, oracle.frame_attention(q * 8**0.5, k, frames)) <= 1e-6
+    assert relative_error(*frame_attention(q, k, frames)) <= 1e-6
 
 
 def test_frames_must_divide_the_queries():
     q, k, _ = arrays(7)
     with pytest.raises(ValueError, match="^35 queries are not 8 frames of equal size$"):
-        kab.frame_attention(q, k, 8)
+        frame_attention(q, k, 8)
 
 
 def attention(frames=7, keys=9):
@@ -161,14 +224,21 @@ def attention(frames=7, keys=9):
     return weights / weights.sum(-1, keepdims=True)
 
 
+def target(rows, share, at=(0, 6)):
+    return np.einsum("fa,bak->bfk", share, rows[:, list(at)])
+
+
+LINEAR = np.stack([np.linspace(1, 0, 7), np.linspace(0, 1, 7)], 1)
+
+
 @pytest.mark.parametrize("curve", [*CURVES, (0.0, 0.2, 0.3, 0.3, 0.3, 0.9, 1.0)], ids=str)
 def test_anchor_bias_against_float64(curve):
     rows = attention()
     beta = np.random.default_rng(1).uniform(0, 1, (2, 7))
     beta[1, 2] = 0
-    tau = kab.anchor_curve(KAB(curve=curve), 7)
-    bias = kab.anchor_bias(*(jnp.asarray(x, jnp.float32) for x in (rows, beta, tau, 5e-4)))
-    assert relative_error(bias, oracle.anchor_bias(rows, beta, tau)) <= 1e-6
+    share = kab.anchor_shares(KAB(curve=curve), 7)
+    bias = kab.anchor_bias(*(jnp.asarray(x, jnp.float32) for x in (rows, target(rows, share), beta, 5e-4)))
+    assert relative_error(bias, oracle.anchor_bias(rows, beta, share[:, 1])) <= 1e-6
     assert not bias[1, 2].any() and bias[0, 2].any()
     if curve != "linear":
         assert relative_error(bias, oracle.anchor_bias(rows, beta)) > 1e-2
@@ -177,16 +247,20 @@ def test_anchor_bias_against_float64(curve):
 def test_full_strength_turns_attention_into_its_target():
     """exp(bias) * attention is the interpolation of the ends, wherever both are above the floor."""
     rows = attention()
-    bias = kab.anchor_bias(jnp.asarray(rows, jnp.float32), jnp.ones((2, 7)), jnp.linspace(0, 1, 7), jnp.float32(1e-9))
+    wanted = target(rows, LINEAR)
+    bias = kab.anchor_bias(*(jnp.asarray(x, jnp.float32) for x in (rows, wanted, np.ones((2, 7)), 1e-9)))
     share = np.linspace(0, 1, 7)[None, :, None]
-    target = (1 - share) * rows[:, :1] + share * rows[:, -1:]
-    assert min(rows.min(), target.min()) > 1e-9
-    assert relative_error(np.exp(np.float64(bias)) * rows, target) <= 1e-6
+    np.testing.assert_allclose(wanted, (1 - share) * rows[:, :1] + share * rows[:, -1:], rtol=1e-12)
+    assert min(rows.min(), wanted.min()) > 1e-9
+    assert relative_error(np.exp(np.float64(bias)) * rows, wanted) <= 1e-6
 
 
 def test_below_the_floor_there_is_nothing_to_anchor():
-    rows = jnp.asarray(attention(), jnp.float32)
-    assert not kab.anchor_bias(rows, jnp.ones((2, 7)), jnp.linspace(0, 1, 7), jnp.float32(1)).any()
-    vanished = jnp.asarray(attention() * ([1, 0] + [1] * 7), jnp.float32)
-    bias = kab.anchor_bias(vanished, jnp.ones((2, 7)), jnp.linspace(0, 1, 7), jnp.float32(5e-4))
-    assert np.isfinite(bias).all() and not bias[..., 1].any()
+    def bias(rows, floor):
+        return kab.anchor_bias(
+            *(jnp.asarray(x, jnp.float32) for x in (rows, target(rows, LINEAR), np.ones((2, 7)), floor))
+        )
+
+    assert not bias(attention(), 1).any()
+    vanished = bias(attention() * ([1, 0] + [1] * 7), 5e-4)
+    assert np.isfinite(vanished).all() and not vanished[..., 1].any()

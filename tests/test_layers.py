@@ -1,5 +1,6 @@
 """Small layers against torch or float64 numpy."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -48,22 +49,25 @@ def test_conv3d_bfloat16(form: str) -> None:
     assert 1e-4 < relative_error(half, full) <= 1e-2
 
 
-@pytest.mark.parametrize(("backend", "form"), [("cpu", "taps"), ("tpu", "conv3d"), ("gpu", "taps")])
-def test_conv3d_form_follows_the_backend(backend: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert layers.conv3d_form() == form
-
-
-def test_conv3d_uses_the_form_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "count"), [("conv3d", 1), ("taps", 3), ("auto", 1)])
+def test_conv3d_uses_the_given_form(form: str, count: int) -> None:
     x, kernel = jnp.zeros((1, 3, 4, 4, 2)), jnp.zeros((3, 3, 3, 2, 2))
+    jaxpr = jax.make_jaxpr(lambda x: layers.conv3d(x, kernel, FLOAT32, form=form))(x)
+    assert str(jaxpr).count("conv_general_dilated[") == count
 
-    def convolutions() -> int:
-        jaxpr = jax.make_jaxpr(lambda x: layers.conv3d(x, kernel, FLOAT32))(x)
-        return str(jaxpr).count("conv_general_dilated[")
 
-    for form, count in (("conv3d", 1), ("taps", 3)):
-        monkeypatch.setattr(layers, "conv3d_form", lambda form=form: form)
-        assert convolutions() == count
+@pytest.mark.parametrize(("product", "out"), [("float32", "float32"), ("compute", "bfloat16")])
+def test_products_of_half_precision_return_what_the_policy_says(product: str, out: str) -> None:
+    precision = dataclasses.replace(BFLOAT16, product=product)
+    jaxpr = jax.make_jaxpr(lambda x, k: layers.dot(x, k, precision))(normal(2, 8), normal(8, 4))
+    (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
+    assert equation.outvars[0].aval.dtype == out and jaxpr.out_avals[0].dtype == jnp.bfloat16
+
+
+def test_nothing_asks_for_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("asked for the backend"))
+    jax.make_jaxpr(lambda x: layers.dot(x, normal(8, 4), BFLOAT16))(normal(2, 8))
+    jax.make_jaxpr(lambda x: layers.conv3d(x, normal(3, 3, 3, 2, 2), BFLOAT16))(normal(1, 3, 4, 4, 2))
 
 
 @pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])

@@ -59,7 +59,8 @@ def test_shapes(name, model, frames, size, steps, grid, pairs):
         "cos": (made.table.cos, (np.prod(grid), pairs), np.float32),
         "sin": (made.table.sin, (np.prod(grid), pairs), np.float32),
         "strength": (made.strength, (steps, config.dit.num_layers, grid[0]), np.float32),
-        "curve": (made.control.curve, (grid[0],), np.float32),
+        "at": (made.control.at, (2,), np.int32),
+        "share": (made.control.share, (grid[0], 2), np.float32),
         "floor": (made.control.floor, (), np.float32),
         "isolated": (made.control.isolated, (), np.bool_),
         "weights": (made.control.weights, (3,), np.float32),
@@ -94,7 +95,8 @@ def test_profiles_against_float64(name):
     assert relative_error(made.table.sin, exact.imag) <= 1e-6
     assert made.control.isolated and np.array_equal(made.control.weights, np.ones(3))
     assert made.control.floor == np.float32(5e-4)
-    np.testing.assert_allclose(made.control.curve, np.arange(7) / 6, rtol=1e-6)
+    np.testing.assert_allclose(made.control.share[:, 1], np.arange(7) / 6, rtol=1e-6)
+    assert np.array_equal(made.control.at, [0, 6])
 
 
 def test_parts_are_switched_one_by_one():
@@ -105,7 +107,7 @@ def test_parts_are_switched_one_by_one():
     assert not anchored.control.isolated and same_table(anchored)
     np.testing.assert_allclose(anchored.strength, oracle.strength(10, 6, 7, (2, 5)), rtol=1e-6)
     assert anchored.control.floor == np.float32(1e-3)
-    np.testing.assert_allclose(anchored.control.curve, (np.arange(7) / 6) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(anchored.control.share[:, 1], (np.arange(7) / 6) ** 2, rtol=1e-6)
     rescaled = arrays(Method(retro=ReTRo("position")))
     assert not rescaled.control.isolated and not rescaled.strength.any() and not same_table(rescaled)
     exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2), "position")
@@ -125,3 +127,52 @@ def test_settings_that_the_model_cannot_have(chosen, message):
     with pytest.raises(ValueError) as error:
         arrays(chosen)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+PLACES = [
+    ((0,), (0,)), ((-1,), (6,)), ((0, 12, -1), (0, 3, 6)), ((5, 9), (2, 3)), ((24, 0), (0, 6)),
+    ((1, 2, 3, 4), (1,)), ((5, 8, 9), (2, 3)), ((), ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at, tokens", PLACES, ids=str)
+def test_places_of_keyframes(at, tokens):
+    """Pixel frames, also from the end, become token frames, each once; everything of a method is made from them."""
+    assert method.token_frames(TINY, 25, at) == tokens
+    chosen = Method(Isolation(), KAB() if at else None, ReTRo())
+    made = method.arrays(chosen, TINY, 25, (32, 48), 10, at)
+    assert np.array_equal(made.control.at, tokens) and made.control.at.dtype == np.int32
+    np.testing.assert_allclose(made.control.share, oracle.shares(7, tokens), atol=1e-7)
+    wanted = oracle.strength(10, 6, 7, (1, 1), at=tokens) if at else np.zeros((10, 6, 7))
+    np.testing.assert_allclose(made.strength, wanted, rtol=1e-6)
+    exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2, at=tokens), "frequency")
+    assert relative_error(made.table.cos, exact.real) <= 1e-6
+    described = method.describe(chosen, TINY, 25, at)["retro_scale"]
+    np.testing.assert_allclose(described, oracle.scale_vector(25, 7, 2, at=tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [25, -26, 1000])
+def test_a_place_outside_the_clip(place):
+    with pytest.raises(ValueError, match=f"^keyframe at frame {place}: the clip has frames 0 to 24"):
+        method.arrays(Method(), TINY, 25, (32, 48), 10, (0, place))
+
+
+def test_patches_of_several_frames():
+    config = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, patch_size=(2, 2, 2)))
+    assert method.token_frames(config, 29, (0, 4, 5, 13, -1)) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("images", [0, 1, 2, 3, 5])
+def test_weights_of_any_number_of_images(name, images):
+    own = Isolation((1.0, 0.5, 2.0))
+    assert np.array_equal(own.of(images), np.float32([1, 0.5, *[1.25] * max(0, images - 2), 2][: 1 + images]))
+    made = method.arrays(METHODS[name], TINY, 25, (32, 48), 10, images=images)
+    assert np.array_equal(made.control.weights, np.ones(1 + images)) and made.control.weights.dtype == np.float32
+
+
+@pytest.mark.parametrize("model, images", [("t2v_1_3b", 0), ("i2v_14b", 1), ("fun_inp_1_3b", 1), ("tiny", 2)])
+def test_weights_of_published_models(model, images):
+    """A model that sees one image may still have two keyframes to anchor to."""
+    made = method.arrays(METHODS["paper"], preset(model), 25, (32, 48), 10)
+    assert made.control.weights.shape == (1 + images,) and made.control.at.shape == (2,)

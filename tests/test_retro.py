@@ -70,6 +70,27 @@ def test_equal_factors_are_kept_to_the_last_bit(value):
             assert (scale(frames, s_edge=value, s_mid=value, smooth=smooth) == value).all()
 
 
+@pytest.mark.parametrize("frames", [25, 81])
+@pytest.mark.parametrize("at", [(0,), (3,), (0, 3, 6), (2, 4), (1, 5, 6)], ids=str)
+def test_edges_at_every_keyframe(frames, at):
+    found = retro.scale_vector(ReTRo(), frames, latent(frames), at)
+    np.testing.assert_allclose(found, oracle.scale_vector(frames, latent(frames), edge_of(frames), at=at), rtol=1e-12)
+    bare = retro.scale_vector(ReTRo(smooth=0), frames, latent(frames), at)
+    assert (bare[list(at)] == 1.06).all() and (bare == 0.94).any()
+
+
+def edge_of(frames):
+    return retro.edge_width(ReTRo(), frames)
+
+
+def test_keyframes_at_the_ends_are_the_published_rule():
+    for frames in range(5, 202, 4):
+        assert np.array_equal(
+            retro.scale_vector(ReTRo(), frames, latent(frames), (0, latent(frames) - 1)), scale(frames)
+        )
+    assert (retro.scale_vector(ReTRo(), 81, 21, ()) == 0.94).all()
+
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -8,38 +8,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from nano import NANO, random_params
+from foreign import CONFIG, SHARD, copy_of, imagined, original, plain_params, write_original
+from foreign import DIT as DIT  # other tests take it from here
 from reference import listing, numpy_state
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from convert import clip, dit, families, sources, umt5, vae
+from convert import families, sources, split, vae
 from convert.keymap import convert, invert
-from convert.tensors import SourceError, Tensor, Tensors, open_file, open_index, unscaled
+from convert.quantised import unscaled
+from convert.tensors import SourceError, open_file, open_index
 from wanjax import checkpoint
 from wanjax.config import preset
-
-TABLES = {"dit": dit, "vae": vae, "umt5": umt5, "clip": clip}
-# Sizes as in the published models where shapes do not tell them: heads of 128, 257 vision tokens, 16 CLIP heads.
-DIT = dataclasses.replace(NANO.dit, dim=128, num_heads=1, text_length=512)
-
-
-def original(part, config, params):
-    """Tensors in the original layout, with what the published CLIP file also carries."""
-    tensors = invert(TABLES[part].original(config), params)
-    if part == "clip":
-        last = f"visual.transformer.{config.num_layers}."
-        tensors |= {name.replace("visual.transformer.0.", last): tensor for name, tensor in tensors.items()
-                    if name.startswith("visual.transformer.0.")}  # fmt: skip
-        tensors |= {"log_scale": np.float32(1).reshape(1), "textual.norm.weight": np.ones(3, np.float32)}
-    return tensors
 
 
 @pytest.fixture(scope="module")
 def nano():
-    config = dataclasses.replace(NANO, dit=DIT, clip=dataclasses.replace(NANO.clip, num_heads=16))
-    return config, random_params(config)
+    return CONFIG, plain_params()
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +35,6 @@ def folder(nano, tmp_path_factory):
     path = tmp_path_factory.mktemp("original")
     write_original(path, config, params)
     return path
-
-
-def write_original(path, config, params):
-    tensors = original("dit", config.dit, params["dit"])
-    names = sorted(tensors)
-    shards = {f"diffusion_pytorch_model-0000{k + 1}-of-00002.safetensors": names[k::2] for k in range(2)}
-    for file, held in shards.items():
-        save_file({name: tensors[name] for name in held}, path / file)
-    where = {name: file for file, held in shards.items() for name in held}
-    (path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    files = {"vae": "Wan2.1_VAE.pth", "umt5": "models_t5.pth", "clip": "models_clip.pth"}
-    for part, file in files.items():
-        state = original(part, getattr(config, part), params[part])
-        torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, path / file)
-    (path / "google" / "umt5-xxl").mkdir(parents=True)
-    (path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
 
 
 def test_original_folder(folder, nano):
@@ -125,21 +95,14 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def imagined(shapes, dtype=np.float32):
-    """Tensors of these shapes that cannot be read."""
-    from pathlib import Path
-
-    named = {name: Tensor(shape, np.dtype(dtype), lambda: 1 / 0) for name, shape in shapes.items()}
-    return Tensors((Path("imagined.safetensors"),), named)
-
-
 @pytest.mark.parametrize("file", PUBLISHED)
 @pytest.mark.parametrize("prefix", ["", families.PREFIX])
 def test_published_files_give_the_presets(file, prefix):
     """From names and shapes alone, no config.json: family, layout and every size."""
     name, part = PUBLISHED[file]
-    tensors = families.plain(imagined({prefix + key: shape for key, shape in listing(file).items()}))
-    family = families.identify(tensors)
+    (found,), notes = split.models(imagined({prefix + key: shape for key, shape in listing(file).items()}))
+    assert not notes
+    family, tensors = found
     assert (family.part, family.layout) == (part, file.split("_")[0].replace("official", "original"))
     assert families.read_config(family, tensors, {}) == getattr(preset(name), part)
 
@@ -179,14 +142,9 @@ def test_scaled_8_bit_weights_are_multiplied_out(tmp_path, names):
         unscaled(bad)
 
 
-def copy_of(folder, target):
-    import shutil
-
-    shutil.copytree(folder, target)
-    return target
-
-
-SHARD = "diffusion_pytorch_model-00002-of-00002.safetensors"
+def other_numbers(source, target):
+    """A model of the same names and shapes that is not the same."""
+    torch.save({name: tensor + 0.01 for name, tensor in torch.load(source).items()}, target)
 
 
 def spoil(path, how):
@@ -203,7 +161,7 @@ def spoil(path, how):
         "index": lambda: index.write_text("{"),
         "no index": index.unlink,
         "outside": lambda: index.write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}})),
-        "twice": lambda: (path / "copy.pth").write_bytes((path / "Wan2.1_VAE.pth").read_bytes()),
+        "twice": lambda: other_numbers(path / "Wan2.1_VAE.pth", path / "tuned.pth"),
         "stranger": lambda: save_file({"x": np.zeros(2, np.float32)}, path / "other.safetensors"),
         "config": lambda: (path / "config.json").write_text(json.dumps({"num_layers": 40, "ffn_dim": 13824})),
         "torch": lambda: (path / "Wan2.1_VAE.pth").write_bytes((path / "Wan2.1_VAE.pth").read_bytes()[:2000]),
@@ -221,7 +179,7 @@ def spoil(path, how):
     ("index", "index.json: not a readable index"),
     ("no index", f"{SHARD} are shards without their index.json"),
     ("outside", "names '../secret.safetensors', which is not a file beside it"),
-    ("twice", "are both a vae; move one away"),
+    ("twice", "Wan2.1_VAE.pth, tuned.pth are each a vae; choose one with --vae FILE"),
     ("stranger", "other.safetensors: not a model that Wan2.1 uses"),
     ("config", "config.json says num_layers 40, the tensors 2; ffn_dim 13824, the tensors 96"),
     ("torch", "Wan2.1_VAE.pth: damaged or truncated"),
@@ -240,7 +198,7 @@ def test_missing_extra_and_wrong_tensors_are_all_listed(nano):
     del shapes["blocks.1.ffn.0.bias"], shapes["head.modulation"]
     shapes |= {"blocks.0.cross_attn.q.bias": (7,), "blocks.0.lora": (1,)}
     tensors = imagined(shapes)
-    family = families.identify(tensors)
+    ((family, tensors),), _ = split.models(tensors)
     part = sources.Part(family, families.read_config(family, tensors, {}), tensors)
     with pytest.raises(SourceError) as error:
         part.check(checkpoint.param_shapes(config)["dit"])

@@ -21,7 +21,9 @@ from benchmarks.tgi.procedural import procedural
 from benchmarks.tgi.run import Plan
 from benchmarks.tgi.scores import LINES, Scores, ScoresError, by_clip, unfinished
 from samplers import pipeline
-from samplers.pipeline import Keyframes, Settings
+from samplers import plan as sampling
+from samplers.pipeline import Inputs
+from samplers.plan import Settings
 from wanjax import checkpoint
 from wanjax.kab import KAB
 from wanjax.method import METHODS, Isolation, Method
@@ -72,10 +74,10 @@ def turned_round(clips):
 def test_wan_is_the_pipeline(model, batch):
     """The arm without a method makes what the product makes from the same noise and the keyframes as they are."""
     pairs = [(item.read()[0], item.read()[-1]) for item in procedural("dev", FRAMES, 2).items]
-    prepared = Keyframes.prepare(pairs, model.config, batch.settings)
-    conditions, negative = pipeline.encode(model, prepared, list(batch.clips.captions), batch.settings)
-    latents = pipeline.denoise(model, conditions, negative, batch.settings, noise=batch.noise(4))
-    np.testing.assert_array_equal(generate.make(choose(["wan"])[0], batch, 4), pipeline.decode(model, latents))
+    a_plan = sampling.Plan.of(model.config, batch.settings)
+    (encoded,) = pipeline.encode(model, a_plan, [Inputs.prepare(pairs, a_plan)], [batch.clips.captions])
+    latents = pipeline.denoise(model, a_plan, encoded, batch.noise(4))
+    np.testing.assert_array_equal(generate.make(choose(["wan"])[0], batch, 4), pipeline.decode(model, a_plan, latents))
 
 
 def test_a_clips_noise_is_its_own(model, batch):
@@ -113,10 +115,10 @@ def test_variants_of_the_method_are_one_program(batch):
 def test_random_bias_has_the_size_of_kabs(model, batch):
     """Its spread is KAB's, in KAB's layers and frames and nowhere else."""
     settings = dataclasses.replace(batch.settings, method=NANO_METHOD)
-    method = settings.method_arrays(model.config)
+    own = sampling.Plan.of(model.config, settings)
     latents = generate._denoised(batch, NANO_METHOD, 0, until=1)
-    size = generate._bias_size(model.config.dit, model.params["dit"], latents, 500.0, batch.conditions[0],
-                               method.replace(strength=method.strength[1]))  # fmt: skip
+    size = generate._bias_size(own.config.dit, model.params["dit"], latents, 500.0, batch.encoded.conditions,
+                               own.method, own.strength[1])  # fmt: skip
     for one in size:
         sizes = np.asarray(one)
         assert (sizes[:, :, [0, -1]] == 0).all() and (sizes[:, :, 1:-1] > 0).all()
@@ -133,15 +135,16 @@ def test_random_bias_has_the_size_of_kabs(model, batch):
 def test_the_size_of_a_bias_is_what_its_softmax_sees(model, batch, isolation):
     """A constant added to all keys of one softmax changes nothing, so it is no part of the size."""
     method = Method(isolation, NANO_METHOD.kab)
-    method = dataclasses.replace(batch.settings, method=method).method_arrays(model.config)
-    latents, conditions = batch.noise(0), batch.conditions[0]
-    control = method.at(1, 2)
-    _, seen = generate.WanDiT(model.config.dit, inspect=True).apply(
-        {"params": model.params["dit"]}, latents, np.full(2, 500.0), conditions, method.table, None, control
+    own = sampling.Plan.of(model.config, dataclasses.replace(batch.settings, method=method))
+    latents, conditions = batch.noise(0), batch.encoded.conditions
+    control = own.method.replace(strength=own.strength).at(1, 2)
+    _, seen = generate.WanDiT(own.config.dit, inspect=True).apply(
+        {"params": model.params["dit"]}, latents, np.full(2, 500.0), conditions, own.method.table, None, control
     )
-    size = generate._bias_size(model.config.dit, model.params["dit"], latents, 500.0, conditions,
-                               method.replace(strength=method.strength[1]))  # fmt: skip
-    text, first, last = (np.asarray(of, np.float64) for of in (seen.bias.text, seen.bias.first, seen.bias.last))
+    size = generate._bias_size(own.config.dit, model.params["dit"], latents, 500.0, conditions, own.method,
+                               own.strength[1])  # fmt: skip
+    text, images = (np.asarray(of, np.float64) for of in (seen.bias.text, seen.bias.images))
+    first, last = np.moveaxis(images, -2, 0)
     joint = np.concatenate([first, last], -1)
     np.testing.assert_allclose(size[0], text.std(-1), rtol=1e-4, atol=1e-6)
     if isolation is None:
@@ -170,7 +173,7 @@ def test_wan_by_euler_steps(batch):
 
 def test_random_mask_hides_the_last_keyframe_in_half_of_the_steps(batch, monkeypatch):
     seen = []
-    monkeypatch.setattr(generate, "_varied", lambda batch, method, seed, varying, bias: seen.append(varying) or 0)
+    monkeypatch.setattr(generate, "_varied", lambda batch, chosen, seed, varying, bias: seen.append(varying) or 0)
     monkeypatch.setattr(Batch, "decode", lambda self, latents: latents)
     long = Batch(batch.model, None, dataclasses.replace(batch.settings, steps=10), batch.clips)
     for seed in (0, 0, 1):
@@ -183,12 +186,12 @@ def test_random_mask_hides_the_last_keyframe_in_half_of_the_steps(batch, monkeyp
 
 def test_nothing_hidden_and_no_bias_is_the_plain_sampler(batch):
     arm = choose(["mask-only"])[0]
-    method = dataclasses.replace(batch.settings, method=arm.method).method_arrays(batch.model.config)
-    off = generate.Varying(method.strength, np.zeros(3, np.float32), np.zeros(3, np.float32))
-    latents = generate._varied(batch, method, 0, off, generate.CrossBias())
+    chosen = dataclasses.replace(batch.settings, method=arm.method)
+    off = generate.Varying(np.zeros(3, np.float32), np.zeros(3, np.float32))
+    latents = generate._varied(batch, chosen, 0, off, None)
     np.testing.assert_allclose(latents, generate._denoised(batch, arm.method, 0), rtol=2e-5, atol=2e-5)
     on = dataclasses.replace(off, hidden=np.ones(3, np.float32))
-    assert not np.allclose(generate._varied(batch, method, 0, on, generate.CrossBias()), latents, atol=1e-2)
+    assert not np.allclose(generate._varied(batch, chosen, 0, on, None), latents, atol=1e-2)
 
 
 def test_shuffled_anchors_move_every_inner_frame():

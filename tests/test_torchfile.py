@@ -148,18 +148,51 @@ def test_damaged_and_foreign_files(tmp_path):
         read(compressed)
 
 
+@pytest.mark.parametrize("value, prefix", [
+    ({"model_state": {"x": torch.ones(2)}}, "model_state."),
+    ({"model": {"x": torch.ones(2)}, "epoch": 3, "lr": 0.1, "name": "run", "losses": [1.0], "best": None}, "model."),
+    ({"state_dict": {"module": {"x": torch.ones(2)}}}, "module."),
+    ({"a": {"b": {"c": {"x": torch.ones(2)}}}}, "a.b.c."),
+])  # fmt: skip
+def test_tensors_in_the_dictionaries_of_training_codes(tmp_path, value, prefix):
+    out = read(saved(tmp_path / "x.pth", value))
+    assert list(out) == [f"{prefix}x"] and out[f"{prefix}x"].tolist() == [1, 1]
+
+
+def test_dictionaries_without_end(tmp_path):
+    tree = {"x": torch.zeros(2)}
+    for _ in range(20):
+        tree = {"a": tree}
+    with pytest.raises(TorchFileError, match="'a' is a dict"):
+        read(saved(tmp_path / "x.pth", tree))
+
+
 @pytest.mark.parametrize(
     "value, message",
     [
         ([torch.zeros(2)], "holds a list"),
         ({"x": torch.zeros(2), "epoch": 3}, "'epoch' is a int, not a tensor"),
-        ({"model": {"x": torch.zeros(2)}}, "'model' is a dict"),
+        ({"x": torch.zeros(2), "model": {"x": [torch.zeros(2)]}}, "'x' is a list"),
+        ({"model": {"x": torch.zeros(2)}, "optimizer": {0: torch.zeros(2)}}, "'0' is a ndarray"),
+        ({"a": {"x": torch.zeros(2)}, "a.x": torch.zeros(2)}, "two tensors come to the name a.x"),
         (torch.zeros(2), "holds a ndarray"),
     ],
 )
 def test_what_is_not_tensors_by_name(tmp_path, value, message):
     with pytest.raises(TorchFileError, match=message):
         read(saved(tmp_path / "x.pth", value))
+
+
+def test_an_entry_whose_own_header_is_damaged(tmp_path):
+    """Its name is no text, or endless: one short line."""
+    data = bytearray(saved(tmp_path / "good.pth", {"x": torch.zeros(2)}).read_bytes())
+    place = data.index(b"good/data.pkl")
+    for spoilt in (b"\xea", b"\n"):
+        data[place : place + 1] = spoilt
+        (tmp_path / "bad.pth").write_bytes(data)
+        with pytest.raises(TorchFileError, match="damaged or truncated") as error:
+            read(tmp_path / "bad.pth")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_missing_storage(tmp_path):

@@ -12,7 +12,8 @@ from reference import relative_error
 from benchmarks.tiny import build_tokenizer, evaluate, latents, torch_vae, train_dit
 from benchmarks.tiny.clips import clip
 from samplers import pipeline
-from samplers.pipeline import Keyframes, Settings
+from samplers.pipeline import Inputs
+from samplers.plan import Plan, Settings
 from wanjax import checkpoint, keyframes, vae
 from wanjax.tokenizer import Tokenizer
 
@@ -89,12 +90,12 @@ def test_training_sees_what_sampling_sees(setup):
     kept = [row for row in range(16) if batch.keep_last[row] and batch.ids[row, 1] != 0]
     conditions = jax.jit(lambda p, b: train_dit.encode_conditions(config, p, b))(state.params, batch)
     model = checkpoint.Model(config, {**state.params, "vae": vae_params}, tokenizer)
-    settings = Settings.of(config, frames=FRAMES, size=(SIZE, SIZE))
+    plan = Plan.of(config, Settings.of(config, frames=FRAMES, size=(SIZE, SIZE)))
     pairs = [(batch.first[row], batch.last[row]) for row in kept]
     row_of = {data.first[i].tobytes() + data.last[i].tobytes(): i for i in range(CLIPS)}
     captions = [data.captions[row_of[first.tobytes() + last.tobytes()]] for first, last in pairs]
-    expected, _ = pipeline.encode(model, Keyframes.prepare(pairs, config, settings), captions, settings)
-    for name in ("text", "first", "last", "latent"):
+    expected = pipeline.encode(model, plan, [Inputs.prepare(pairs, plan)], [captions])[0].conditions
+    for name in ("text", "images", "latent"):
         found = np.asarray(getattr(conditions, name))[kept]
         assert relative_error(found, getattr(expected, name)) < 1e-3, name
 
@@ -109,8 +110,9 @@ def test_dropped_last_keyframe_leaves_no_trace(setup):
     params = train_dit.new_state(config, 0).params
     run = jax.jit(lambda p, b: train_dit.encode_conditions(config, p, b))
     plain, other = run(params, batch), run(params, altered)
-    np.testing.assert_array_equal(plain.last[dropped], other.last[dropped])
-    assert not np.array_equal(plain.last[~dropped], other.last[~dropped])
+    last, altered_last = plain.images[:, 1], other.images[:, 1]
+    np.testing.assert_array_equal(last[dropped], altered_last[dropped])
+    assert not np.array_equal(last[~dropped], altered_last[~dropped])
     assert (batch.attention_mask.sum(1) == 1).any(), "some captions are dropped"
 
 

@@ -13,8 +13,8 @@ from benchmarks.tgi import generate, two_way
 from benchmarks.tgi.arms import choose
 from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.two_way import Options
-from samplers import pipeline, schedule
-from samplers.pipeline import Settings
+from samplers import schedule
+from samplers.plan import Plan, Settings
 from wanjax import checkpoint, vae
 from wanjax.dit import WanDiT
 
@@ -38,7 +38,7 @@ def setup(model):
 
 def velocity(model, settings, conditions, negative, latents, sigma):
     """Guided velocity at a noise level, two plain passes."""
-    method = settings.method_arrays(model.config)
+    method = Plan.of(model.config, settings).method
     dit = WanDiT(model.config.dit)
     told, untold = (
         dit.apply({"params": model.params["dit"]}, latents, jnp.full(2, 1000 * sigma), c, method.table)
@@ -49,11 +49,11 @@ def velocity(model, settings, conditions, negative, latents, sigma):
 
 def test_conditions_hold_one_keyframe(setup):
     batch, _ = setup
-    told, _ = batch.conditions
+    told = batch.encoded.conditions
     _, forwards, backwards, _ = batch.one_way
-    for one, tokens in ((forwards, told.first), (backwards, told.last)):
-        np.testing.assert_array_equal(one.first, tokens)
-        assert not np.asarray(one.last).any()
+    for place, one in enumerate((forwards, backwards)):
+        np.testing.assert_allclose(one.images[:, 0], told.images[:, place], rtol=1e-5, atol=1e-6)
+        assert not np.asarray(one.images[:, 1]).any()
         given = np.asarray(one.latent)[..., :4]
         assert (given[:, 0] == 1).all() and not given[:, 1:].any()
     assert not np.array_equal(forwards.latent, backwards.latent)
@@ -68,7 +68,7 @@ def test_each_direction_is_told_what_it_shows(model, setup):
         (backwards, ["a circle moves left", ""]),
     ):
         other = Batch(model, None, settings, dataclasses.replace(batch.clips, captions=prompts))
-        np.testing.assert_allclose(conditions.text, other.conditions[0].text, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(conditions.text, other.encoded.conditions.text, rtol=1e-5, atol=1e-6)
     assert not np.allclose(forwards.text, backwards.text, atol=1e-3)
 
 
@@ -149,7 +149,7 @@ def test_the_arm_is_the_scheme(model, setup, name):
     noise, keys = batch.noise(3), batch.keys(3, 4)
     made = generate.make(arm, batch, 3)
     latents = two_way.sample(*batch.one_way, settings, arm.options, noise, keys)
-    np.testing.assert_array_equal(made, pipeline.decode(model, latents))
+    np.testing.assert_array_equal(made, batch.decode(latents))
     clips = batch.clips
     turned = Clips(
         clips.ids[::-1], clips.captions[::-1], clips.backwards[::-1], clips.keyframes[::-1], clips.truth[::-1]
@@ -159,13 +159,20 @@ def test_the_arm_is_the_scheme(model, setup, name):
 
 
 def test_order_of_steps():
+    """Of each evaluation the level it starts from; the one that fresh noise brings it back to, from the row's own
+    numbers: the data's share after the update is 1 - that level."""
     levels = np.array([1.0, 0.8, 0.5, 0.0])
-    trf = two_way.rows(Options("trf", repeats=2, repeat_share=0.34), levels)
-    np.testing.assert_allclose(trf.sigma, [1, 1, 1, 0.8, 0.8, 0.8, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(trf.back, [1, 1, 0.8, 0.8, 0.8, 0.5, 0.0], rtol=1e-6)
-    vibid = two_way.rows(Options("vibid"), levels)
-    np.testing.assert_allclose(vibid.back, [1, 0.8, 0.8, 0.5, 0.5, 0], rtol=1e-6)
-    np.testing.assert_array_equal(vibid.backwards, [0, 1] * 3)
+    for options, sigma, back in (
+        (Options("trf", repeats=2, repeat_share=0.34), [1, 1, 1, 0.8, 0.8, 0.8, 0.5], [1, 1, 0.8, 0.8, 0.8, 0.5, 0]),
+        (Options("vibid"), [1, 1, 0.8, 0.8, 0.5, 0.5], [1, 0.8, 0.8, 0.5, 0.5, 0]),
+    ):
+        table = two_way.rows(options, levels)
+        live = table.live
+        np.testing.assert_allclose(table.step.sigma[live], sigma, rtol=1e-6)
+        ratio, kept, _ = table.step.predictor[live].T
+        data = kept + ratio * (1 - np.array(sigma))
+        np.testing.assert_allclose(1 - data, back, atol=1e-6)
+    np.testing.assert_array_equal(table.extra[live], [0, 1] * 3)
 
 
 @pytest.mark.parametrize("level, higher", [(0.3, 0.7), (0.0, 0.5), (0.5, 0.5), (0.9, 1.0)])
@@ -173,7 +180,8 @@ def test_renoise_reaches_the_higher_level(level, higher):
     """From x = (1 - a) data + a noise, the mixture at b has (1 - b) of the data and variance b^2 of noise."""
     rng = np.random.default_rng(0)
     data, first, second = (rng.normal(size=200_000) for _ in range(3))
-    made = np.asarray(two_way.renoise((1 - level) * data + level * first, second, level, higher))
+    keep, deviation = two_way.renoise(np.array(level), np.array(higher))
+    made = keep * ((1 - level) * data + level * first) + deviation * second
     share = (made * data).mean()
     assert share == pytest.approx(1 - higher, abs=0.01)
     assert np.std(made - (1 - higher) * data) == pytest.approx(higher, abs=0.01)

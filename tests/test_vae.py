@@ -15,13 +15,15 @@ from reference import listing, numpy_state, randomize, relative_error
 
 from convert import vae as names
 from convert.keymap import CONV3D, check, convert
-from wanjax import layers, vae
+from wanjax import vae
 from wanjax.config import BFLOAT16, VAEConfig, preset
 
 CONFIGS = {
-    "wan": VAEConfig(base_dim=8),
-    "tiny": preset("tiny").vae,
-    "stride2": VAEConfig(base_dim=8, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, False)),
+    "wan": VAEConfig(base_dim=8, conv3d="taps"),
+    "tiny": dataclasses.replace(preset("tiny").vae, conv3d="taps"),
+    "stride2": VAEConfig(
+        base_dim=8, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, False), conv3d="taps"
+    ),
 }
 SMALLEST = VAEConfig(base_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
 GRIDS = {"wan": (1, 3), "tiny": (3, 5), "stride2": (5, 2)}  # latent height and width
@@ -150,12 +152,16 @@ def test_bfloat16_policy(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
 def test_the_other_form_of_convolution_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lowering that TPUs use."""
-    forms = []
-    monkeypatch.setattr(layers, "conv3d_form", lambda: forms.append("conv3d") or "conv3d")
-    x = example("tiny", kind, 5)
-    y = build(CONFIGS["tiny"], kind, x)(params("tiny"), x)
-    assert forms
+    """The lowering that TPUs use, from the first to the last layer; the config alone decides."""
+    monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("asked for the backend"))
+    x, config = example("tiny", kind, 5), dataclasses.replace(CONFIGS["tiny"], conv3d="conv3d")
+    traced = [str(jax.make_jaxpr(functools.partial(getattr(vae, kind), c))(expected_params(c), x))
+              for c in (config, CONFIGS["tiny"])]  # fmt: skip
+    assert [("dimension_numbers=ConvDimensionNumbers(lhs_spec=(0, 4, 1, 2, 3)" in text) for text in traced] == [
+        True,
+        False,
+    ]
+    y = build(config, kind, x)(params("tiny"), x)
     assert relative_error(y, ours("tiny", kind, 5)) <= 1e-5
 
 

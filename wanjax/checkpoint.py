@@ -1,115 +1,56 @@
-"""A wanjax model folder: `config.json`, `tokenizer.json`, and the parameters of each model in one of two forms.
+"""A wanjax model folder: `config.json`, `tokenizer.json`, a manifest, and the parameters in one of two forms.
 
-Small models are one safetensors file each, with parameter paths as names ("blocks/ffn_in/kernel"); what
-`python -m convert` writes is an Orbax checkpoint each and a manifest (`wanjax.store`). Everything is checked before it
-is used.
+What `python -m convert` writes is an Orbax checkpoint for each model, what `save` writes is a safetensors file for each
+(`wanjax.store` knows both). Everything that can be wrong and be seen without reading the weights is found by
+`open_folder`; the weights are compared with their digests as they are read.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from wanjax import compare, manifest, sharding, store
 from wanjax import config as configs
-from wanjax import rope, sharding, store, vae
-from wanjax.clip import CLIPVision
 from wanjax.config import BFLOAT16, FLOAT32, ModelConfig
-from wanjax.dit import WanDiT
+from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
+from wanjax.residency import POLICIES, Model, Parts
+from wanjax.shapes import param_shapes
 from wanjax.tokenizer import Tokenizer
-from wanjax.types import Conditions
-from wanjax.umt5 import UMT5Encoder
+
+__all__ = ["CONFIG", "TOKENIZER", "CheckpointError", "Folder", "Model", "bundled", "is_folder", "load", "open_folder",
+           "param_shapes", "policy", "read_config", "save", "sign"]  # fmt: skip
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-
-
-class CheckpointError(ValueError):
-    """A model folder that cannot be used; the message is one line (or one list) naming what and the mend."""
+UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
+"""What a configuration of the wrong kind may end in, such as no heads to divide the width by."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model ready to run.
+class Folder:
+    """A model folder of which nothing is wrong that can be seen without reading the weights.
 
     Attributes:
-      config: sizes and precision.
-      params: {"dit", "vae", "umt5", "clip"} -> nested dict of arrays ("clip" absent for text-to-video).
-      tokenizer: of the text encoder.
+      path: absolute.
+      config: sizes, precision and sampling defaults.
+      tokenizer: of the text encoder; None where the folder need not be whole.
+      notes: lines that a user should see.
     """
 
+    path: Path
     config: ModelConfig
-    params: dict[str, Any]
-    tokenizer: Tokenizer
-
-
-def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Shape and dtype of every parameter, by model, as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    key, d = jax.random.key(0), config.dit
-    grid = (1, *(2 * size for size in d.patch_size))
-
-    def dit(key: jax.Array) -> Any:
-        image = np.zeros((1, d.image_tokens, d.image_dim or 0), np.float32)
-        conditions = Conditions(
-            np.zeros((1, d.text_length, d.text_dim), np.float32),
-            image if d.num_images >= 1 else None,
-            image if d.num_images == 2 else None,
-            np.zeros((*grid, d.condition_channels), np.float32) if d.condition_channels else None,
-        )
-        table = rope.table(tuple(n // s for n, s in zip(grid[1:], d.patch_size, strict=True)), d.head_dim)
-        latents = np.zeros((*grid, d.out_channels), np.float32)
-        return WanDiT(d).init(key, latents, np.zeros(1, np.float32), conditions, table)["params"]
-
-    def umt5(key: jax.Array) -> Any:
-        ids = np.zeros((1, 4), np.int32)
-        return UMT5Encoder(config.umt5).init(key, ids, ids)["params"]
-
-    shapes = {
-        "dit": jax.eval_shape(dit, key),
-        "vae": jax.eval_shape(lambda key: vae.init(config.vae, key), key),
-        "umt5": jax.eval_shape(umt5, key),
-    }
-    if config.clip is not None:
-        pixels = np.zeros((1, config.clip.image_size, config.clip.image_size, 3), np.float32)
-        shapes["clip"] = jax.eval_shape(lambda key: CLIPVision(config.clip).init(key, pixels)["params"], key)
-    return shapes
-
-
-def save(folder: str | os.PathLike[str], config: ModelConfig, params: dict[str, Any], tokenizer: Path) -> None:
-    """Writes a model folder beside its final place and renames it at the end.
-
-    Args:
-      folder: must not exist.
-      params: as in `Model`; written in the dtypes they have.
-      tokenizer: a `tokenizer.json` to copy.
-
-    Raises:
-      CheckpointError: the folder exists, or params are not the config's.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists; choose another name or remove it")
-    for part, expected in param_shapes(config).items():
-        _compare(folder / part, expected, params.get(part, {}))
-    with tempfile.TemporaryDirectory(prefix=".wanjax-", dir=folder.parent) as hidden:
-        new = Path(hidden) / "new"
-        new.mkdir()
-        for part, tree in params.items():
-            # safetensors writes the buffer as it lies: a transposed view would be read back scrambled.
-            flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
-            save_file(flat, new / f"{part}.safetensors")
-        (new / CONFIG).write_text(configs.to_json(config) + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer, new / TOKENIZER)
-        os.replace(new, folder)
+    tokenizer: Tokenizer | None
+    notes: tuple[str, ...] = ()
 
 
 def bundled() -> Path:
@@ -121,84 +62,131 @@ def is_folder(path: Path) -> bool:
     """Whether a folder is a wanjax model folder, by its config.json; other libraries have files of that name too."""
     try:
         fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and {"dit", "vae", "umt5", "sampling"} <= fields.keys()
 
 
 def read_config(model: str | os.PathLike[str], whole: bool = True) -> tuple[Path, ModelConfig]:
-    """The folder and configuration of "tiny" or of a path, if `whole` with all its files present; reads no weights.
+    """The absolute folder and the configuration of "tiny" or of a path, checked as by `open_folder`.
 
     Raises:
       CheckpointError: no such model, or not a model folder.
     """
-    folder = bundled() if str(model) == "tiny" else Path(model)
-    try:
-        return _read_config(folder, str(model), whole)
-    except OSError as error:  # no permission, a name too long, a broken disk
-        raise CheckpointError(f"model {str(model)!r}: cannot be read ({error.strerror}); check the path") from error
+    folder = open_folder(model, whole)
+    return folder.path, folder.config
 
 
-def _read_config(folder: Path, model: str, whole: bool) -> tuple[Path, ModelConfig]:
-    if not folder.is_dir():
-        raise CheckpointError(f"model {model!r}: no such folder; give 'tiny' or a wanjax model folder")
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"model {folder}: no {CONFIG} in it; convert the weights to a wanjax model folder")
+def open_folder(model: str | os.PathLike[str], whole: bool = True) -> Folder:
+    """Checks a model folder: configuration, manifest, names, shapes and files of all arrays, tokenizer.
+
+    Args:
+      model: "tiny" for the bundled one, or a model folder; "~", ".." and symlinks are followed.
+      whole: whether all its files must be there. Without, weights and tokenizer are not looked at.
+
+    Raises:
+      CheckpointError: no such model, not a model folder, or a damaged one; names the file or array.
+    """
     try:
-        config = configs.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, ArithmeticError, RecursionError) as error:  # such as no heads to divide the width by
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    parts = ["dit", "vae", "umt5"] + (["clip"] if config.clip else [])
-    stored = (folder / store.MANIFEST).is_file()
-    names = [*(part if stored else f"{part}.safetensors" for part in parts), TOKENIZER]
-    lacking = [name for name in names if not (folder / name).exists()]
-    if lacking and whole:
-        raise CheckpointError(f"model {folder}: {', '.join(lacking)} missing; convert the weights again")
-    return folder, config
+        # Absolute and without "..", which TensorStore does not take.
+        path = bundled() if str(model) == "tiny" else Path(model).expanduser().resolve()
+        if not path.is_dir():
+            raise CheckpointError(f"model {str(model)!r}: no such folder; give 'tiny' or a wanjax model folder")
+        return _open(path, whole)
+    except CheckpointError:
+        raise
+    # No permission, a name too long, a broken disk; a null in the name; an unknown user's home, a loop of symlinks.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = manifest.first_line(error)
+        raise CheckpointError(f"model {str(model)!r}: cannot be read ({reason}); check the path") from error
+
+
+def _open(path: Path, whole: bool) -> Folder:
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
+    config, shapes = _config(path / CONFIG)
+    found = manifest.manifest_of(path)
+    _compare_files(path, found)
+    if not whole:
+        return Folder(path, config, None)
+    if found is None and any((path / part).is_dir() for part in shapes):
+        raise CheckpointError(f"model {path}: {MANIFEST} missing; convert the weights again")
+    stored = found is not None and found.form != SAFETENSORS
+    named = (*(part if stored else f"{part}.safetensors" for part in shapes), TOKENIZER)
+    lacking = [name for name in named if not (path / name).exists()]
+    if lacking:
+        raise CheckpointError(f"model {path}: {', '.join(lacking)} missing; convert the weights again")
+    for part, tree in shapes.items():
+        store.check(path, part, tree, found)
+    notes = () if found is not None else (f"model {path}: by an older wanjax, without checksums; a damaged number "
+                                          "would not be noticed (wanjax.checkpoint.sign adds them)",)  # fmt: skip
+    return Folder(path, config, _tokenizer(path / TOKENIZER, config), notes)
+
+
+def _config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration in a file and its parameters' shapes."""
+    try:
+        config = configs.from_json(file.read_text(encoding="utf-8"))
+        return config, param_shapes(config)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{file}: {manifest.first_line(error)}") from error
+
+
+def _compare_files(path: Path, found: Manifest | None) -> None:
+    for name, digest in {} if found is None else found.files.items():
+        if (path / name).is_file() and manifest.file_digest(path / name) != digest:
+            raise CheckpointError(f"{path / name}: not the file of the manifest; get it again, or if you changed it, "
+                                  "have wanjax.checkpoint.sign write the manifest anew")  # fmt: skip
+
+
+def _tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    size, room = tokenizer.vocab_size, config.umt5.vocab_size
+    if size > room:
+        raise CheckpointError(f"{file}: {size} tokens, the text encoder has {room}; put the model's own there")
+    return tokenizer
 
 
 def load(
-    model: str | os.PathLike[str] = "tiny",
+    model: str | os.PathLike[str] | Folder = "tiny",
     dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
-    fast: bool = True,
+    fast: bool = False,
+    policy: str = "keep",
 ) -> Model:
-    """Loads a model. Of a converted one each host reads its shards alone; of a safetensors file one tensor at a time.
+    """Loads a model, an array at a time, each compared with its digest beside the reading of the next.
 
     Args:
-      model: "tiny" for the bundled one, or a model folder.
+      model: "tiny" for the bundled one, a model folder, or one that `open_folder` has checked.
       dtype: "float32" or "bfloat16" policy for transformer and encoders; None takes the folder's own.
         The VAE stays as it is stored in the config.
       mesh: where the params are put, by `rules`; None puts them on the default device.
-      fast: of a converted model, trust the checksums of what is read. False reads everything once more and compares
-        it with the manifest.
+      fast: leave the digests be, see `store.restore`.
+      policy: "keep" reads all parts now and keeps them. "stage" reads a part when it is asked for and frees the
+        others, so that memory holds one at a time; damaged numbers are then found as late.
 
     Raises:
       CheckpointError: no such folder, damaged files, or tensors that are not the config's.
     """
-    folder, config = read_config(model)
-    if dtype is not None:
-        config = config.with_precision(policy(dtype))
-    tokenizer = Tokenizer(folder / TOKENIZER)
-    if tokenizer.vocab_size > config.umt5.vocab_size:
-        raise CheckpointError(
-            f"{folder / TOKENIZER}: {tokenizer.vocab_size} tokens, the text encoder has {config.umt5.vocab_size}"
-        )
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r}: choose {' or '.join(POLICIES)}")
+    folder = model if isinstance(model, Folder) else open_folder(model)
+    config = folder.config if dtype is None else _with_dtype(folder.config, dtype)
     shapes = param_shapes(config)
-    if not (folder / store.MANIFEST).is_file():
-        params = {part: _read(folder / f"{part}.safetensors", tree, mesh, rules) for part, tree in shapes.items()}
-        return Model(config, params, tokenizer)
-    try:
-        manifest = store.read_manifest(folder)
-        for part, tree in shapes.items():
-            store.check(folder, part, tree, manifest)
-        if not fast:
-            store.verify(folder, manifest.arrays)
-        params = {part: store.restore(folder, part, tree, mesh, rules) for part, tree in shapes.items()}
-    except store.StoreError as error:
-        raise CheckpointError(str(error)) from error
-    return Model(config, params, tokenizer)
+
+    def read(part: str, mesh: Mesh | None, rules: sharding.Rules) -> Any:
+        return store.restore(folder.path, part, shapes[part], mesh, rules, fast)
+
+    parts = Parts({}, read, tuple(shapes), policy == "stage", mesh, rules)
+    if policy == "stage":
+        return Model(config, parts, folder.tokenizer, parts)
+    for part in parts:
+        parts.get_on(part, None)
+    return Model(config, parts.held, folder.tokenizer, parts)
 
 
 def policy(dtype: str) -> configs.Precision:
@@ -209,37 +197,86 @@ def policy(dtype: str) -> configs.Precision:
     return policies[dtype]
 
 
-def _read(file: Path, expected: Any, mesh: Mesh | None, rules: sharding.Rules) -> Any:
-    """Params of one file on the device or mesh, in the dtypes of `expected`; shapes are compared first."""
-    leaves = flatten_dict(expected, sep="/")
-    specs = flatten_dict(sharding.specs(expected, rules, mesh), sep="/")
-    places = {name: mesh and NamedSharding(mesh, spec) for name, spec in specs.items()}
-    params = {}
-    try:
-        with safe_open(file, framework="np") as tensors:
-            names = list(tensors.keys())
-            _compare_shapes(file, expected, {name: tuple(tensors.get_slice(name).get_shape()) for name in names})
-            for name, leaf in leaves.items():
-                array = tensors.get_tensor(name).astype(leaf.dtype, copy=False)
-                params[name] = jax.device_put(array, places[name])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); get it again") from error
-    return unflatten_dict(params, sep="/")
+def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    return config.with_precision(policy(dtype))
 
 
-def _compare(file: Path, expected: Any, params: Any) -> None:
-    """As `_compare_shapes`, for a tree of arrays."""
-    found = {name: tuple(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()}
-    _compare_shapes(file, expected, found)
+def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[str, Any], tokenizer: Path) -> None:
+    """Writes a model folder of safetensors files beside its final place and renames it at the end.
+
+    Args:
+      folder: must not exist.
+      params: as in `Model`; written in the dtypes they have.
+      tokenizer: a `tokenizer.json` to copy.
+
+    Raises:
+      CheckpointError: the folder exists, params are not the config's, or there is no such tokenizer.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists; choose another name or remove it")
+    _compare(folder, config, params)
+    if not Path(tokenizer).is_file():
+        raise CheckpointError(f"{tokenizer}: no such file; give a tokenizer.json")
+    with tempfile.TemporaryDirectory(prefix=".wanjax-", dir=folder.parent) as hidden:
+        new = Path(hidden) / "new"
+        new.mkdir()
+        arrays = {}
+        for part, tree in params.items():
+            # safetensors writes the buffer as it lies: a transposed view would be read back scrambled.
+            flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+            save_file(flat, new / f"{part}.safetensors")
+            arrays |= {f"{part}/{name}": manifest.entry_of(array) for name, array in flat.items()}
+        (new / CONFIG).write_text(configs.to_json(config) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer, new / TOKENIZER)
+        (new / MANIFEST).write_text(_manifest(new, arrays).dumps(), encoding="utf-8")
+        os.replace(new, folder)
 
 
-def _compare_shapes(file: Path, expected: Any, found: dict[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError listing every parameter that is missing, extra or of another shape."""
-    wanted = {name: tuple(leaf.shape) for name, leaf in flatten_dict(expected, sep="/").items()}
-    differences = [
-        f"{name}: {found.get(name, 'missing')}, config wants {wanted.get(name, 'none')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    if differences:
-        raise CheckpointError(f"{file}: not the model of config.json\n  " + "\n  ".join(differences))
+def _compare(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """CheckpointError unless params are those of the config."""
+
+    def flat(trees: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(leaf.shape) for name, leaf in flatten_dict(dict(trees), sep="/").items()}
+
+    unlike = compare.lines(flat(params), flat(param_shapes(config)))
+    if unlike:
+        raise CheckpointError(f"{folder}: the params are not the config's{compare.listed(unlike)}")
+
+
+def sign(folder: str | os.PathLike[str]) -> None:
+    """Writes the manifest of a model folder anew, from the files that are there.
+
+    For a folder by an older wanjax, or after an intended change of config or tokenizer. Of the Orbax form, whose arrays
+    have their digests from the conversion, only those of config and tokenizer are made anew.
+
+    Raises:
+      CheckpointError: not a model folder, or the arrays are not the config's.
+    """
+    path = Path(folder).expanduser().resolve()
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
+    _, shapes = _config(path / CONFIG)
+    found = manifest.manifest_of(path)
+    if found is not None and found.form != SAFETENSORS:
+        new = replace(found, files=_files(path))
+    else:
+        arrays = {}
+        for part, tree in shapes.items():
+            store.check(path, part, tree, None)
+            arrays |= store.entries(path, part)
+        new = _manifest(path, arrays)
+    hidden = path / f".{MANIFEST}.new"
+    hidden.write_text(new.dumps(), encoding="utf-8")
+    os.replace(hidden, path / MANIFEST)
+
+
+def _manifest(path: Path, arrays: Mapping[str, Mapping[str, Any]]) -> Manifest:
+    """Of a folder of safetensors files."""
+    from wanjax import __version__  # here: the package imports this module
+
+    return Manifest(dict(sorted(arrays.items())), {}, f"wanjax {__version__}", "keep", (), _files(path), SAFETENSORS)
+
+
+def _files(path: Path) -> dict[str, str]:
+    return {name: manifest.file_digest(path / name) for name in (CONFIG, TOKENIZER) if (path / name).is_file()}

@@ -5,52 +5,59 @@ into F = n + 1 latent frames. Axis letters: B batch, T pixel frames, F latent fr
 pixels, C = s + 16 condition channels, L text positions, D text width.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wanjax.keyframes import check_frames
+from wanjax.settings import pixel_frames
 
 
-def mask(frames: int, temporal_stride: int, first: bool = True, last: bool = True) -> jax.Array:
+def mask(frames: int, temporal_stride: int, at: Sequence[int] = (0, -1)) -> jax.Array:
     """Which pixel frames are given, folded into latent frames: float32 [F, temporal_stride].
 
     1 where a keyframe is given, 0 where the model has to invent. The first pixel frame is a latent frame of
     its own, so it fills all of that latent frame's channels; every later latent frame holds `temporal_stride`
     pixel frames in order, so the last keyframe is the last channel of the last latent frame alone.
 
-    Raises ValueError when frames is not temporal_stride * n + 1 with n >= 1.
+    at: pixel frames of the keyframes, negative ones counted from the end.
+
+    Raises ValueError when frames is not temporal_stride * n + 1 with n >= 1, or a place is outside or given twice.
     """
     check_frames(frames, temporal_stride)
-    folded = np.zeros(((frames - 1) // temporal_stride + 1, temporal_stride), np.float32)
-    folded[0] = first
-    folded[-1, -1] = last
-    return jnp.asarray(folded)
+    given = np.zeros(frames, np.float32)
+    given[_distinct(at, frames)] = 1
+    return jnp.asarray(np.concatenate([np.repeat(given[:1], temporal_stride), given[1:]]).reshape(-1, temporal_stride))
 
 
-def pixel_condition(first: jax.Array, last: jax.Array | None, frames: int) -> jax.Array:
-    """The video the VAE encodes as conditioning: the keyframes with mid-gray between them.
+def keyframe_video(images: jax.Array, at: Sequence[int], frames: int) -> jax.Array:
+    """The video the VAE encodes as conditioning: the keyframes at their places, mid-gray everywhere else.
 
-    first, last: [B, H, W, 3] in [-1, 1]; last is None for image-to-video. Returns [B, T, H, W, 3] in the
-    dtype of `first`; the frames between are 0.0, the middle of the range.
+    images: [B, A, H, W, 3] in [-1, 1]; at: pixel frames of the A of them, negative ones counted from the end.
+    Returns [B, T, H, W, 3] in the dtype of `images`; gray is 0.0, the middle of the range.
 
-    Raises ValueError when the keyframes differ in shape or do not fit into `frames`.
+    Raises ValueError when places and images differ in number, or a place is outside or given twice.
     """
-    if last is not None and last.shape != first.shape:
-        raise ValueError(f"keyframes of shapes {first.shape} and {last.shape}: fit both to the same height and width")
-    given = [first] if last is None else [first, last]
-    if frames < len(given):
-        raise ValueError(f"frames {frames}: {len(given)} keyframes need at least {len(given)} frames")
-    batch, height, width, channels = first.shape
-    gray = jnp.zeros((batch, frames - len(given), height, width, channels), first.dtype)
-    parts = [first[:, None], gray] + [frame[:, None].astype(first.dtype) for frame in given[1:]]
-    return jnp.concatenate(parts, axis=1)
+    if len(at) != images.shape[1]:
+        raise ValueError(f"{images.shape[1]} keyframes at {len(at)} places: give a place for each")
+    batch, _, *size = images.shape
+    gray = jnp.zeros((batch, frames, *size), images.dtype)
+    return gray.at[:, _distinct(at, frames)].set(images)
+
+
+def _distinct(at: Sequence[int], frames: int) -> np.ndarray:
+    places = pixel_frames(at, frames)
+    if len(set(places)) < len(places):
+        raise ValueError(f"keyframes at {', '.join(map(str, at))} of {frames} frames: give each a frame of its own")
+    return np.asarray(places, int)
 
 
 def latent_condition(latent: jax.Array, mask: jax.Array) -> jax.Array:
     """The channels that join the noisy latent at the DiT's input: mask first, then the conditioning latent.
 
-    latent: [B, F, h, w, 16], the normalised latent of `pixel_condition`; mask: [F, s]. Returns
+    latent: [B, F, h, w, 16], the normalised latent of `keyframe_video`; mask: [F, s]. Returns
     [B, F, h, w, s + 16] in the latent's dtype.
 
     Raises ValueError when the two differ in the number of latent frames.

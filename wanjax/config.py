@@ -7,30 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import dacite
 from jax import lax
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-def make_plain(config: Any, field: str, kind: Callable[[Any], Any], label: str, wanted: str) -> None:
-    """Replaces a field of a frozen config by `kind` of it, so that numpy's numbers and arrays become plain ones.
-
-    Plain ones compare, hash and go into JSON; for use in `__post_init__`.
-
-    Raises:
-      ValueError: `kind` refuses the value; one line with label, value and what is wanted.
-    """
-    value = getattr(config, field)
-    try:
-        object.__setattr__(config, field, kind(value))
-    except (TypeError, ValueError) as error:
-        text = " ".join(repr(value).split())
-        raise ValueError(f"{label} {text}: give {wanted}") from error
-
-
-def floats(values: Any) -> tuple[float, ...]:
-    """A sequence or one-dimensional array as plain numbers."""
-    return tuple(float(value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -42,6 +22,8 @@ class Precision:
       compute: inputs of matrix products and convolutions.
       residual: the stream that blocks add to.
       softmax: attention logits and probabilities.
+      product: what matrix products of half-precision inputs return before it is cast, "float32" or "compute" (the
+        compute dtype; on CPUs an order of magnitude slower). They are summed in float32 either way.
     Time embedding, modulation, norms, head (their parameters too) and solver arithmetic are float32 under every
     policy.
     """
@@ -50,12 +32,13 @@ class Precision:
     compute: str = "float32"
     residual: str = "float32"
     softmax: str = "float32"
+    product: str = "float32"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value not in _DTYPES:
-                raise ValueError(f"precision: {field.name}={value!r} is not one of {', '.join(_DTYPES)}")
+            value, names = getattr(self, field.name), ("float32", "compute") if field.name == "product" else _DTYPES
+            if value not in names:
+                raise ValueError(f"precision: {field.name}={value!r} is not one of {', '.join(names)}")
 
     @property
     def matmul(self) -> lax.Precision | None:
@@ -77,6 +60,8 @@ class DiTConfig:
       image_tokens: vision tokens of ONE keyframe (patches and the class token).
       num_images: 2 first and last keyframe (with `emb_pos`), 1 image-to-video (without), 0 text-to-video.
       remat: recompute block activations in the backward pass (training only).
+      attention: kernel of self- and cross-attention, a name in `attention.KERNELS`, or "auto", which
+        `ModelConfig.for_platform` resolves.
     """
 
     num_layers: int = 40
@@ -94,6 +79,7 @@ class DiTConfig:
     image_tokens: int = 257
     num_images: int = 2
     remat: bool = False
+    attention: str = "auto"
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
@@ -123,6 +109,10 @@ class VAEConfig:
     Attributes:
       temporal_downsample: one flag per spatial downsampling: does it halve time as well.
       latent_mean, latent_std: per channel, of the training data's latents; normalised = (z - mean) / std.
+      conv3d: lowering of 3D convolutions: "conv3d"; "taps", a sum of 2D convolutions over the temporal taps; or
+        "auto", which `ModelConfig.for_platform` resolves. Taps: decoding and encoding by the bundled model's VAE was 2
+        to 4 times faster with them on a CPU (JAX 0.10.2, two cores); on GPUs they meet cuDNN's well-tuned NHWC
+        kernels. TPUs take 3D convolutions natively.
     """
 
     base_dim: int = 96
@@ -138,9 +128,12 @@ class VAEConfig:
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
+    conv3d: str = "auto"
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
+        if self.conv3d not in ("auto", "conv3d", "taps"):
+            raise ValueError(f"vae: conv3d {self.conv3d!r} is not auto, conv3d or taps")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"vae: {len(self.dim_mult)} multipliers need {len(self.dim_mult) - 1} temporal_downsample "
@@ -217,6 +210,9 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 
+FUN_NEGATIVE_PROMPT = WAN_NEGATIVE_PROMPT.removeprefix("镜头切换，镜头晃动，")
+
+
 @dataclass(frozen=True)
 class SamplingDefaults:
     """What the command line uses for a model when nothing else is said.
@@ -280,6 +276,34 @@ class ModelConfig:
             clip=None if self.clip is None else dataclasses.replace(self.clip, precision=encoders),
         )
 
+    def for_platform(self, platform: str) -> "ModelConfig":
+        """The same model with every "auto" resolved; other choices stay.
+
+        Args:
+          platform: "cpu", "gpu" or "cuda", "rocm", or "tpu", as JAX names them.
+
+        Raises:
+          ValueError: another platform.
+        """
+        if platform not in _PLATFORMS:
+            raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
+        found = {}
+        for (part, field), name in zip(_AUTO, _PLATFORMS[platform], strict=True):
+            config = getattr(self, part)
+            found[part] = dataclasses.replace(config, **{field: name}) if getattr(config, field) == "auto" else config
+        return dataclasses.replace(self, **found)
+
+
+_AUTO = (("dit", "attention"), ("vae", "conv3d"))
+_PLATFORMS: Mapping[str, tuple[str, str]] = {
+    "cpu": ("xla", "taps"),
+    "gpu": ("cudnn", "taps"),
+    "cuda": ("cudnn", "taps"),
+    "rocm": ("xla", "taps"),
+    "tpu": ("xla", "conv3d"),
+}
+"""What "auto" means for the fields in _AUTO."""
+
 
 def _flf2v_14b() -> ModelConfig:
     return ModelConfig("flf2v_14b", DiTConfig(), VAEConfig(), UMT5Config(), CLIPConfig())
@@ -295,6 +319,25 @@ def _t2v_1_3b() -> ModelConfig:
     return ModelConfig("t2v_1_3b", dit, VAEConfig(), UMT5Config(), None, sampling)
 
 
+def _fun_inp(name: str, dit: DiTConfig) -> ModelConfig:
+    """Wan2.1-Fun InP: image-to-video weights that also know a last keyframe, by its mask and latent alone.
+
+    Sizes and sampling as in the published config.json and `examples/wan2.1_fun/predict_i2v.py` of VideoX-Fun.
+    """
+    sampling = SamplingDefaults(
+        size=(480, 832), shift=5.0, guidance=6.0, solver="euler", negative_prompt=FUN_NEGATIVE_PROMPT
+    )
+    return ModelConfig(name, dit, VAEConfig(), UMT5Config(), CLIPConfig(), sampling)
+
+
+def _fun_inp_1_3b() -> ModelConfig:
+    return _fun_inp("fun_inp_1_3b", DiTConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, num_images=1))
+
+
+def _fun_inp_14b() -> ModelConfig:
+    return _fun_inp("fun_inp_14b", DiTConfig(num_images=1))
+
+
 def _tiny() -> ModelConfig:
     clip = CLIPConfig(num_layers=2, dim=128, num_heads=4, ffn_dim=512, image_size=32, patch_size=8)
     umt5 = UMT5Config(num_layers=2, dim=128, num_heads=4, head_dim=32, ffn_dim=256, vocab_size=768)
@@ -307,11 +350,14 @@ def _tiny() -> ModelConfig:
     return ModelConfig("tiny", dit, vae, umt5, clip, sampling)
 
 
-PRESETS = {"tiny": _tiny, "flf2v_14b": _flf2v_14b, "i2v_14b": _i2v_14b, "t2v_1_3b": _t2v_1_3b}
+PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
+    "tiny": _tiny, "flf2v_14b": _flf2v_14b, "i2v_14b": _i2v_14b, "t2v_1_3b": _t2v_1_3b,
+    "fun_inp_1_3b": _fun_inp_1_3b, "fun_inp_14b": _fun_inp_14b,
+}  # fmt: skip
 
 
 def preset(name: str) -> ModelConfig:
-    """A named model configuration: `tiny`, `flf2v_14b`, `i2v_14b` or `t2v_1_3b`.
+    """A named model configuration, by its name in PRESETS.
 
     Raises:
       ValueError: unknown name.
@@ -327,36 +373,31 @@ def to_json(config: ModelConfig) -> str:
 
 
 def from_json(text: str) -> ModelConfig:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` wrote; fields that it lacks take their defaults.
 
     Raises:
-      ValueError: not JSON, or fields unknown, missing or inconsistent.
+      ValueError: not JSON, or fields unknown, missing, of the wrong kind, not finite or inconsistent.
     """
     try:
         fields = json.loads(text)
-        return _build(ModelConfig, fields)
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        if not isinstance(fields, dict):
+            raise TypeError("not an object with fields")
+        _check_finite(fields)
+        # JSON has lists for tuples; Python counts true as a whole number, so it is shown as the text that it is.
+        kinds = {int: _no_truth, float: _no_truth}
+        return dacite.from_dict(ModelConfig, fields, dacite.Config(strict=True, cast=[tuple], type_hooks=kinds))
+    except (TypeError, dacite.DaciteError, json.JSONDecodeError) as error:
         raise ValueError(f"model configuration: {error}") from error
 
 
-_NESTED = {
-    "dit": DiTConfig,
-    "vae": VAEConfig,
-    "umt5": UMT5Config,
-    "clip": CLIPConfig,
-    "sampling": SamplingDefaults,
-    "precision": Precision,
-}
+def _no_truth(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
-def _build(kind: type, fields: Mapping[str, Any]) -> Any:
-    def value(name: str, item: Any) -> Any:
-        if name in _NESTED and item is not None:
-            return _build(_NESTED[name], item)
-        if isinstance(item, list):
-            return tuple(item)
-        if isinstance(item, float) and not math.isfinite(item):
-            raise ValueError(f"model configuration: {name} is {item}")
-        return item
-
-    return kind(**{name: value(name, item) for name, item in fields.items()})
+def _check_finite(fields: Mapping[str, Any]) -> None:
+    for name, item in fields.items():
+        if isinstance(item, dict):
+            _check_finite(item)
+        for number in item if isinstance(item, list) else [item]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise TypeError(f"{name} is {number}")

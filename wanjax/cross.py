@@ -1,9 +1,16 @@
-"""Cross-attention of Wan2.1 to text and keyframes: joint or isolated branches, with or without a bias.
+"""Cross-attention of Wan2.1 to text and images: joint or isolated branches, with or without a bias, in one form.
 
-Axis letters: B batch, S video tokens, F latent frames, Q queries of one frame, K keys of a branch, N heads,
-D head width.
+Every branch, the text and each image, is attended to by itself; its softmax leaves (max, log sum). A joint softmax over
+the images is their sum with the shares that those give, an isolated one the sum with fixed weights, so that which it is
+may be traced. Axis letters as in `types`, and Q queries of one frame, c a branch. Inside this file branches are lists,
+the text first.
 """
 
+import functools
+import math
+from collections.abc import Iterable
+
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -11,7 +18,7 @@ from flax import struct
 from jax import lax
 
 from wanjax import kab
-from wanjax.attention import attention
+from wanjax.attention import Residual, attention, xla
 from wanjax.config import FLOAT32, Precision
 from wanjax.layers import constrain
 from wanjax.types import Branches, CrossBias, CrossControl
@@ -19,13 +26,13 @@ from wanjax.types import Branches, CrossBias, CrossControl
 
 @struct.dataclass
 class CrossReport:
-    """Where the frames of one layer look: attention [B, F, K] a branch, mean over heads and queries.
+    """Where the frames of one layer look: text [B, F, K], images [B, F, M, K], mean over heads and queries.
 
     Attributes:
       plain: without any bias.
       biased: with KAB's bias and the caller's.
       bias: their sum.
-    Where the keyframes are not isolated, first and last are parts of one distribution.
+    Where the images are not isolated, they are parts of one distribution.
     """
 
     plain: Branches
@@ -40,117 +47,139 @@ def cross_attention(
     bias: CrossBias | None = None,
     control: CrossControl | None = None,
     precision: Precision = FLOAT32,
-) -> jax.Array:
-    """One softmax over the text and one over both keyframes together, summed; or as `control` says.
+    kernel: str = "xla",
+    inspect: bool = False,
+) -> tuple[jax.Array, CrossReport | None]:
+    """One softmax over the text and one over all images together, summed; or as `control` says.
 
     Args:
-      q: [B, S, N, D].
-      keys, values: [B, K, N, D] a branch.
-      bias: a caller's, leaves [B, F, K] of one layer; S is a multiple of F. KAB's is added to it.
+      q: [B, S, N, d].
+      keys, values: text [B, K, N, d], images [B, M, K, N, d].
+      bias: a caller's, of one layer; S is a multiple of F. KAB's is added to it.
       control: of one layer (strength [B, F]); None is plain Wan2.1.
       precision: policy of the model.
+      kernel: of attention without a bias.
+      inspect: report too, at the cost of the path with a bias; needs a control.
 
     Returns:
-      [B, S, N, D] in the compute dtype.
+      ([B, S, N, d] in the compute dtype, the report or None).
+
+    Raises:
+      ValueError: queries that are not F frames of equal size.
     """
+    chex.assert_rank([q, keys.text, values.text], 4)
+    dtype = jnp.dtype(precision.compute)
+    q, control = jnp.asarray(q, dtype), jax.tree.map(jnp.asarray, control)  # q is cast before it travels
+    k, v = ([x.astype(dtype) for x in _parts(branches, 1)] for branches in (keys, values))
+    added = _parts(bias or CrossBias(), 2)
+    added += [None] * (len(k) - len(added))
+
+    def biased() -> tuple[jax.Array, CrossReport | None]:
+        return _by_frame(q, k, v, added, control, precision, inspect)
+
+    def plain() -> tuple[jax.Array, None]:
+        pairs = zip(k, v, strict=True)
+        found = [attention(q, *pair, precision=precision, kernel=kernel, residual=True) for pair in pairs]
+        _, weights = _shares([residual for _, residual in found], control)
+        out = sum(jnp.expand_dims(w, -1) * x.astype(jnp.float32) for w, (x, _) in zip(weights, found, strict=True))
+        return constrain(out.astype(dtype), "data", "sequence", "tensor", None), None
+
+    if inspect or any(x is not None for x in added):
+        return biased()
     if control is None:
-        return _branches(q, keys, values, bias, None, precision)
-
-    def anchored() -> jax.Array:
-        return _branches(q, keys, values, add(kab.bias(q, keys, control, precision), bias), control, precision)
-
-    def plain() -> jax.Array:
-        return _branches(q, keys, values, bias, control, precision)
-
+        return plain()
     # A layer or step outside KAB's window must cost nothing.
-    return lax.cond(jnp.any(control.strength != 0), anchored, plain)
+    return lax.cond(jnp.any(control.strength != 0), biased, plain)
 
 
-def add(a: CrossBias, b: CrossBias | None) -> CrossBias:
-    """The sum of two biases; None counts as zero."""
-    if b is None:
-        return a
-    pairs = ((a.text, b.text), (a.first, b.first), (a.last, b.last))
-    return CrossBias(*(x if y is None else y if x is None else x + y for x, y in pairs))
+def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array | None]:
+    """[text, image 1, ... image M]; M is an `axis` of the images."""
+    text = None if of.text is None else jnp.asarray(of.text)
+    return [text, *([] if of.images is None else jnp.unstack(of.images, axis=axis))]
 
 
-def _branches(q, keys, values, bias, control, precision: Precision) -> jax.Array:
-    """All branches, summed, with an explicit bias."""
-    bias = bias or CrossBias()
+def _shares(residuals: list[Residual], control: CrossControl | None) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What a branch's own softmax counts for, a list over c of arrays like its residual or []: in frame attention,
+    where isolated branches count whole, and in the output, where they have weights.
 
-    def attend(k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-        if bias is None:
-            return attention(q, k, v, precision=precision)
-        return _attend_by_frame(q, k, v, bias, precision)
+    Shares of a joint softmax are taken from differences of maxima; a branch that is hidden whole has none.
+    """
+    images = residuals[1:]
+    top = functools.reduce(jnp.maximum, [m for m, _ in images], jnp.float32(-jnp.inf))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    masses = [jnp.exp((m - top) + s) for m, s in images]
+    total = sum(masses, jnp.float32(0))
+    total = jnp.where(total == 0, 1, total)
+    joint = [jnp.float32(1), *(mass / total for mass in masses)]
+    if control is None or len(images) < 2:
+        return joint, joint
 
-    text = attend(keys.text, values.text, bias.text)
-    if keys.first is None:
-        return text
-    if keys.last is None:
-        return text + attend(keys.first, values.first, bias.first)
+    def chosen(weights: Iterable[jax.Array]) -> list[jax.Array]:
+        return [jnp.where(control.isolated, w, share) for w, share in zip(weights, joint, strict=True)]
 
-    def joint() -> jax.Array:
-        k = jnp.concatenate([keys.first, keys.last], 1)
-        v = jnp.concatenate([values.first, values.last], 1)
-        return text + attend(k, v, _join(bias, keys))
-
-    def isolated() -> jax.Array:
-        first, last = attend(keys.first, values.first, bias.first), attend(keys.last, values.last, bias.last)
-        w = control.weights
-        return (w[0] * text + w[1] * first + w[2] * last).astype(text.dtype)
-
-    return joint() if control is None else lax.cond(control.isolated, isolated, joint)
+    return chosen(joint[:1] * len(joint)), chosen(control.weights)
 
 
-def _attend_by_frame(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, precision: Precision) -> jax.Array:
-    """Attention with a bias [B, F, K], a frame at a time: neither the probabilities nor the bias of every query
-    exist all at once."""
+def by_frame(q: jax.Array, frames: int) -> jax.Array:
+    """Queries [B, S, N, d], S a multiple of F, as [F, B, Q, N, d].
 
-    def one(frame: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, bias = frame
-        return attention(q, k, v, bias[:, None, None], precision=precision)
-
-    out = lax.map(one, (kab.by_frame(q, bias.shape[1]), jnp.moveaxis(bias, 1, 0)))
-    return constrain(rearrange(out, "F B Q N D -> B (F Q) N D"), "data", "sequence", "tensor", None)
-
-
-def _join(bias: CrossBias, keys: Branches) -> jax.Array | None:
-    """Biases of the two image branches side by side; a missing one counts as zero."""
-    if bias.first is None and bias.last is None:
-        return None
-    shape = (bias.first if bias.first is not None else bias.last).shape[:2]
-    first = jnp.zeros((*shape, keys.first.shape[1])) if bias.first is None else bias.first
-    last = jnp.zeros((*shape, keys.last.shape[1])) if bias.last is None else bias.last
-    return jnp.concatenate([first, last], -1)
+    Under sequence parallelism frames straddle devices; here each frame's queries are split over all of them.
+    """
+    if q.shape[1] % frames:
+        raise ValueError(f"{q.shape[1]} queries are not {frames} frames of equal size")
+    q = rearrange(q, "B (F Q) N d -> F B Q N d", F=frames)
+    return constrain(q, None, "data", "sequence", "tensor", None)
 
 
-def report(
-    q: jax.Array,
-    keys: Branches,
-    bias: CrossBias | None,
-    control: CrossControl,
-    precision: Precision = FLOAT32,
-) -> CrossReport:
-    """What `cross_attention` of the same arguments attends to, for plots; costs a second attention."""
-    frames = control.strength.shape[1]
-    total = add(kab.bias(q, keys, control, precision), bias)
+def _by_frame(q, keys, values, added, control, precision, inspect) -> tuple[jax.Array, CrossReport | None]:
+    """Attention with KAB's bias and the caller's [B, F, K], a frame at a time: neither the probabilities nor the bias
+    of every query exist all at once. A frame's logits serve its frame attention and its output.
 
-    def looked_at(bias: CrossBias) -> Branches:
-        def of(k: jax.Array, bias: jax.Array | None) -> jax.Array:
-            return kab.frame_attention(q, k, frames, bias, precision=precision)
+    The anchors come first, to fill the carry with their frame attention; what they put out then is written again.
+    """
+    own = next((x for x in added if x is not None), None)
+    frames = own.shape[1] if control is None else control.strength.shape[1]
+    q = by_frame(q, frames)
+    scale = 1 / math.sqrt(q.shape[-1])
+    count = 0 if control is None else control.at.shape[0]
+    order = jnp.arange(frames) if control is None else jnp.concatenate([control.at, jnp.arange(frames)])
 
-        text = of(keys.text, bias.text)
-        if keys.first is None or keys.last is None:
-            return Branches(text, None if keys.first is None else of(keys.first, bias.first))
-        size = keys.first.shape[1]
+    def attend(scores: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Logits -> (frame attention [B, K], probabilities in the output [B, N, Q, K]), lists over c."""
+        found = [xla.softmax(x) for x in scores]
+        looked, weighed = [], []
+        for (p, _), share, weight in zip(found, *_shares([residual for _, residual in found], control), strict=True):
+            looked.append((p * jnp.expand_dims(share, -1)).astype(jnp.float32).mean((1, 2)))
+            weighed.append(p * jnp.expand_dims(weight, -1))
+        return looked, weighed
 
-        def joint() -> tuple[jax.Array, jax.Array]:
-            both = of(jnp.concatenate([keys.first, keys.last], 1), _join(bias, keys))
-            return both[..., :size], both[..., size:]
+    def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
+        (anchors, out), (index, frame) = carry, step
+        scores = [xla.logits(q[frame], k, scale, precision) for k in keys]
+        total = [None if x is None else x[:, frame] for x in added]
+        if control is not None:
+            plain, _ = attend(scores)
+            place = (jnp.arange(count) == index)[:, None, None]
+            anchors = [jnp.where(place, row, x) for x, row in zip(anchors, plain, strict=True)]
+            share = control.share[frame][:, None, None]
+            made = [kab.anchor_bias(row, (share * x).sum(0), control.strength[:, frame], control.floor)
+                    for x, row in zip(anchors, plain, strict=True)]  # fmt: skip
+            total = [a if b is None else a + b for a, b in zip(made, total, strict=True)]
+        scores = [x if b is None else x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, total, strict=True)]
+        biased, probabilities = attend(scores)
+        mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
+        out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)
+        return (anchors, out), (plain, biased, total) if inspect else None
 
-        def isolated() -> tuple[jax.Array, jax.Array]:
-            return of(keys.first, bias.first), of(keys.last, bias.last)
+    anchors = [jnp.zeros((count, k.shape[0], k.shape[1]), jnp.float32) for k in keys if control is not None]
+    (_, out), seen = lax.scan(turn, (anchors, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
+    out = constrain(rearrange(out, "F B Q N d -> B (F Q) N d"), "data", "sequence", "tensor", None)
+    if not inspect:
+        return out, None
+    plain, biased, total = ([jnp.moveaxis(x[count:], 0, 1) for x in part] for part in seen)
+    return out, CrossReport(_join(Branches, plain), _join(Branches, biased), _join(CrossBias, total))
 
-        return Branches(text, *lax.cond(control.isolated, isolated, joint))
 
-    return CrossReport(looked_at(CrossBias()), looked_at(total), total)
+def _join(kind: type, parts: list[jax.Array]) -> Branches | CrossBias:
+    """Branches [B, F, K] as one value again."""
+    return kind(parts[0], jnp.stack(parts[1:], 2) if len(parts) > 1 else None)

@@ -1,12 +1,13 @@
 """Wan2.1's video diffusion transformer (`wan/modules/model.py`), for FLF2V, I2V and T2V shapes.
 
-Axis letters: B batch, F h w latent frames, height, width, S video tokens, K keys of a branch, N heads, D
-width, L layers. Blocks are stacked on a leading layer axis of their parameters and run by one `nn.scan`.
+Axis letters as in `types`. Blocks are stacked on a leading layer axis of their parameters and run by one `nn.scan`.
 """
 
 import dataclasses
 import math
+from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from einops import rearrange
 from wanjax import rope
 from wanjax.attention import attention
 from wanjax.config import DiTConfig, Precision
-from wanjax.cross import CrossReport, cross_attention, report
+from wanjax.cross import CrossReport, cross_attention
 from wanjax.layers import Dense, LayerNorm, RMSNorm, constrain, layer_norm
 from wanjax.types import Branches, Conditions, CrossBias, CrossControl, RopeTable
 
@@ -80,12 +81,12 @@ class SelfAttention(nn.Module):
         q = constrain(rope.apply(q, table), "data", "sequence", "tensor", None)
         k = constrain(rope.apply(k, table), "data", None, "tensor", None)
         v = constrain(v, "data", None, "tensor", None)
-        out = attention(q, k, v, precision=p)
+        out = attention(q, k, v, precision=p, kernel=c.attention)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text and to the keyframes' vision tokens, whose k and v have weights of their own."""
+    """Attention to the text and to the images' vision tokens; k and v of all images have one set of weights."""
 
     config: DiTConfig
     inspect: bool = False
@@ -97,23 +98,20 @@ class CrossAttention(nn.Module):
         c, p = self.config, self.config.precision
 
         def heads(a: jax.Array) -> jax.Array:
-            return rearrange(a, "B S (N D) -> B S N D", N=c.num_heads)
+            return rearrange(a, "... (N D) -> ... N D", N=c.num_heads)
+
+        def keys(a: jax.Array, suffix: str = "") -> jax.Array:
+            return heads(RMSNorm(c.eps, name=f"norm_k{suffix}")(Dense(c.dim, p, name=f"k{suffix}")(a)))
+
+        def values(a: jax.Array, suffix: str = "") -> jax.Array:
+            return heads(Dense(c.dim, p, name=f"v{suffix}")(a))
 
         q = heads(RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x)))
-        k_text = heads(RMSNorm(c.eps, name="norm_k")(Dense(c.dim, p, name="k")(context.text)))
-        keys = Branches(k_text)
-        values = Branches(heads(Dense(c.dim, p, name="v")(context.text)))
-        if c.num_images:
-            project = Dense(c.dim, p, name="k_image")
-            norm = RMSNorm(c.eps, name="norm_k_image")
-            v_image = Dense(c.dim, p, name="v_image")
-            keys = keys.replace(first=heads(norm(project(context.first))))
-            values = values.replace(first=heads(v_image(context.first)))
-            if c.num_images == 2:
-                keys = keys.replace(last=heads(norm(project(context.last))))
-                values = values.replace(last=heads(v_image(context.last)))
-        out = cross_attention(q, keys, values, bias, control, p)
-        seen = report(q, keys, bias, control, p) if self.inspect else None
+        k, v = Branches(keys(context.text)), Branches(values(context.text))
+        if context.images is not None:
+            k = k.replace(images=keys(context.images, "_image"))
+            v = v.replace(images=values(context.images, "_image"))
+        out, seen = cross_attention(q, k, v, bias, control, p, c.attention, self.inspect)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)")), seen
 
 
@@ -158,25 +156,22 @@ class Block(nn.Module):
 
 
 class ImageEmbed(nn.Module):
-    """Vision tokens to the model's width; FLF2V adds `position` so that first and last can be told apart."""
+    """Vision tokens [B, M, K, image_dim] to the model's width; FLF2V adds `position`, which tells first from last."""
 
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, first: jax.Array, last: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, images: jax.Array) -> jax.Array:
         c, p = self.config, self.config.precision
-        tokens = first.astype(jnp.float32)
+        chex.assert_shape(images, (None, None, c.image_tokens, c.image_dim))
+        tokens = images.astype(jnp.float32)
         if c.num_images == 2:
-            tokens = jnp.concatenate([tokens, last.astype(jnp.float32)], 1)
             shape = (2 * c.image_tokens, c.image_dim)
             position = self.param("position", nn.initializers.zeros, shape, jnp.dtype(p.param))
-            tokens = tokens + position.astype(jnp.float32)
+            tokens = tokens + position.astype(jnp.float32).reshape(2, *tokens.shape[2:])
         y = LayerNorm(IMAGE_EPS, name="norm_in")(tokens)
         y = nn.gelu(Dense(c.image_dim, p, name="in")(y), approximate=False)
-        y = LayerNorm(IMAGE_EPS, name="norm_out")(Dense(c.dim, p, name="out")(y))
-        if c.num_images == 1:
-            return y, None
-        return y[:, : c.image_tokens], y[:, c.image_tokens :]
+        return LayerNorm(IMAGE_EPS, name="norm_out")(Dense(c.dim, p, name="out")(y))
 
 
 class WanDiT(nn.Module):
@@ -184,7 +179,7 @@ class WanDiT(nn.Module):
 
     Attributes:
       config: sizes and precision policy.
-      inspect: return (velocity, CrossReport with leaves [L, B, F, K]) instead of the velocity; needs a control.
+      inspect: return (velocity, CrossReport with L in front) instead of the velocity; needs a control.
     """
 
     config: DiTConfig
@@ -205,10 +200,11 @@ class WanDiT(nn.Module):
         Args:
           latents: [B, F, h, w, out_channels] noisy latents.
           timestep: [B] float32 in 0..1000 (1000 * sigma); never rounded.
-          conditions: see `Conditions`; text is [B, text_length, text_dim].
+          conditions: see `Conditions`; text is [B, text_length, text_dim]. A model of two images has learnt which is
+            first and which is last and takes those two; a model of one takes any number M >= 1.
           table: rotary factors of the token grid (F, h/2, w/2), from `rope.table`.
-          cross_bias: a caller's additive cross-attention bias, leaves [L, B, F, K]; None adds nothing. Frames F
-            are token frames.
+          cross_bias: a caller's additive cross-attention bias, text [L, B, F, K], images [L, B, F, M, K]; None adds
+            nothing. Frames F are token frames.
           control: KAB's strength and isolation, see `CrossControl`; None is plain Wan2.1. KAB's bias and the
             caller's are added.
 
@@ -221,7 +217,8 @@ class WanDiT(nn.Module):
         c, p = self.config, self.config.precision
         check_conditions(c, conditions, latents.shape)
         grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
-        check_cross(c, (latents.shape[0], grid[0]), cross_bias, control)
+        images = 0 if conditions.images is None else conditions.images.shape[1]
+        check_cross(c, (latents.shape[0], grid[0]), cross_bias, control, images)
         if self.inspect and control is None:
             raise ValueError("inspect: give a control too, such as wanjax.method.arrays(...).at(step)")
         if conditions.latent is not None:
@@ -264,8 +261,7 @@ class WanDiT(nn.Module):
         text = Dense(c.dim, p, name="text_out")(text)
         if not c.num_images:
             return Branches(text)
-        first, last = ImageEmbed(c, name="image_embed")(conditions.first, conditions.last)
-        return Branches(text, first, last)
+        return Branches(text, ImageEmbed(c, name="image_embed")(conditions.images))
 
 
 def _float32(precision: Precision) -> Precision:
@@ -288,45 +284,53 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
             f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
             f"of the patch {config.patch_size}"
         )
-    image = (batch, config.image_tokens, config.image_dim)
-    wanted = {
-        "text": (batch, config.text_length, config.text_dim),
-        "first": image if config.num_images >= 1 else None,
-        "last": image if config.num_images == 2 else None,
-        "latent": (batch, *grid, config.condition_channels) if config.condition_channels else None,
-    }
-    for name, shape in wanted.items():
-        value = getattr(conditions, name)
-        found = None if value is None else tuple(value.shape)
-        if found != shape:
-            raise ValueError(f"conditions.{name} is {_show(found)}; this model takes {_show(shape)}")
+    images = None
+    if config.num_images:
+        count = "M" if config.num_images == 1 else config.num_images
+        images = (batch, count, config.image_tokens, config.image_dim)
+    latent = (batch, *grid, config.condition_channels) if config.condition_channels else None
+    _check("conditions", conditions, {"text": (batch, config.text_length, config.text_dim), "images": images,
+                                      "latent": latent})  # fmt: skip
 
 
-def check_cross(config: DiTConfig, rows: tuple[int, int], bias: CrossBias | None, control: CrossControl | None) -> None:
+def check_cross(
+    config: DiTConfig,
+    rows: tuple[int, int],
+    bias: CrossBias | None,
+    control: CrossControl | None,
+    images: int | None = None,
+) -> None:
     """Compares a caller's bias and a control with the model.
 
     Args:
       rows: (batch, token frames).
+      images: M of the conditions; None is what the model was trained with.
 
     Raises:
-      ValueError: leaves that are not [L, B, F, K] of a branch the model has; strength not [L, B, F].
+      ValueError: leaves that are not [L, B, F, K] or [L, B, F, M, K] of what the model sees; strength not [L, B, F].
     """
-    layers, image = config.num_layers, config.image_tokens
+    layers, images = config.num_layers, config.num_images if images is None else images
     if bias is not None:
-        keys = {"text": config.text_length, "first": image if config.num_images >= 1 else None,
-                "last": image if config.num_images == 2 else None}  # fmt: skip
-        for name, size in keys.items():
-            leaf = getattr(bias, name)
-            if leaf is not None and (size is None or tuple(leaf.shape) != (layers, *rows, size)):
-                wanted = None if size is None else (layers, *rows, size)
-                raise ValueError(f"cross_bias.{name} is {_show(tuple(leaf.shape))}; this model takes {_show(wanted)}")
+        shapes = {"text": (layers, *rows, config.text_length),
+                  "images": (layers, *rows, images, config.image_tokens) if images else None}  # fmt: skip
+        _check("cross_bias", bias, {name: shape for name, shape in shapes.items() if getattr(bias, name) is not None})
     if control is not None:
-        wanted = {"strength": (layers, *rows), "curve": rows[1:], "floor": (), "isolated": (), "weights": (3,)}
-        for name, shape in wanted.items():
-            found = tuple(jnp.shape(getattr(control, name)))
-            if found != shape:
-                raise ValueError(f"control.{name} is {_show(found)}; this model takes {_show(shape)}")
+        anchors = "A" if np.ndim(control.at) != 1 else np.shape(control.at)[0]
+        _check("control", control, {"strength": (layers, *rows), "at": (anchors,), "share": (rows[1], anchors),
+                                    "floor": (), "isolated": (), "weights": (1 + images,)})  # fmt: skip
 
 
-def _show(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+def _check(name: str, value: Any, shapes: dict[str, tuple | None]) -> None:
+    """Compares fields of `value` with shapes; None is absent, a letter any size but 0."""
+
+    def show(shape: tuple | None) -> str:
+        return "absent" if shape is None else f"[{', '.join(map(str, shape))}]"
+
+    for field, wanted in shapes.items():
+        leaf = getattr(value, field)
+        found = None if leaf is None else tuple(np.shape(leaf))
+        fits = found == wanted
+        if found is not None and wanted is not None and len(found) == len(wanted):
+            fits = all(n == size or (isinstance(size, str) and n > 0) for n, size in zip(found, wanted, strict=True))
+        if not fits:
+            raise ValueError(f"{name}.{field} is {show(found)}; this model takes {show(wanted)}")

@@ -1,4 +1,4 @@
-"""Small layers shared by the models, and the one place where their lowering depends on the backend.
+"""Small layers shared by the models.
 
 Axis letters as in `types`. Every norm computes in float32 and returns float32.
 """
@@ -18,8 +18,7 @@ Initializer = Callable[..., jax.Array]
 def dot(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     """x [..., I] @ kernel [I, O] -> [..., O] in the compute dtype."""
     dtype = jnp.dtype(precision.compute)
-    # XLA's CPU backend is an order of magnitude slower at bfloat16 products that also return bfloat16.
-    out = jnp.float32 if jax.default_backend() == "cpu" else None
+    out = jnp.float32 if precision.product == "float32" else None
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = lax.dot_general(
         x.astype(dtype), kernel.astype(dtype), dims, precision=precision.matmul, preferred_element_type=out
@@ -82,23 +81,13 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.eps) * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
 
 
-def conv3d_form() -> str:
-    """Which lowering of a 3D convolution is used on the present backend: "conv3d" or "taps".
-
-    "taps" is a sum of 2D convolutions over the temporal taps. On CPUs that was 1.3 to 12 times faster than one
-    3D convolution (JAX 0.10.2, one and two cores; older releases were reported the other way round), on GPUs
-    it meets cuDNN's well-tuned NHWC kernels. TPUs take 3D convolutions natively.
-    """
-    return {"tpu": "conv3d"}.get(jax.default_backend(), "taps")
-
-
 def conv3d(
     x: jax.Array,
     kernel: jax.Array,
     precision: Precision,
     strides: Sequence[int] = (1, 1, 1),
     padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0), (0, 0)),
-    form: str | None = None,
+    form: str = "auto",
 ) -> jax.Array:
     """3D convolution, channels last.
 
@@ -106,14 +95,15 @@ def conv3d(
       x: [B, T, H, W, I].
       kernel: [kt, kh, kw, I, O].
       strides, padding: per (time, height, width).
-      form: "conv3d", "taps", or None for `conv3d_form()`.
+      form: "conv3d", "taps" (a sum of 2D convolutions over the temporal taps), or "auto", which is "conv3d" here
+        (`ModelConfig.for_platform` resolves it). A kernel of one tap is a 2D convolution in every form.
 
     Returns:
       [B, T', H', W', O] in the compute dtype.
     """
     dtype = jnp.dtype(precision.compute)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if kernel.shape[0] == 1 or (form or conv3d_form()) == "taps":
+    if kernel.shape[0] == 1 or form == "taps":
         return _conv3d_by_taps(x, kernel, precision, strides, padding)
     return lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision=precision.matmul

@@ -2,12 +2,10 @@
 
 Source: "Anchoring and Rescaling Attention for Semantically Coherent Inbetweening", arXiv 2603.17651; where its text
 and its released code differ, `docs/differences.md` says which option is which. Everything here is arithmetic on the
-host: what it makes are inputs of the compiled sampler, so that no setting recompiles it. Axis letters: F latent
-frames, L layers.
+host: what it makes are inputs of the compiled sampler, so that no setting recompiles it. Axis letters as in `types`.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,29 +17,35 @@ from flax import struct
 from wanjax import kab as kabs
 from wanjax import retro as retros
 from wanjax import rope
-from wanjax.config import ModelConfig, floats, make_plain
+from wanjax.config import ModelConfig
 from wanjax.kab import KAB
 from wanjax.retro import ReTRo
+from wanjax.settings import check_settings, floats, pixel_frames, setting
 from wanjax.types import CrossControl, RopeTable
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """Triple isolated cross-attention: text, first and last keyframe have a softmax each, summed with weights.
+    """Isolated cross-attention: text and every image have a softmax each, summed with weights.
 
     Attributes:
-      weights: of (text, first, last), finite and not negative.
+      weights: of (text, first image, last image), from 0 to 1000. Images between get the mean of the two; a model of
+        one image has nothing to isolate.
     """
 
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    weights: tuple[float, float, float] = setting(
+        (1.0, 1.0, 1.0), floats, "give three numbers from 0 to 1000, for text, first, last",
+        lambda x: len(x) == 3 and all(0 <= w <= 1e3 for w in x), "branch weights", ",",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        wanted = "three numbers from 0 to 1000, for text, first, last"
-        make_plain(self, "weights", floats, "branch weights", wanted)
-        good = len(self.weights) == 3 and all(math.isfinite(w) and 0 <= w <= 1e3 for w in self.weights)
-        if not good:
-            text = ",".join(f"{w:g}" for w in self.weights)
-            raise ValueError(f"branch weights {text}: give {wanted}")
+        check_settings(self)
+
+    def of(self, images: int) -> np.ndarray:
+        """float32 [1 + M], the weights of text and M images."""
+        text, first, last = self.weights
+        inner = (images - 2) * [(first + last) / 2]
+        return np.asarray([text, first, *inner, last][: 1 + images], np.float32)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,25 @@ class MethodArrays:
         return self.control.replace(strength=np.broadcast_to(strength[:, None], shape))
 
 
-def arrays(method: Method, config: ModelConfig, frames: int, size: Sequence[int], steps: int) -> MethodArrays:
+def token_frames(config: ModelConfig, frames: int, at: Sequence[int]) -> tuple[int, ...]:
+    """Token frames that hold the given pixel frames (negative ones counted from the end), sorted, each once.
+
+    Raises:
+      ValueError: a place that the clip does not have.
+    """
+    stride, patch = config.vae.temporal_stride, config.dit.patch_size[0]
+    return tuple(sorted({-(-place // stride) // patch for place in pixel_frames(at, frames)}))
+
+
+def arrays(
+    method: Method,
+    config: ModelConfig,
+    frames: int,
+    size: Sequence[int],
+    steps: int,
+    at: Sequence[int] = (0, -1),
+    images: int | None = None,
+) -> MethodArrays:
     """Makes a method's arrays.
 
     Args:
@@ -163,35 +185,43 @@ def arrays(method: Method, config: ModelConfig, frames: int, size: Sequence[int]
       frames: pixel frames of the clip.
       size: (height, width) in pixels.
       steps: denoising steps.
+      at: pixel frames of the keyframes, negative ones counted from the end.
+      images: M, whose vision tokens the transformer is shown; None is what the model was trained with.
 
     Raises:
       ValueError: settings that this model or length cannot have, naming the setting.
     """
     dit = config.dit
     spatial = (side // config.vae.spatial_stride // patch for side, patch in zip(size, dit.patch_size[1:], strict=True))
-    latent_frames = config.vae.latent_frames(frames) // dit.patch_size[0]
-    retro = method.retro or ReTRo(s_edge=1.0, s_mid=1.0)
-    table = rope.table(
-        (latent_frames, *spatial), dit.head_dim, retros.scale_vector(retro, frames, latent_frames), retro.mode
-    )
-    kab = method.kab or KAB(beta_end=0.0, beta_mid=0.0)
+    token_count, places = _token_count(config, frames), token_frames(config, frames, at)
+    retro, kab = method.retro or ReTRo(s_edge=1.0, s_mid=1.0), method.kab or KAB()
+    scale = retros.scale_vector(retro, frames, token_count, places)
+    if method.kab is None:
+        strength = np.zeros((steps, dit.num_layers, token_count), np.float32)
+    else:
+        strength = kabs.strength(kab, steps, dit.num_layers, token_count, places)
     control = CrossControl(
         strength=None,
-        curve=kabs.anchor_curve(kab, latent_frames),
+        at=np.asarray(places, np.int32),
+        share=kabs.anchor_shares(kab, token_count, places),
         floor=np.float32(kab.eps),
         isolated=np.bool_(method.isolation is not None),
-        weights=np.asarray((method.isolation or Isolation()).weights, np.float32),
+        weights=(method.isolation or Isolation()).of(dit.num_images if images is None else images),
     )
-    return MethodArrays(table, kabs.strength(kab, steps, dit.num_layers, latent_frames), control)
+    return MethodArrays(rope.table((token_count, *spatial), dit.head_dim, scale, retro.mode), strength, control)
 
 
-def describe(method: Method, config: ModelConfig, frames: int) -> dict[str, Any]:
+def _token_count(config: ModelConfig, frames: int) -> int:
+    return config.vae.latent_frames(frames) // config.dit.patch_size[0]
+
+
+def describe(method: Method, config: ModelConfig, frames: int, at: Sequence[int] = (0, -1)) -> dict[str, Any]:
     """What the defaults came to for this model and clip length, for a report: KAB's layers, ReTRo's edge and scale."""
     found: dict[str, Any] = {}
     if method.kab is not None:
         found["kab_layers"] = list(kabs.layer_window(method.kab, config.dit.num_layers))
     if method.retro is not None:
-        latent_frames = config.vae.latent_frames(frames) // config.dit.patch_size[0]
-        scale = retros.scale_vector(method.retro, frames, latent_frames)
+        places = token_frames(config, frames, at)
+        scale = retros.scale_vector(method.retro, frames, _token_count(config, frames), places)
         found |= {"w_edge": retros.edge_width(method.retro, frames), "retro_scale": scale.round(6).tolist()}
     return found

@@ -5,17 +5,27 @@ released code for the edge rule, the rounding and the smoothing. `rope.table` ap
 F latent frames.
 """
 
-import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from wanjax.config import make_plain
 from wanjax.rope import MODES, Mode
+from wanjax.settings import check_settings, setting
 
 PUBLISHED_EDGE = 8 / 81
 """Edge width over pixel frames. Rounded it gives the paper's 2, 3, 6, 8 for 25, 33, 65, 81 frames."""
+
+
+def _whole(value: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no number of frames")
+    return operator.index(value)
+
+
+_SCALE = {"kind": float, "wanted": "give a number above 0, at most 1000; 1 changes nothing",
+          "good": lambda x: 0 < x <= 1e3}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,32 +41,16 @@ class ReTRo:
       smooth: half width of the box filter in latent frames, 0 for none; the ends are repeated beyond the ends.
     """
 
-    mode: Mode = "frequency"
-    s_edge: float = 1.06
-    s_mid: float = 0.94
-    w_edge: float | None = None
-    smooth: int = 2
+    mode: Mode = setting("frequency", str, f"choose {', '.join(MODES)}", lambda x: x in MODES, "retro mode")
+    s_edge: float = setting(1.06, **_SCALE)
+    s_mid: float = setting(0.94, **_SCALE)
+    w_edge: float | None = setting(None, float, "give a number of pixel frames")
+    smooth: int = setting(
+        2, _whole, "give a whole number from 0 (none) to 1000 latent frames", lambda x: 0 <= x <= 1000, "retro smooth"
+    )
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"retro mode {self.mode!r}: choose {', '.join(MODES)}")
-        whole = "a whole number from 0 (none) to 1000 latent frames"
-        for field in ("s_edge", "s_mid"):
-            make_plain(self, field, float, field, "a number above 0")
-        if self.w_edge is not None:
-            make_plain(self, "w_edge", float, "w_edge", "a number of pixel frames")
-        make_plain(self, "smooth", _whole, "retro smooth", whole)
-        for name, value in (("s_edge", self.s_edge), ("s_mid", self.s_mid)):
-            if not (math.isfinite(value) and 0 < value <= 1e3):
-                raise ValueError(f"{name} {value}: give a number above 0, at most 1000; 1 changes nothing")
-        if not 0 <= self.smooth <= 1000:
-            raise ValueError(f"retro smooth {self.smooth}: give {whole}")
-
-
-def _whole(value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError("a truth value is no number of frames")
-    return operator.index(value)
+        check_settings(self)
 
 
 def edge_width(retro: ReTRo, frames: int) -> float:
@@ -72,13 +66,14 @@ def edge_width(retro: ReTRo, frames: int) -> float:
     return retro.w_edge
 
 
-def scale_vector(retro: ReTRo, frames: int, latent_frames: int) -> np.ndarray:
-    """The factors s of every latent frame; symmetric in time at the published widths.
+def scale_vector(retro: ReTRo, frames: int, latent_frames: int, at: Sequence[int] | None = None) -> np.ndarray:
+    """The factors s of every latent frame; at the published widths symmetric in time if the keyframes are.
 
     Args:
       retro: settings.
       frames: pixel frames, at least 2.
       latent_frames: F of them, at least 2.
+      at: latent frames of the keyframes; None is the first and the last.
 
     Returns:
       float64 [F]; exactly 1 everywhere when s_edge and s_mid are.
@@ -90,7 +85,8 @@ def scale_vector(retro: ReTRo, frames: int, latent_frames: int) -> np.ndarray:
         raise ValueError(f"frames {frames}: ReTRo needs at least two latent frames")
     ratio = round(edge_width(retro, frames) / frames, 6)  # to 6 decimals, as the released code does
     time = np.arange(latent_frames) / (latent_frames - 1)
-    edge = (time < ratio) | (time >= 1 - ratio)
+    near = time[[0, -1] if at is None else list(at)]
+    edge = ((time >= near[:, None] - ratio) & (time < near[:, None] + ratio)).any(0)
     # Smoothed as a share of the edge, so that s_edge = s_mid stays that number to the last bit.
     share = np.convolve(np.pad(edge.astype(np.float64), retro.smooth, mode="edge"), np.ones(2 * retro.smooth + 1),
                         mode="valid") / (2 * retro.smooth + 1)  # fmt: skip

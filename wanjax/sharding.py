@@ -54,6 +54,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check_mesh(sizes: Mapping[str, int], heads: int, tokens: int) -> None:
+    """Raises ValueError, with the valid numbers, for a mesh that does not divide what it splits.
+
+    Args:
+      sizes: axis name -> number of devices along it.
+      heads: of the transformer, split over `tensor`.
+      tokens: video tokens of a clip, split over `sequence`.
+    """
+    for axis, what, number in (("tensor", "heads", heads), ("sequence", "video tokens", tokens)):
+        size = sizes.get(axis, 1)
+        if number % size:
+            valid = ", ".join(str(n) for n in range(1, min(number, 2 * size) + 1) if number % n == 0)
+            raise ValueError(f"mesh {axis}={size}: does not divide the {number} {what}; give one of {valid}")
+
+
 def specs(params: Any, rules: Rules = RULES, mesh: Mesh | None = None) -> Any:
     """PartitionSpec of every parameter: the tree of `params` (arrays or shapes) with specs as leaves.
 

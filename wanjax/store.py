@@ -1,94 +1,82 @@
-"""The folder that `python -m convert` writes: an Orbax checkpoint for each model, and a manifest of all arrays.
+"""What lies in a model folder, in either of its forms, and reading it: every array is compared as it is read.
 
-    config.json  tokenizer.json  manifest.json  dit/  vae/  umt5/  clip/
+    config.json  tokenizer.json  manifest.json  dit/  vae/  umt5/  clip/                     form "orbax"
+    config.json  tokenizer.json  manifest.json  dit.safetensors  vae.safetensors  ...        form "safetensors"
 
-Every array is a zarr of its own under its dotted path ("dit/blocks.ffn_in.kernel"); layers lie on the leading axis, one
-file a layer, cut into chunks with a checksum each, so that a host reads its shards alone and a flipped bit is noticed
-as it is read. Orbax restores the subfolders too.
+The first is what `python -m convert` writes: an Orbax checkpoint for each model. Every array is a zarr of its own under
+its dotted path ("dit/blocks.ffn_in.kernel"); layers lie on the leading axis, one file a layer, cut into chunks with a
+checksum each, so that a host reads its shards alone. Orbax restores the subfolders too. The second is for small models:
+a file each, with parameter paths as names. The manifest lists all arrays of either with their digests.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
 
-from wanjax import sharding
+from wanjax import compare, sharding
+from wanjax.manifest import (
+    AGAIN,
+    FORMAT,
+    MANIFEST,
+    SAFETENSORS,
+    CheckpointError,
+    Manifest,
+    digest,
+    entry_of,
+    first_line,
+    manifest_of,
+    raw,
+    read_manifest,
+    size,
+)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+if TYPE_CHECKING:
+    import tensorstore as ts
+
+__all__ = [  # with what is of the manifest
+    "FORMAT",
+    "MANIFEST",
+    "Manifest",
+    "blocks",
+    "check",
+    "chunk_shape",
+    "create",
+    "entries",
+    "open_array",
+    "place",
+    "raw",
+    "read_manifest",
+    "restore",
+    "size",
+    "skeleton",
+    "verify",
+]
+
 SPLITS = 8
 """Into how many chunks a long axis is cut, so that up to as many hosts can each read its own."""
 LONG = 1024
+AHEAD = 4 << 30
+"""Bytes that may wait to be digested while more is read."""
 
 
-class StoreError(ValueError):
-    """A folder that cannot be used; the message is one line naming what and the mend."""
+def _tensorstore() -> Any:
+    """The library that reads zarr, imported when it is needed: it and Orbax take long, and `--help` needs neither."""
+    import tensorstore
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """What is in the folder.
-
-    Attributes:
-      arrays: "part/path" -> {"shape", "dtype", "sha256"}, the digest of the bytes in C order.
-      sources: file -> sha256 of what it was made from.
-      tool: who wrote it. dtype: what was asked for. loras: what was merged, "FILE:scale" each.
-    """
-
-    arrays: Mapping[str, Mapping[str, Any]]
-    sources: Mapping[str, str]
-    tool: str
-    dtype: str
-    loras: tuple[str, ...] = ()
-
-    def dumps(self) -> str:
-        """As JSON text."""
-        own = {"tool": self.tool, "dtype": self.dtype, "loras": list(self.loras), "sources": dict(self.sources),
-               "arrays": dict(self.arrays)}  # fmt: skip
-        return json.dumps({"format": FORMAT} | own, indent=1) + "\n"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder.
-
-    Raises:
-      StoreError: missing, unreadable, of a newer format, or with names that lead outside the folder.
-    """
-    file = folder / MANIFEST
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields["format"] != FORMAT:
-            number = fields["format"]
-            raise StoreError(f"{file}: format {number}, this wanjax reads {FORMAT}; update wanjax or convert again")
-        arrays = {str(name): _entry(entry) for name, entry in fields["arrays"].items()}
-        loras = tuple(map(str, fields["loras"]))
-        manifest = Manifest(arrays, dict(fields["sources"]), str(fields["tool"]), str(fields["dtype"]), loras)
-    except StoreError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{file}: not a readable manifest ({error}); convert the weights again") from error
-    for name in arrays:
-        steps = name.split("/")
-        if len(steps) < 2 or any(step in ("", ".", "..") or "\\" in step for step in steps):
-            raise StoreError(f"{file}: array name {name!r} leads outside the folder")
-    return manifest
-
-
-def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One array's entry with its fields in the types they must have. KeyError, TypeError or ValueError else."""
-    shape = [operator.index(n) for n in entry["shape"]]
-    return {"shape": shape, "dtype": np.dtype(entry["dtype"]).name, "sha256": str(entry["sha256"])}
+    return tensorstore
 
 
 def place(folder: Path, name: str) -> Path:
@@ -103,7 +91,7 @@ def chunk_shape(shape: tuple[int, ...], stacked: bool) -> tuple[tuple[int, ...],
     return file, tuple(n // SPLITS if n >= LONG and n % SPLITS == 0 else n for n in file)
 
 
-def create(path: Path, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> ts.TensorStore:
+def create(path: Path, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> "ts.TensorStore":
     """A new array on disk; what was there under its name is replaced."""
     file, chunk = chunk_shape(shape, stacked)
     little, check = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
@@ -119,21 +107,21 @@ def create(path: Path, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -
     }
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}, "metadata": metadata,
             "store_data_equal_to_fill_value": True}  # fmt: skip
-    return ts.open(spec, create=True, delete_existing=True).result()
+    return _tensorstore().open(spec, create=True, delete_existing=True).result()
 
 
-def open_array(path: Path) -> ts.TensorStore:
+def open_array(path: Path) -> "ts.TensorStore":
     """An array on disk for reading.
 
     Raises:
-      StoreError: not there, or damaged.
+      CheckpointError: not there, or damaged.
     """
     try:
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
         # A file that was lost on the way must not be read as zeros.
-        return ts.open(spec | {"fill_missing_data_reads": False}, read=True).result()
+        return _tensorstore().open(spec | {"fill_missing_data_reads": False}, read=True).result()
     except ValueError as error:
-        raise StoreError(f"{path}: missing or damaged ({_first_line(error)}); convert the weights again") from error
+        raise CheckpointError(f"{path}: missing or damaged ({first_line(error)}); convert the weights again") from error
 
 
 def skeleton(folder: Path, tree: Any) -> None:
@@ -143,63 +131,185 @@ def skeleton(folder: Path, tree: Any) -> None:
       folder: must not exist.
       tree: nested dict with anything as leaves.
     """
+    import orbax.checkpoint as ocp  # here: see `_tensorstore`
+
     small = jax.tree.map(lambda leaf: np.zeros(1, np.int8), tree)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(small))
 
 
-def check(folder: Path, part: str, expected: Any, manifest: Manifest) -> None:
-    """Compares the manifest's arrays of one model with the parameters that are expected.
+def check(folder: Path, part: str, expected: Any, manifest: Manifest | None) -> None:
+    """Compares what the folder has of one model with the parameters that are expected; reads none of them.
+
+    Args:
+      manifest: of the folder; None where `manifest_of` is None.
 
     Raises:
-      StoreError: missing, extra or wrongly shaped arrays, all of them; an array that is not on disk.
+      CheckpointError: missing, extra or wrongly shaped arrays, all of them; an array that is not on disk, or whose
+        files can be seen to be damaged.
     """
     wanted = {f"{part}/{path}": tuple(leaf.shape) for path, leaf in flatten_dict(expected, sep="/").items()}
-    found = {name: tuple(entry["shape"]) for name, entry in manifest.arrays.items() if name.startswith(f"{part}/")}
-    differences = [
-        f"{name}: {found.get(name, 'missing')}, config wants {wanted.get(name, 'none')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    lost = [name for name in sorted(found) if not (place(folder, name) / "zarr.json").is_file()]
-    differences += [f"{name}: not on disk" for name in lost]
-    if differences:
-        raise StoreError(f"{folder}: not the model of config.json; convert the weights again\n  "
-                         + "\n  ".join(differences))  # fmt: skip
+    form = SAFETENSORS if manifest is None else manifest.form
+    told = {} if manifest is None else {name: e for name, e in manifest.arrays.items() if name.startswith(f"{part}/")}
+    found = [{name: tuple(entry["shape"]) for name, entry in told.items()}] if manifest is not None else []
+    if form == SAFETENSORS:
+        found.insert(0, _stored_shapes(folder, part))
+    for shapes in found:
+        if unlike := compare.lines(shapes, wanted):
+            raise CheckpointError(f"{folder}: {part} is not the model of config.json; {AGAIN[form]}"
+                                  + compare.listed(unlike))  # fmt: skip
+    lost = {} if form == SAFETENSORS else {name: _lost(folder, name, entry) for name, entry in told.items()}
+    lost = [f"{name}: {reason}" for name, reason in lost.items() if reason]
+    if lost:
+        others = f" (and {len(lost) - 1} more arrays)" if len(lost) > 1 else ""
+        raise CheckpointError(f"{folder}: {lost[0]}{others}; {AGAIN[form]}")
 
 
-def restore(folder: Path, part: str, expected: Any, mesh: Mesh | None, rules: sharding.Rules = sharding.RULES) -> Any:
+def _stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a model's safetensors file, from its header."""
+    with _tensors(folder, part) as tensors:
+        return {f"{part}/{name}": tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _lost(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """What is wrong with the files of a zarr, seen without reading the chunks; empty if nothing."""
+    where = place(folder, name)
+    try:
+        fields = json.loads((where / "zarr.json").read_text(encoding="utf-8"))
+        shape, dtype = fields["shape"], fields["data_type"]
+        grid = fields["chunk_grid"]["configuration"]["chunk_shape"]
+    except (FileNotFoundError, NotADirectoryError):
+        return "not on disk"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"damaged (zarr.json: {first_line(error)})"
+    if (shape, dtype) != (entry["shape"], entry["dtype"]) or grid not in (shape, [1, *shape[1:]]):
+        return "damaged (zarr.json is not of this array)"
+    least = math.prod(grid) * np.dtype(dtype).itemsize
+    for index in np.ndindex(*(-(-n // max(1, step)) for n, step in zip(shape, grid, strict=True))):
+        chunk = "/".join(("c", *map(str, index)))
+        try:
+            size = (where / chunk).stat().st_size
+        except OSError:
+            return f"damaged ({chunk} is missing)"
+        if size < least:
+            return f"damaged ({chunk} is cut off)"
+    return ""
+
+
+def restore(
+    folder: Path,
+    part: str,
+    expected: Any,
+    mesh: Mesh | None,
+    rules: sharding.Rules = sharding.RULES,
+    fast: bool = False,
+) -> Any:
     """The parameters of one model, straight into (sharded) arrays, in the dtypes of `expected`.
 
+    Arrays of which this process reads all are compared with the manifest's digests, in threads beside the reading. Of
+    an array that several hosts share out each reads its shards alone, and the chunks' own checksums serve.
+
+    Args:
+      fast: leave the digests be. In the Orbax form a flipped bit is noticed still, by the checksums; files that were
+        exchanged for others of the same shape are not.
+
     Raises:
-      StoreError: damaged arrays.
+      CheckpointError: damaged arrays, or others than those of the manifest.
     """
     leaves = flatten_dict(expected, sep="/")
     specs = flatten_dict(sharding.specs(expected, rules, mesh), sep="/")
     alone = SingleDeviceSharding(jax.devices()[0])
+    manifest = manifest_of(folder)
+    entries = None if manifest is None else manifest.arrays
     arrays = {}
-    for path, leaf in leaves.items():
-        name = f"{part}/{path}"
-        where = alone if mesh is None else NamedSharding(mesh, specs[path])
-        arrays[path] = _read(name, open_array(place(folder, name)), leaf, where)
+    with contextlib.ExitStack() as stack:
+        tensors = None
+        if manifest is None or manifest.form == SAFETENSORS:
+            tensors = stack.enter_context(_tensors(folder, part))
+        digested = stack.enter_context(_digests(folder, manifest, fast))
+        for path in sorted(leaves, key=lambda path: math.prod(leaves[path].shape), reverse=True):
+            name, leaf = f"{part}/{path}", leaves[path]
+            where = alone if mesh is None else NamedSharding(mesh, specs[path])
+            data = open_array(place(folder, name)) if tensors is None else tensors.get_tensor(path)
+            if entries is not None and not _alike(data, entries.get(name)):
+                raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[manifest.form]}")
+            if not where.is_fully_addressable:
+                arrays[path] = _shards(folder, name, data, leaf, where)
+                continue
+            data = _numbers(folder, name, data)
+            digested(name, data)
+            arrays[path] = jax.device_put(data.astype(leaf.dtype, copy=False), where)
     return unflatten_dict(arrays, sep="/")
 
 
-def _read(name: str, array: ts.TensorStore, leaf: jax.ShapeDtypeStruct, where: Sharding) -> jax.Array:
-    """One array on its devices; a shard that several of them hold is read once."""
+def _alike(data: Any, entry: Mapping[str, Any] | None) -> bool:
+    """Whether an array (of either library) has shape and dtype of its entry in the manifest."""
+    return entry is not None and (list(data.shape), data.dtype.name) == (entry["shape"], entry["dtype"])
+
+
+def _numbers(folder: Path, name: str, data: Any) -> np.ndarray:
+    """What is read of an array: numbers as they are, or those of a zarr or a part of it."""
+    if isinstance(data, np.ndarray):
+        return data
+    try:
+        return data.read().result()
+    except ValueError as error:
+        reason = first_line(error)
+        raise CheckpointError(f"{folder}: {name}: damaged ({reason}); convert the weights again") from error
+
+
+def _shards(folder: Path, name: str, data: Any, leaf: jax.ShapeDtypeStruct, where: Sharding) -> jax.Array:
+    """One array on its devices, of which this process has some; a shard that several of them hold is read once."""
     parts: dict[str, np.ndarray] = {}
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)
         if key not in parts:
-            try:
-                parts[key] = array[index].read().result().astype(leaf.dtype, copy=False)
-            except ValueError as error:
-                raise StoreError(f"{name}: damaged ({_first_line(error)}); convert the weights again") from error
+            parts[key] = _numbers(folder, name, data[index]).astype(leaf.dtype, copy=False)
         return parts[key]
 
     return jax.make_array_from_callback(tuple(leaf.shape), where, shard)
+
+
+@contextlib.contextmanager
+def _tensors(folder: Path, part: str) -> Iterator[Any]:
+    """A model's safetensors file, open for reading."""
+    file = folder / f"{part}.safetensors"
+    try:
+        with safe_open(file, framework="np") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        reason = first_line(error)
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({reason}); get it again") from error
+
+
+@contextlib.contextmanager
+def _digests(folder: Path, manifest: Manifest | None, fast: bool) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """A function that takes arrays as they are read, and compares their digests in threads until all are done.
+
+    At most `AHEAD` bytes wait, or one array.
+    """
+    if manifest is None or fast:
+        yield lambda name, data: None
+        return
+    waiting: deque[tuple[Future[str], str, int]] = deque()
+
+    def settle(room: int) -> None:
+        while waiting and sum(size for *_, size in waiting) > room:
+            future, name, _ = waiting.popleft()
+            if future.result() != manifest.arrays[name]["sha256"]:
+                raise CheckpointError(f"{folder}: {name}: not the array of the manifest (its sha256 is another); "
+                                      f"{AGAIN[manifest.form]}")  # fmt: skip
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def take(name: str, data: np.ndarray) -> None:
+            settle(AHEAD - data.nbytes)
+            waiting.append((pool.submit(digest, data), name, data.nbytes))
+
+        yield take
+        settle(-1)
 
 
 def verify(
@@ -208,20 +318,37 @@ def verify(
     """Reads arrays of a manifest and compares their digests, a layer at a time.
 
     Raises:
-      StoreError: an array that is damaged or is not the one of the manifest.
+      CheckpointError: an array that is damaged or is not the one of the manifest.
     """
+    form = read_manifest(folder).form
     for name, entry in arrays.items():
-        array = open_array(place(folder, name))
-        digest = hashlib.sha256()
-        for rows in blocks(array.shape, array.chunk_layout.write_chunk.shape[0] if array.shape else 1):
-            try:
-                data = np.ascontiguousarray(array[rows].read().result())
-            except ValueError as error:
-                raise StoreError(f"{name}: damaged ({_first_line(error)}); convert the weights again") from error
-            digest.update(raw(data))
-            told(data.nbytes)
-        if digest.hexdigest() != entry["sha256"] or list(array.shape) != list(entry["shape"]):
-            raise StoreError(f"{name}: not the array of the manifest; convert the weights again")
+        hashed = hashlib.sha256()
+        for layer in _layers(folder, name, entry, form):
+            hashed.update(raw(layer))
+            told(layer.nbytes)
+        if hashed.hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[form]}")
+
+
+def entries(folder: Path, part: str) -> dict[str, dict[str, Any]]:
+    """Manifest entries of all arrays in a model's safetensors file, "part/path" -> entry; reads them."""
+    with _tensors(folder, part) as tensors:
+        return {f"{part}/{name}": entry_of(tensors.get_tensor(name)) for name in sorted(tensors.keys())}
+
+
+def _layers(folder: Path, name: str, entry: Mapping[str, Any], form: str) -> Iterator[np.ndarray]:
+    """An array a file at a time, contiguous."""
+    part, path = name.split("/", 1)
+    with contextlib.ExitStack() as stack:
+        if form == SAFETENSORS:
+            data, step = stack.enter_context(_tensors(folder, part)).get_tensor(path), None
+        else:
+            data = open_array(place(folder, name))
+            step = data.chunk_layout.write_chunk.shape[0] if data.shape else 1
+        if not _alike(data, entry):
+            raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[form]}")
+        for rows in [...] if step is None else blocks(data.shape, step):
+            yield np.ascontiguousarray(_numbers(folder, name, data[rows]))
 
 
 def blocks(shape: tuple[int, ...], step: int) -> list[Any]:
@@ -229,17 +356,3 @@ def blocks(shape: tuple[int, ...], step: int) -> list[Any]:
     if not shape:
         return [...]
     return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], max(1, step))]
-
-
-def raw(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, for a digest."""
-    return memoryview(np.atleast_1d(array).view(np.uint8).reshape(-1))
-
-
-def size(manifest: Manifest) -> int:
-    """Bytes of all arrays."""
-    return sum(math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for entry in manifest.arrays.values())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

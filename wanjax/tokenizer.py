@@ -24,6 +24,30 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
+def read(file: Path) -> str:
+    """The text of a `tokenizer.json`.
+
+    Raises:
+      ValueError: it cannot be read, or is no text.
+    """
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise ValueError(f"tokenizer {file}: not a readable tokenizer.json ({reason}); get it again") from error
+
+
+def _looks(text: str) -> str | None:
+    """What a text is that is often found in the place of a tokenizer."""
+    if not text.strip():
+        return "empty; get it again"
+    if text.startswith("version https://git-lfs"):
+        return "a Git LFS pointer; run git lfs pull"
+    if text.lstrip().lower().startswith(("<!doctype", "<html", "<?xml")):
+        return "a web page; download the file itself"
+    return None
+
+
 class Tokenizer:
     """A `tokenizer.json` of the `tokenizers` library with `</s>` and `<pad>` in its vocabulary.
 
@@ -39,20 +63,40 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"tokenizer {file}: no such file; give a tokenizer.json or its folder")
+        self._build(read(file), f"tokenizer {file}")
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> "Tokenizer":
+        """From the text of a `tokenizer.json`.
+
+        Args:
+          name: of where it came from, for messages.
+
+        Raises:
+          ValueError: not a tokenizer, one that cannot encode, or one of the two special tokens is missing.
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._build(text, name)
+        return tokenizer
+
+    def _build(self, text: str, name: str) -> None:
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            reason = " ".join(str(error).split())
-            raise ValueError(f"tokenizer {file}: not a readable tokenizer.json ({reason})") from error
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            self._tokenizer.encode("a \u4e2d", add_special_tokens=False)  # some faults show only in use
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing narrower, and a panic in its Rust is no Exception
+            reason = _looks(text) or " ".join(str(error).split())[:200]
+            raise ValueError(f"{name}: not a readable tokenizer.json ({reason})") from error
         # Lengths are decided by the caller, not by what the file was saved with.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._close, self._pad = self._special(file, CLOSE), self._special(file, PAD)
+        self._close, self._pad = self._special(name, CLOSE), self._special(name, PAD)
 
-    def _special(self, file: Path, token: str) -> int:
+    def _special(self, name: str, token: str) -> int:
         number = self._tokenizer.token_to_id(token)
         if number is None:
-            raise ValueError(f"tokenizer {file}: the vocabulary has no {token}; use a T5-style one")
+            raise ValueError(f"{name}: the vocabulary has no {token}; use a T5-style one")
         return number
 
     @property

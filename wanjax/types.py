@@ -2,7 +2,8 @@
 
 Axis letters, here and in every other module: B batch, T pixel frames, H W pixel height and width, F latent
 frames, h w latent height and width, S video tokens (F * h/2 * w/2 for Wan2.1), K keys of one cross-attention
-branch, N heads, D width, L layers.
+branch, N heads, D width, L layers, M images whose vision tokens the transformer sees, A anchors: keyframes that a
+method anchors to. M and A differ: a model may see one image and still be given two keyframes in its latent.
 """
 
 from flax import struct
@@ -15,41 +16,38 @@ class Conditions:
 
     Attributes:
       text: [B, text_length, text_dim] text encoder output, zero after the prompt's true length.
-      first: [B, K, image_dim] vision tokens of the first keyframe, or None for a text-to-video model.
-      last: [B, K, image_dim] vision tokens of the last keyframe, or None for a model that sees one image.
+      images: [B, M, K, image_dim] vision tokens of the keyframes in order of time; None for a text-to-video model.
       latent: [B, F, h, w, temporal_stride + latent_channels] mask channels, then the normalised latent of
         the keyframe video; None for a text-to-video model.
     """
 
     text: ArrayLike
-    first: ArrayLike | None = None
-    last: ArrayLike | None = None
+    images: ArrayLike | None = None
     latent: ArrayLike | None = None
 
 
 @struct.dataclass
 class Branches:
-    """One array for each branch of cross-attention; None where a model lacks the branch.
+    """What each branch of cross-attention has: the text, and each of M images (None without any).
 
-    Keys or values are [B, K, N, head_dim], embedded conditions [B, K, D], frame attention [B, F, K].
+    Embedded conditions: text [B, K, D], images [B, M, K, D]. Keys or values: text [B, K, N, d], images
+    [B, M, K, N, d]. Frame attention: text [B, F, K], images [B, F, M, K].
     """
 
     text: ArrayLike
-    first: ArrayLike | None = None
-    last: ArrayLike | None = None
+    images: ArrayLike | None = None
 
 
 @struct.dataclass
 class CrossBias:
     """Additive bias on the scaled logits of cross-attention, one number per latent frame and key.
 
-    The same for all heads and all queries of a frame (METHOD: KAB). Leaves are [B, F, K] where one layer is
-    meant and [L, B, F, K] where the whole model is; None leaves a branch unbiased.
+    The same for all heads and all queries of a frame (METHOD: KAB); -inf hides a key. Leaves are text [B, F, K] and
+    images [B, F, M, K] where one layer is meant, with L in front where the whole model is; None adds nothing.
     """
 
     text: ArrayLike | None = None
-    first: ArrayLike | None = None
-    last: ArrayLike | None = None
+    images: ArrayLike | None = None
 
 
 @struct.dataclass
@@ -60,14 +58,16 @@ class CrossControl:
     Attributes:
       strength: float32 [L, B, F] (inside a block [B, F]), KAB's beta; where a layer has none but zeros it
         computes no bias.
-      curve: float32 [F], KAB's tau: share of the last keyframe in a frame's target.
+      at: int32 [A], the token frames of the anchors.
+      share: float32 [F, A], how much of each anchor's attention is in a frame's target; rows sum to 1.
       floor: float32 [], KAB's epsilon: attention below it counts as it.
-      isolated: bool [], whether the two keyframes have a softmax each instead of a joint one.
-      weights: float32 [3], of (text, first, last) in the sum of isolated branches.
+      isolated: bool [], whether the images have a softmax each instead of a joint one.
+      weights: float32 [1 + M], of (text, image 1, ... image M) in the sum of isolated branches.
     """
 
     strength: ArrayLike
-    curve: ArrayLike
+    at: ArrayLike
+    share: ArrayLike
     floor: ArrayLike
     isolated: ArrayLike
     weights: ArrayLike

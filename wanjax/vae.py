@@ -38,14 +38,15 @@ class Conv(nn.Module):
     """
 
     features: int
-    precision: Precision
+    config: VAEConfig
     kernel_size: tuple[int, int, int] = (3, 3, 3)
     strides: tuple[int, int, int] = (1, 1, 1)
     spatial_padding: tuple[tuple[int, int], tuple[int, int]] = SAME_2D
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        param, compute = jnp.dtype(self.precision.param), jnp.dtype(self.precision.compute)
+        precision = self.config.precision
+        param, compute = jnp.dtype(precision.param), jnp.dtype(precision.compute)
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
@@ -54,7 +55,8 @@ class Conv(nn.Module):
         if cache is None:
             cache = jnp.zeros((x.shape[0], past, *x.shape[2:]), compute)
         x = jnp.concatenate([cache, x], 1) if past else x
-        y = conv3d(x, kernel, self.precision, self.strides, ((0, 0), *self.spatial_padding))
+        padding = ((0, 0), *self.spatial_padding)
+        y = conv3d(x, kernel, precision, self.strides, padding, self.config.conv3d)
         return y + bias.astype(compute), x[:, x.shape[1] - past :]
 
 
@@ -95,17 +97,17 @@ class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the skip is projected where the width changes."""
 
     features: int
-    precision: Precision
+    config: VAEConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        residual, new = jnp.dtype(self.precision.residual), {}
-        skip = x
+        precision, new = self.config.precision, {}
+        residual, skip = jnp.dtype(precision.residual), x
         if x.shape[-1] != self.features:
-            skip = Dense(self.features, self.precision, name="shortcut")(x)
+            skip = Dense(self.features, precision, name="shortcut")(x)
         for i in ("1", "2"):
-            x = nn.silu(ChannelNorm(self.precision, name=f"norm{i}")(x))
-            conv = Conv(self.features, self.precision, name=f"conv{i}")
+            x = nn.silu(ChannelNorm(precision, name=f"norm{i}")(x))
+            conv = Conv(self.features, self.config, name=f"conv{i}")
             x, new[f"conv{i}"] = conv(x, _part(cache, f"conv{i}"))
         return x.astype(residual) + skip.astype(residual), new
 
@@ -121,7 +123,7 @@ class FrameAttention(nn.Module):
         tokens = ChannelNorm(self.precision, name="norm")(x).reshape(batch * frames, height * width, 1, dim)
         q, k, v = jnp.split(Dense(3 * dim, self.precision, name="qkv")(tokens), 3, -1)
         # In blocks of queries where the logits are large; heads this wide have no fused kernel.
-        y = attention(q, k, v, precision=self.precision, implementation="chunked")
+        y = attention(q, k, v, precision=self.precision)
         y = Dense(dim, self.precision, name="proj")(y).reshape(x.shape)
         return x + y.astype(x.dtype)
 
@@ -129,34 +131,34 @@ class FrameAttention(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    precision: Precision
+    config: VAEConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
         new, dim = {}, x.shape[-1]
-        x, new["res_0"] = ResBlock(dim, self.precision, name="res_0")(x, _part(cache, "res_0"))
-        x = FrameAttention(self.precision, name="attention")(x)
-        x, new["res_1"] = ResBlock(dim, self.precision, name="res_1")(x, _part(cache, "res_1"))
+        x, new["res_0"] = ResBlock(dim, self.config, name="res_0")(x, _part(cache, "res_0"))
+        x = FrameAttention(self.config.precision, name="attention")(x)
+        x, new["res_1"] = ResBlock(dim, self.config, name="res_1")(x, _part(cache, "res_1"))
         return x, new
 
 
 class Downsample(nn.Module):
     """Halves height and width, then, if `temporal`, the number of frames; a first chunk keeps its frame."""
 
-    precision: Precision
+    config: VAEConfig
     temporal: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        dim, residual = x.shape[-1], jnp.dtype(self.precision.residual)
-        conv = SpatialConv(dim, self.precision, 2, ((0, 1), (0, 1)), name="spatial")
+        dim, residual = x.shape[-1], jnp.dtype(self.config.precision.residual)
+        conv = SpatialConv(dim, self.config.precision, 2, ((0, 1), (0, 1)), name="spatial")
         x = conv(x)
         if not self.temporal:
             return x.astype(residual), {}
         if cache is None:
             return x.astype(residual), {"temporal": x[:, -1:]}
         none = ((0, 0), (0, 0))
-        x, last = Conv(dim, self.precision, (3, 1, 1), (2, 1, 1), none, name="temporal")(x, cache["temporal"])
+        x, last = Conv(dim, self.config, (3, 1, 1), (2, 1, 1), none, name="temporal")(x, cache["temporal"])
         return x.astype(residual), {"temporal": last}
 
 
@@ -166,24 +168,24 @@ class Upsample(nn.Module):
     The first chunk is no past to the temporal convolution: after it the cache holds zeros.
     """
 
-    precision: Precision
+    config: VAEConfig
     temporal: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
         batch, _, height, width, dim = x.shape
-        new = {}
+        precision, new = self.config.precision, {}
         if self.temporal and cache is None:
-            new["temporal"] = jnp.zeros((batch, 2, height, width, dim), jnp.dtype(self.precision.compute))
+            new["temporal"] = jnp.zeros((batch, 2, height, width, dim), jnp.dtype(precision.compute))
         elif self.temporal:
-            conv = Conv(2 * dim, self.precision, (3, 1, 1), spatial_padding=((0, 0), (0, 0)), name="temporal")
+            conv = Conv(2 * dim, self.config, (3, 1, 1), spatial_padding=((0, 0), (0, 0)), name="temporal")
             x, new["temporal"] = conv(x, cache["temporal"])
             x = jnp.moveaxis(x.reshape(batch, -1, height, width, 2, dim), 4, 2)  # [B, T, 2, H, W, C]
         x = x.reshape(batch, -1, height, 1, width, 1, dim)
         x = jnp.broadcast_to(x, (*x.shape[:3], 2, width, 2, dim))
         x = x.reshape(batch, -1, 2 * height, 2 * width, dim)
-        x = SpatialConv(dim // 2, self.precision, name="spatial")(x)
-        return x.astype(jnp.dtype(self.precision.residual)), new
+        x = SpatialConv(dim // 2, precision, name="spatial")(x)
+        return x.astype(jnp.dtype(precision.residual)), new
 
 
 class Level(nn.Module):
@@ -196,7 +198,7 @@ class Level(nn.Module):
     """
 
     features: int
-    precision: Precision
+    config: VAEConfig
     blocks: int
     resample: type[Downsample] | type[Upsample] | None
     temporal: bool = False
@@ -206,9 +208,9 @@ class Level(nn.Module):
         new = {}
         for i in range(self.blocks):
             name = f"res_{i}"
-            x, new[name] = ResBlock(self.features, self.precision, name=name)(x, _part(cache, name))
+            x, new[name] = ResBlock(self.features, self.config, name=name)(x, _part(cache, name))
         if self.resample is not None:
-            resample = self.resample(self.precision, self.temporal, name="resample")
+            resample = self.resample(self.config, self.temporal, name="resample")
             x, new["resample"] = resample(x, _part(cache, "resample"))
         return x, new
 
@@ -217,12 +219,12 @@ class Head(nn.Module):
     """Norm, SiLU and the last convolution."""
 
     features: int
-    precision: Precision
+    config: VAEConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        x = nn.silu(ChannelNorm(self.precision, name="norm")(x))
-        x, last = Conv(self.features, self.precision, name="conv")(x, _part(cache, "conv"))
+        x = nn.silu(ChannelNorm(self.config.precision, name="norm")(x))
+        x, last = Conv(self.features, self.config, name="conv")(x, _part(cache, "conv"))
         return x, {"conv": last}
 
 
@@ -233,17 +235,17 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        c, precision, new = self.config, self.config.precision, {}
-        x, new["conv_in"] = Conv(c.base_dim, precision, name="conv_in")(x, _part(cache, "conv_in"))
-        x = x.astype(jnp.dtype(precision.residual))
+        c, new = self.config, {}
+        x, new["conv_in"] = Conv(c.base_dim, c, name="conv_in")(x, _part(cache, "conv_in"))
+        x = x.astype(jnp.dtype(c.precision.residual))
         flags = (*c.temporal_downsample, None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult, flags, strict=True)):
             resample = None if temporal is None else Downsample
             name = f"level_{i}"
-            level = Level(c.base_dim * mult, precision, c.num_res_blocks, resample, bool(temporal), name=name)
+            level = Level(c.base_dim * mult, c, c.num_res_blocks, resample, bool(temporal), name=name)
             x, new[name] = level(x, _part(cache, name))
-        x, new["middle"] = Middle(precision, name="middle")(x, _part(cache, "middle"))
-        x, new["head"] = Head(2 * c.latent_channels, precision, name="head")(x, _part(cache, "head"))
+        x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
+        x, new["head"] = Head(2 * c.latent_channels, c, name="head")(x, _part(cache, "head"))
         return x, new
 
 
@@ -254,18 +256,18 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        c, precision, new = self.config, self.config.precision, {}
+        c, new = self.config, {}
         top = c.base_dim * c.dim_mult[-1]
-        x, new["conv_in"] = Conv(top, precision, name="conv_in")(x, _part(cache, "conv_in"))
-        x = x.astype(jnp.dtype(precision.residual))
-        x, new["middle"] = Middle(precision, name="middle")(x, _part(cache, "middle"))
+        x, new["conv_in"] = Conv(top, c, name="conv_in")(x, _part(cache, "conv_in"))
+        x = x.astype(jnp.dtype(c.precision.residual))
+        x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
         flags = (*c.temporal_downsample[::-1], None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult[::-1], flags, strict=True)):
             resample = None if temporal is None else Upsample
             name, blocks = f"level_{i}", c.num_res_blocks + 1
-            level = Level(c.base_dim * mult, precision, blocks, resample, bool(temporal), name=name)
+            level = Level(c.base_dim * mult, c, blocks, resample, bool(temporal), name=name)
             x, new[name] = level(x, _part(cache, name))
-        x, new["head"] = Head(3, precision, name="head")(x, _part(cache, "head"))
+        x, new["head"] = Head(3, c, name="head")(x, _part(cache, "head"))
         return x, new
 
 

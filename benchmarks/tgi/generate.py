@@ -23,9 +23,10 @@ from flax import struct
 from benchmarks.tgi import two_way
 from benchmarks.tgi.arms import Arm, shuffled_curve
 from benchmarks.tiny.evaluate import baselines
-from samplers import pipeline, schedule, solvers
-from samplers.pipeline import Keyframes, Settings
-from samplers.sample import check, sample
+from samplers import pipeline, sample
+from samplers.pipeline import Encoded, Inputs
+from samplers.plan import Plan, Settings
+from samplers.run import check
 from wanjax import conditioning, keyframes, vae
 from wanjax.checkpoint import Model
 from wanjax.config import DiTConfig, VAEConfig
@@ -68,16 +69,20 @@ class Batch:
     def __init__(self, model: Model, image_model: Model | None, settings: Settings, clips: Clips):
         self.model, self.settings, self.clips = model, settings, clips
         self._image_model = image_model
-        self._prepared = Keyframes.prepare(list(clips.keyframes), model.config, settings)
+        self.plan = Plan.of(model.config, settings)
+        self._inputs = Inputs.prepare(list(clips.keyframes), self.plan)
 
     @cached_property
-    def conditions(self) -> tuple[Conditions, jax.Array]:
-        return pipeline.encode(self.model, self._prepared, list(self.clips.captions), self.settings)
+    def encoded(self) -> Encoded:
+        return self._encoded(self.model, self.clips.captions)
+
+    def _encoded(self, model: Model, captions: Sequence[str]) -> Encoded:
+        plan = self.plan if model is self.model else Plan.of(model.config, self.settings)
+        return pipeline.encode(model, plan, [self._inputs], [list(captions)])[0]
 
     def noise(self, seed: int) -> jax.Array:
         """Standard normal [B, F, h, w, C]."""
-        shape = (*self.conditions[0].latent.shape[1:-1], self.model.config.dit.out_channels)
-        return _noise(self.keys(seed), shape)
+        return _noise(self.keys(seed), self.plan.latent_shape)
 
     def keys(self, seed: int, use: int | None = None) -> jax.Array:
         """Random keys [B]: a clip's depends on the seed, on its id and, beside that of its noise, on what for."""
@@ -87,9 +92,7 @@ class Batch:
 
     def first_frame_latent(self, model: Model, frame: np.ndarray) -> jax.Array:
         """Condition channels [B, F, h, w, s + 16] of frames uint8 [B, H, W, 3] as the first and only keyframe."""
-        return _encode_first(
-            model.config.vae, model.params["vae"], keyframes.to_unit(frame), frames=self.settings.frames
-        )
+        return _encode_first(model.config.vae, model.part("vae"), keyframes.to_unit(frame), frames=self.settings.frames)
 
     @cached_property
     def one_way(self) -> tuple[Model, Conditions, Conditions, jax.Array]:
@@ -106,25 +109,25 @@ class Batch:
                 "trf, vibid: need a model conditioned on the first frame alone; give it with --image-model "
                 "(the tiny model is one itself)"
             )
-        told, negative = self.conditions
-        if model is not self.model:
-            told, negative = pipeline.encode(model, self._prepared, list(self.clips.captions), self.settings)
+        encoded = self.encoded if model is self.model else self._encoded(model, self.clips.captions)
+        told = encoded.conditions
         reversed_time = ["" if text is None else text for text in self.clips.backwards]
-        text_backwards = pipeline.encode(model, self._prepared, reversed_time, self.settings)[0].text
-        ends = (
-            (told.text, told.first, self._prepared.first),
-            (text_backwards, told.last, self._prepared.last),
-        )
-        # The tiny model knows a withheld keyframe as zeros; a model of one keyframe has no place for it.
-        absent = jnp.zeros_like(told.last) if model.config.dit.num_images == 2 else None
+        text_backwards = self._encoded(model, reversed_time).conditions.text
+        ends = ((told.text, self._first_seen(model, 0)), (text_backwards, self._first_seen(model, 1)))
         forwards, backwards = (
-            told.replace(text=text, first=tokens, last=absent, latent=self.first_frame_latent(model, frame))
-            for text, tokens, frame in ends
+            told.replace(text=text, images=images, latent=self.first_frame_latent(model, self._inputs.pixels[:, place]))
+            for place, (text, images) in enumerate(ends)
         )
-        return model, forwards, backwards, negative
+        return model, forwards, backwards, encoded.negative
+
+    def _first_seen(self, model: Model, place: int) -> jax.Array:
+        """Image tokens [B, M, K, D] of a model that sees keyframe `place` as the first, and no other."""
+        inputs = Inputs(self._inputs.pixels[:, [place]], self._inputs.vision[:, [place]])
+        plan = Plan.of(model.config, self.settings, at=(0,))
+        return pipeline.encode_images(model, plan, inputs.vision)
 
     def decode(self, latents: jax.Array) -> np.ndarray:
-        return pipeline.decode(self.model, latents)
+        return pipeline.decode(self.model, self.plan, latents)
 
 
 def make(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
@@ -140,7 +143,8 @@ def make(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 def _denoised(batch: Batch, method: Method, seed: int, until: int | None = None, **other: Any) -> jax.Array:
     """`other`: settings in the place of the batch's."""
     settings = dataclasses.replace(batch.settings, method=method, **other)
-    return pipeline.denoise(batch.model, *batch.conditions, settings, noise=batch.noise(seed), until=until)
+    plan = Plan.of(batch.model.config, settings)
+    return pipeline.denoise(batch.model, plan, batch.encoded, batch.noise(seed), until=until, chunk=settings.steps)
 
 
 def _method(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
@@ -154,7 +158,7 @@ def _euler(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 def _uniform_scale(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     """ReTRo's factors replaced by their mean."""
     retro, frames = arm.method.retro, batch.settings.frames
-    mean = float(scale_vector(retro, frames, batch.conditions[0].latent.shape[1]).mean())
+    mean = float(scale_vector(retro, frames, batch.plan.grid[0]).mean())
     uniform = dataclasses.replace(retro, s_edge=mean, s_mid=mean)
     return _method(dataclasses.replace(arm, method=dataclasses.replace(arm.method, retro=uniform)), batch, seed)
 
@@ -165,22 +169,20 @@ def _empty_caption(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 
 
 def _shuffled_anchors(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
-    frames = batch.conditions[0].latent.shape[1]
+    frames = batch.plan.grid[0]
     kab = dataclasses.replace(arm.method.kab, curve=shuffled_curve(frames, seed))
     return _method(dataclasses.replace(arm, method=dataclasses.replace(arm.method, kab=kab)), batch, seed)
 
 
 @struct.dataclass
 class Varying:
-    """What differs from step to step, float32 with a leading axis of steps.
+    """What differs from step to step beside the sampler's own rows (`Row.extra`), float32 [steps].
 
     Attributes:
-      strength: [steps, L, F] of KAB.
-      biased: [steps], 1 where a given bias is added.
-      hidden: [steps], 1 where the last keyframe is hidden.
+      biased: 1 where a given bias is added.
+      hidden: 1 where the last keyframe is hidden.
     """
 
-    strength: np.ndarray
     biased: np.ndarray
     hidden: np.ndarray
 
@@ -189,20 +191,18 @@ def _random_bias(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     """Gaussian, with the spread that KAB's bias has in its first active step, by layer, clip, frame and branch; added
     in KAB's steps."""
     settings = dataclasses.replace(batch.settings, method=arm.method)
-    method = settings.method_arrays(batch.model.config)
-    active = method.strength.any((1, 2))
-    step = int(np.flatnonzero(active)[0])
-    conditions = batch.conditions[0]
+    plan = Plan.of(batch.model.config, settings)
+    active, step = plan.strength.any((1, 2)), int(plan.kab_steps[0])
+    conditions = batch.encoded.conditions
     latents = _denoised(batch, arm.method, seed, until=step)
-    table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
-    size = _bias_size(batch.model.config.dit, batch.model.params["dit"], latents, table.timestep[step], conditions,
-                      method.replace(strength=method.strength[step]))  # fmt: skip
-    lengths = conditions.text.shape[1], conditions.first.shape[1], conditions.last.shape[1]
-    bias = CrossBias(*(_gaussian(batch.keys(seed, use), of, n)
-                       for use, of, n in zip((1, 2, 3), size, lengths, strict=True)))  # fmt: skip
-    nothing = np.zeros_like(method.strength)
-    varying = Varying(nothing, active.astype(np.float32), np.zeros(len(active), np.float32))
-    return batch.decode(_varied(batch, method, seed, varying, bias))
+    size = _bias_size(plan.config.dit, batch.model.part("dit"), latents, plan.table.step.timestep[step], conditions,
+                      plan.method, plan.strength[step])  # fmt: skip
+    lengths = conditions.text.shape[1], *([conditions.images.shape[2]] * conditions.images.shape[1])
+    text, *images = (_gaussian(batch.keys(seed, use), of, n)
+                     for use, of, n in zip((1, 2, 3), size, lengths, strict=True))  # fmt: skip
+    varying = Varying(active.astype(np.float32), np.zeros(len(active), np.float32))
+    quiet = dataclasses.replace(settings, method=dataclasses.replace(settings.method, kab=None))
+    return batch.decode(_varied(batch, quiet, seed, varying, CrossBias(text, jnp.stack(images, 3))))
 
 
 def _gaussian(clips: jax.Array, size: jax.Array, keys: int) -> jax.Array:
@@ -214,35 +214,30 @@ def _gaussian(clips: jax.Array, size: jax.Array, keys: int) -> jax.Array:
 
 def _random_mask(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     settings = dataclasses.replace(batch.settings, method=arm.method)
-    method = settings.method_arrays(batch.model.config)
     hidden = np.zeros(settings.steps, np.float32)
     hidden[np.random.default_rng([seed, 2]).permutation(settings.steps)[: settings.steps // 2]] = 1
-    varying = Varying(method.strength, np.zeros(settings.steps, np.float32), hidden)
-    return batch.decode(_varied(batch, method, seed, varying, CrossBias()))
+    return batch.decode(_varied(batch, settings, seed, Varying(np.zeros(settings.steps, np.float32), hidden), None))
 
 
-def _varied(batch: Batch, method: MethodArrays, seed: int, varying: Varying, bias: CrossBias) -> jax.Array:
-    settings, model = batch.settings, batch.model
-    conditions, negative = batch.conditions
+def _varied(batch: Batch, settings: Settings, seed: int, varying: Varying, bias: CrossBias | None) -> jax.Array:
+    model = batch.model
+    plan = Plan.of(model.config, settings, extra=varying)
     hidden = batch.first_frame_latent(model, batch.clips.truth[:, 0])
-    table = solvers.table(settings.solver, schedule.sigmas(settings.grid, settings.steps, settings.shift))
-    latents, failed_step = _sample_varied(
-        model.config.dit, model.params["dit"], batch.noise(seed), conditions, hidden, negative,
-        np.float32(settings.guidance), table, method.replace(strength=None), varying, bias,
-    )  # fmt: skip
-    check(failed_step)
-    return latents
+    carry = _sample_varied(plan.config.dit, model.part("dit"), sample.start(batch.noise(seed)), plan.table,
+                           batch.encoded.conditions, hidden, batch.encoded.negative, plan.method, bias)  # fmt: skip
+    check(carry)
+    return carry.sample
 
 
 def _two_way(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     model, forwards, backwards, negative = batch.one_way
     latents = two_way.sample(model, forwards, backwards, negative, batch.settings, arm.options, batch.noise(seed),
                              batch.keys(seed, 4))  # fmt: skip
-    return pipeline.decode(model, latents)
+    return pipeline.decode(model, Plan.of(model.config, batch.settings), latents)
 
 
 def _latent_interpolation(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
-    truth, config, params = batch.clips.truth, batch.model.config.vae, batch.model.params["vae"]
+    truth, config, params = batch.clips.truth, batch.model.config.vae, batch.model.part("vae")
     still = [np.repeat(truth[:, [end]], truth.shape[1], 1) for end in (0, -1)]
     first, last = (_encode(config, params, keyframes.to_unit(video)) for video in still)
     share = np.linspace(0, 1, first.shape[1], dtype=np.float32)[None, :, None, None, None]
@@ -251,7 +246,7 @@ def _latent_interpolation(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 
 def _vae(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     model = batch.model
-    return batch.decode(_encode(model.config.vae, model.params["vae"], keyframes.to_unit(batch.clips.truth)))
+    return batch.decode(_encode(model.config.vae, model.part("vae"), keyframes.to_unit(batch.clips.truth)))
 
 
 def _truth(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
@@ -298,8 +293,8 @@ def _encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0, static_argnames="frames")
 def _encode_first(config: VAEConfig, params: Any, first: jax.Array, *, frames: int) -> jax.Array:
-    latent = vae.encode(config, params, conditioning.pixel_condition(first, None, frames))
-    return conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, last=False))
+    latent = vae.encode(config, params, conditioning.keyframe_video(first[:, None], (0,), frames))
+    return conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, (0,)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -310,45 +305,44 @@ def _bias_size(
     timestep: jax.Array,
     conditions: Conditions,
     method: MethodArrays,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    strength: jax.Array,
+) -> tuple[jax.Array, ...]:
     """How far KAB's bias spreads about its mean over the keys of one softmax, which the softmax does not see: root mean
-    square in one evaluation, [L, B, F] of text, first, last."""
+    square in one evaluation, [L, B, F] of text and of each image; strength is [L, F]."""
     batch = latents.shape[0]
-    strength = jnp.broadcast_to(method.strength[:, None], (config.num_layers, batch, method.strength.shape[1]))
+    strength = jnp.broadcast_to(strength[:, None], (config.num_layers, batch, strength.shape[1]))
     _, seen = WanDiT(config, inspect=True).apply(
         {"params": params}, latents, jnp.broadcast_to(timestep, (batch,)), conditions, method.table, None,
         method.control.replace(strength=strength),
     )  # fmt: skip
-    own = [of.mean(-1, keepdims=True) for of in (seen.bias.text, seen.bias.first, seen.bias.last)]
-    joint = jnp.concatenate([seen.bias.first, seen.bias.last], -1).mean(-1, keepdims=True)
-    means = own[0], *(jnp.where(method.control.isolated, mean, joint) for mean in own[1:])
-    parts = zip((seen.bias.text, seen.bias.first, seen.bias.last), means, strict=True)
-    return tuple(jnp.sqrt(jnp.square(of - mean).mean(-1)) for of, mean in parts)
+    text, images = seen.bias.text, seen.bias.images
+    own, joint = images.mean(-1, keepdims=True), images.mean((-2, -1), keepdims=True)
+    images = images - jnp.where(method.control.isolated, own, joint)
+    parts = text - text.mean(-1, keepdims=True), *jnp.moveaxis(images, -2, 0)
+    return tuple(jnp.sqrt(jnp.square(part).mean(-1)) for part in parts)
 
 
 @partial(jax.jit, static_argnums=0)
 def _sample_varied(
     config: DiTConfig,
     params: Any,
-    noise: jax.Array,
+    carry: sample.Carry,
+    table: sample.Row,
     conditions: Conditions,
     hidden: jax.Array,
     negative: jax.Array,
-    guidance: jax.Array,
-    table: solvers.StepTable,
     method: MethodArrays,
-    varying: Varying,
-    bias: CrossBias,
-) -> tuple[jax.Array, jax.Array]:
+    bias: CrossBias | None,
+) -> sample.Carry:
     """The sampler with conditions and bias that change from step to step; `hidden` replaces `conditions.latent`."""
 
     def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
         return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
 
-    def denoise(latents: jax.Array, timestep: jax.Array, now: Varying) -> jax.Array:
-        told = conditions.replace(latent=jnp.where(now.hidden > 0, hidden, conditions.latent))
-        given = jax.tree.map(lambda leaf: leaf * now.biased, bias)
-        run = guided(model, told, negative, guidance, "sequential", method.control, given)
-        return run(latents, timestep, now.strength)
+    def denoise(latents: jax.Array, row: sample.Row, state: Any) -> tuple[jax.Array, Any]:
+        told = conditions.replace(latent=jnp.where(row.extra.hidden > 0, hidden, conditions.latent))
+        given = jax.tree.map(lambda leaf: leaf * row.extra.biased, bias)
+        run = guided(model, told, negative, row.guidance, "sequential", method.control, given)
+        return run(latents, row.step.timestep, row.strength), state
 
-    return sample(denoise, noise, table, None, varying)
+    return sample.sample(denoise, carry, table, 0, len(table.live))

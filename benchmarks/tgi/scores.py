@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-from wanjax import checkpoint, store
+from wanjax import checkpoint, manifest
 from wanjax.writing import write_json
 
 LINES, CONFIG = "scores.jsonl", "config.json"
@@ -236,8 +236,9 @@ def model_identity(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     names = [checkpoint.CONFIG, checkpoint.TOKENIZER]
-    if (folder / store.MANIFEST).is_file():
-        arrays = store.read_manifest(folder).arrays
+    found = manifest.manifest_of(folder)
+    if found is not None and found.form == manifest.ORBAX:
+        arrays = found.arrays
         digest.update(json.dumps({name: arrays[name]["sha256"] for name in sorted(arrays)}).encode())
     else:
         names += sorted(file.name for file in folder.glob("*.safetensors"))

@@ -3,9 +3,9 @@
 Time-reversal fusion (TRF, arXiv 2403.14611) evaluates both directions in every step and fuses them frame by frame
 with linear weights; some steps are repeated after noise is put back. ViBiDSampler (arXiv 2410.05651) takes each step
 forwards, puts the noise back, and takes it again backwards; its guidance (CFG++, DDS) is not part of this. Both are
-Euler steps of one `lax.scan` here, so TRF's weights on velocities are weights on the denoised estimates, as in the
-paper. How often TRF repeats is set here by `Options` and not taken from its release, and CFG++ and DDS are part of what
-ViBiDSampler reports. Neither paper's model takes text: here each direction is told what it shows.
+Euler rows of the one sampler (`samplers.sample`) here, so TRF's weights on velocities are weights on the denoised
+estimates, as in the paper. How often TRF repeats is set here by `Options` and not taken from its release, and CFG++ and
+DDS are part of what ViBiDSampler reports. Neither paper's model takes text: here each direction is told what it shows.
 
 Reversing time in Wan's latents is not reversing them: a latent frame holds 1 pixel frame at first and 4 later, and
 sees only earlier ones. Flip "latent" reverses the latent frames all the same, as a port of these methods would do
@@ -25,11 +25,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
 from samplers import schedule
-from samplers.pipeline import Settings
+from samplers.plan import Plan, Settings
+from samplers.run import check
+from samplers.sample import Carry, Row, start
+from samplers.sample import rows as sample_rows
+from samplers.sample import sample as one_scan
+from samplers.solvers import StepTable
 from wanjax import vae
 from wanjax.checkpoint import Model
 from wanjax.config import ModelConfig
@@ -68,24 +72,13 @@ class Options:
             raise ValueError(f"repeats {self.repeats} in {self.repeat_share} of the run: give 0 or more, in 0 to 1")
 
 
-@struct.dataclass
-class Rows:
-    """One evaluation a row, float32 [rows].
+def rows(options: Options, levels: np.ndarray) -> Row:
+    """The order of evaluations on noise levels float64 [steps + 1], as a table; none is repeated from the last, at 0.
 
-    Attributes:
-      sigma, following: noise level before and after the Euler step.
-      back: noise level that fresh noise then brings it to; `following` where none is added.
-      backwards: of ViBiD, 1 where the step is taken in reversed time.
+    A row is an Euler step from one level to the next, after which fresh noise may bring the latents back to a higher
+    one: one linear update, with the noise's deviation in `StepTable.renoise`. `Row.extra` is 1 where ViBiD takes the
+    step in reversed time.
     """
-
-    sigma: np.ndarray
-    following: np.ndarray
-    back: np.ndarray
-    backwards: np.ndarray
-
-
-def rows(options: Options, levels: np.ndarray) -> Rows:
-    """The order of steps on noise levels float64 [steps + 1]; none is repeated from the last one, at 0."""
     made = []
     steps = len(levels) - 1
     for i in range(steps):
@@ -95,13 +88,23 @@ def rows(options: Options, levels: np.ndarray) -> Rows:
             continue
         again = options.repeats if i < options.repeat_share * steps else 0
         made += [(here, after, here, 0)] * again + [(here, after, after, 0)]
-    return Rows(*np.array(made, np.float32).T)
+    sigma, following, back, backwards = np.array(made).T
+    keep, deviation = renoise(following, back)
+    ratio = following / sigma
+    corrector = np.tile([1.0, 0, 0, 0, 0], (len(made), 1))
+    predictor = np.stack([keep * ratio, keep * (1 - ratio), np.zeros_like(ratio)], 1)
+    columns = (sigma, schedule.TRAIN_TIMESTEPS * sigma, corrector, predictor, deviation)
+    step = StepTable(*(np.asarray(column, np.float32) for column in columns))
+    return sample_rows(step, extra=backwards.astype(np.float32))
 
 
-def renoise(latents: jax.Array, noise: jax.Array, level: jax.Array, higher: jax.Array) -> jax.Array:
-    """Latents at noise `level` brought to a `higher` one by fresh standard normal noise; unchanged if they agree."""
-    keep = jnp.where(level < 1, (1 - higher) / jnp.maximum(1 - level, 1e-12), 1.0)
-    return keep * latents + jnp.sqrt(jnp.maximum(higher**2 - (keep * level) ** 2, 0)) * noise
+def renoise(level: np.ndarray, higher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What brings latents at noise `level` to a `higher` one: their factor, and the deviation of fresh noise.
+
+    1 and 0 where the two agree; factor 1 from level 1, where there is nothing but noise.
+    """
+    keep = np.where(level < 1, (1 - higher) / np.maximum(1 - level, 1e-12), 1.0)
+    return keep, np.sqrt(np.maximum(higher**2 - (keep * level) ** 2, 0))
 
 
 def sample(
@@ -125,15 +128,14 @@ def sample(
       noise: standard normal, in the latents' shape.
       keys: [B] of the noise that is put back, as `jax.random.key` makes them; a sample's depends on its own alone.
     """
-    levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
-    method = settings.method_arrays(model.config)
-    params = {part: model.params[part] for part in ("dit", "vae")}
-    table = method.replace(strength=method.strength[0])
-    made = _sample(model.config, options, params, forwards, backwards, negative, np.float32(settings.guidance), table,
-                   rows(options, levels), noise, keys)  # fmt: skip
-    if not bool(jnp.isfinite(made).all()):
-        raise FloatingPointError(f"{options.scheme}: NaN or inf in the latents; check the weights")
-    return made
+    plan = Plan.of(model.config, settings)
+    table = rows(options, schedule.sigmas(settings.grid, settings.steps, settings.shift))
+    params = {part: model.part(part) for part in ("dit", "vae")}
+    carry = start(noise, state=jnp.zeros(noise.shape, jnp.float32), keys=keys)
+    carry = _sample(plan.config, options, params, forwards, backwards, negative, np.float32(settings.guidance),
+                    plan.method, np.zeros_like(plan.strength[0]), carry, table)  # fmt: skip
+    check(carry)
+    return carry.sample
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -146,10 +148,10 @@ def _sample(
     negative: jax.Array,
     guidance: jax.Array,
     method: MethodArrays,
-    steps: Rows,
-    noise: jax.Array,
-    keys: jax.Array,
-) -> jax.Array:
+    strength: jax.Array,
+    carry: Carry,
+    table: Row,
+) -> Carry:
     def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
         return WanDiT(config.dit).apply(
             {"params": params["dit"]}, latents, timestep, conditions, method.table, bias, control
@@ -157,7 +159,7 @@ def _sample(
 
     def velocity(conditions: Conditions) -> Callable[[jax.Array, jax.Array], jax.Array]:
         run = guided(model, conditions, negative, guidance, "sequential", method.control)
-        return lambda latents, sigma: run(latents, schedule.TRAIN_TIMESTEPS * sigma, method.strength * 0)
+        return lambda latents, sigma: run(latents, schedule.TRAIN_TIMESTEPS * sigma, strength)
 
     def reverse(data: jax.Array) -> jax.Array:
         if options.flip == "latent":
@@ -170,26 +172,21 @@ def _sample(
         turned = (1 - sigma) * reverse(data) + sigma * fresh[:, ::-1]
         return reverse(turned - sigma * velocity(backwards)(turned, sigma))
 
-    frames = noise.shape[1]
+    frames = carry.sample.shape[1]
     weight = jnp.linspace(1.0, 0.0, frames)[None, :, None, None, None]  # of the forward direction
 
-    def estimate(latents: jax.Array, row: Rows, last: jax.Array) -> jax.Array:
+    def estimate(latents: jax.Array, sigma: jax.Array, reversed_time: jax.Array, last: jax.Array) -> jax.Array:
         def ahead() -> jax.Array:
-            return latents - row.sigma * velocity(forwards)(latents, row.sigma)
+            return latents - sigma * velocity(forwards)(latents, sigma)
 
         if options.scheme == "vibid":
-            return lax.cond(row.backwards > 0, lambda: in_reverse(latents, last, row.sigma), ahead)
+            return lax.cond(reversed_time > 0, lambda: in_reverse(latents, last, sigma), ahead)
         data = ahead()
-        return weight * data + (1 - weight) * in_reverse(latents, data, row.sigma)
+        return weight * data + (1 - weight) * in_reverse(latents, data, sigma)
 
-    def step(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Rows]) -> tuple[Any, None]:
-        latents, last = carry
-        index, row = inputs
-        data = estimate(latents, row, last)
-        latents = data + row.following / row.sigma * (latents - data)
-        fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), latents.shape[1:]))(keys)
-        return (renoise(latents, fresh, row.following, row.back), data), None
+    def denoise(latents: jax.Array, row: Row, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The state is the data estimate of the evaluation before."""
+        data = estimate(latents, row.step.sigma, row.extra, last)
+        return (latents - data) / row.step.sigma, data
 
-    count = jnp.arange(len(steps.sigma))
-    (latents, _), _ = lax.scan(step, (noise.astype(jnp.float32), jnp.zeros_like(noise)), (count, steps))
-    return latents
+    return one_scan(denoise, carry, table, 0, len(table.live))

@@ -4,9 +4,9 @@ Every category has paths that the keyframes leave open and only the caption deci
 counterclockwise, which of two moves first, who passes in front, which of two bounces, when the colour changes, from
 which side the new scene comes. So the truth is a guess for a model that does not read. For one that does it is unique
 but for how high an arc or a bounce goes, which no words tell: drawn evenly from 6.5 to 8.5 and from 2.5 to 4 pixels.
-Clips are pure functions of (split, seed), drawn with the sprites of `benchmarks.tiny.clips`; seed n belongs to category n
-modulo 6. In 2 to 3 % of occlusion clips the two objects touch in a keyframe, so that a few of its pixels show who is in
-front; the frozen test set of `benchmarks/tgi` has none of these.
+Clips are pure functions of (split, seed), drawn with the sprites of `benchmarks.tiny.clips`; seed n belongs to category
+n modulo 6. In 2 to 3 % of occlusion clips the two objects touch in a keyframe, so that a few of its pixels show who is
+in front; the frozen test set of `benchmarks/tgi` has none of these.
 
 Axis letters: T frames, H height, W width, 3 = RGB.
 """

@@ -21,7 +21,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.tiny.clips import Clip, clip
-from samplers.pipeline import Keyframes, Settings, run
+from samplers import pipeline
+from samplers.pipeline import Inputs
+from samplers.plan import Plan, Settings
 from wanjax import keyframes, vae
 from wanjax.checkpoint import Model, load
 from wanjax.config import VAEConfig
@@ -62,7 +64,7 @@ def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
 
 def reconstruct(model: Model, truth: np.ndarray) -> np.ndarray:
     """The clips through the VAE and back: the best that any latents of its encoder could give."""
-    config, params = model.config.vae, model.params["vae"]
+    config, params = model.config.vae, model.part("vae")
     parts = [truth[i : i + BATCH] for i in range(0, len(truth), BATCH)]
     latents = [_encode(config, params, keyframes.to_unit(part)) for part in parts]
     return np.concatenate([keyframes.from_unit(_decode(config, params, one)) for one in latents])
@@ -70,12 +72,15 @@ def reconstruct(model: Model, truth: np.ndarray) -> np.ndarray:
 
 def generate(model: Model, clips: Sequence[Clip], captions: Sequence[str], settings: Settings) -> np.ndarray:
     """Videos uint8 [N, T, H, W, 3] between the keyframes of `clips`, told `captions`."""
-    videos = []
+    videos, plan = [], Plan.of(model.config, settings)
     for start in range(0, len(clips), BATCH):
         part = clips[start : start + BATCH]
-        pairs = [(one.video[0], one.video[-1]) for one in part]
-        prepared = Keyframes.prepare(pairs, model.config, settings)
-        videos.append(run(model, prepared, list(captions[start : start + BATCH]), settings).video)
+        inputs = Inputs.prepare([(one.video[0], one.video[-1]) for one in part], plan)
+        (encoded,) = pipeline.encode(model, plan, [inputs], [captions[start : start + BATCH]])
+        # One draw for the batch, as the published figures have it.
+        noise = jax.random.normal(jax.random.key(settings.seed), (len(part), *plan.latent_shape))
+        latents = pipeline.denoise(model, plan, encoded, noise, chunk=settings.steps)
+        videos.append(pipeline.decode(model, plan, latents))
     return np.concatenate(videos)
 
 

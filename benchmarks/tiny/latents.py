@@ -130,9 +130,9 @@ def _shard(encode: Encoder, index: int, variety: str, frames: int) -> dict[str, 
     videos = np.stack([one.video for one in drawn])
     first, last = videos[:, 0], videos[:, -1]
     images = SHARD // IMAGE_SHARE
-    ends = keyframes.to_unit(first), keyframes.to_unit(last)
-    both = np.asarray(conditioning.pixel_condition(*ends, frames))
-    one = np.asarray(conditioning.pixel_condition(ends[0][:images], None, frames))
+    ends = keyframes.to_unit(np.stack([first, last], 1))
+    both = np.asarray(conditioning.keyframe_video(ends, (0, -1), frames))
+    one = np.asarray(conditioning.keyframe_video(ends[:images, :1], (0,), frames))
     return {
         "latents": _encode_all(encode, keyframes.to_unit(videos)),
         "condition": _encode_all(encode, both),

@@ -106,10 +106,10 @@ def new_state(config: ModelConfig, seed: int | jax.Array) -> State:
     """Random weights in float32."""
     keys = jax.random.split(jax.random.key(seed), 3)
     d, c = config.dit, config.clip
-    image = jnp.zeros((1, d.image_tokens, d.image_dim))
+    images = jnp.zeros((1, d.num_images, d.image_tokens, d.image_dim))
     grid = (1, *d.patch_size)
     text, latent = jnp.zeros((1, d.text_length, d.text_dim)), jnp.zeros((*grid, d.condition_channels))
-    conditions, table = Conditions(text, image, image, latent), rope.table((1, 1, 1), d.head_dim)
+    conditions, table = Conditions(text, images, latent), rope.table((1, 1, 1), d.head_dim)
     ids = jnp.zeros((1, 4), jnp.int32)
     pixels = jnp.zeros((1, c.image_size, c.image_size, 3))
     noise = jnp.zeros((*grid, d.out_channels))
@@ -144,7 +144,7 @@ def encode_conditions(config: ModelConfig, params: Any, batch: Batch) -> Conditi
     last = last * batch.keep_last[:, None, None]
     shape = (*batch.condition.shape[:-1], batch.given.shape[-1])
     given = jnp.broadcast_to(batch.given[:, :, None, None], shape)
-    return Conditions(text, first, last, jnp.concatenate([given, batch.condition], -1))
+    return Conditions(text, jnp.stack([first, last], 1), jnp.concatenate([given, batch.condition], -1))
 
 
 def loss_of(config: ModelConfig, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
@@ -200,7 +200,7 @@ class Batches:
         self._data, self._size, self._seed = data, size, seed
         frames = (data.latents.shape[1] - 1) * config.vae.temporal_stride + 1
         stride = config.vae.temporal_stride
-        self._given = np.stack([np.asarray(conditioning.mask(frames, stride, last=last)) for last in (False, True)])
+        self._given = np.stack([np.asarray(conditioning.mask(frames, stride, at)) for at in ((0,), (0, -1))])
 
     def draw(self, step: int) -> Batch:
         """The batch of one step, as host arrays."""

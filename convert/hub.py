@@ -1,0 +1,210 @@
+"""`hf://owner/name[@revision][/path]`: the files of a Hugging Face repository that will be read, and no others.
+
+The list of files is asked first; `convert.choose` says which are wanted. They come through the hub's own cache, where
+another run finds them again. Without a network, or with HF_HUB_OFFLINE, the cache alone is looked at.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from convert.choose import choose, one_file
+from convert.keymap import listed
+from convert.notes import tell
+from convert.tensors import SourceError, read_index
+from wanjax.writing import absolute
+
+HUB = "hf://"
+
+_ADDRESS = re.compile(
+    r"hf://(?:models/)?(?!(?:datasets|spaces|buckets|kernels)/)(?P<repository>[^/@\s]+/[^/@\s]+)"
+    r"(?:@(?P<revision>refs/(?:pr/\d+|convert/[^/]+)|[^/]+))?(?P<path>/.*)?"  # another slash is written %2F
+)
+
+T = TypeVar("T")
+
+
+class _Unreachable(SourceError):
+    """The hub does not answer, or was not to be asked: what is in the cache may do."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where on the hub.
+
+    Attributes:
+      repository: "owner/name".
+      revision: branch, tag or commit; None for the main one.
+      path: of a folder or file in it, "" for all of it.
+    """
+
+    repository: str
+    revision: str | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        at = "" if self.revision is None else f"@{self.revision}"
+        return f"{HUB}{self.repository}{at}{f'/{self.path}' if self.path else ''}"
+
+
+def parse(text: str) -> Address:
+    """Reads an address.
+
+    Raises:
+      SourceError: not one of a model repository.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise SourceError(f"{text}: not a model repository; give {HUB}owner/name, {HUB}owner/name@revision or .../path")
+    steps = [step for step in (match["path"] or "").split("/") if step]
+    revision = match["revision"] and unquote(match["revision"])
+    if {".", ".."} & {*steps, *(revision or "").split("/")}:
+        raise SourceError(f"{text}: '.' and '..' mean nothing on the hub; give the path from the repository's top")
+    return Address(match["repository"], revision, "/".join(steps))
+
+
+def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
+    """A source's file or folder on this machine, as an absolute path; what lies on the hub is fetched.
+
+    Args:
+      path: a path, or an address on the hub.
+      only: the parts that are wanted.
+      noted: hears of what the user should know.
+
+    Raises:
+      SourceError: nothing on the hub under that name, no way to get it, or several models to choose from.
+    """
+    return fetch(parse(str(path)), only, noted) if str(path).startswith(HUB) else absolute(path)
+
+
+def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
+    """The address's file or folder in the hub's cache, with all that will be read in it.
+
+    Raises:
+      SourceError: as in `place`.
+    """
+    import huggingface_hub  # here: it takes a while, and no other source needs it
+
+    def listing() -> list[str]:
+        # Not list_repo_files: that tries for half a minute to reach a hub that is not there.
+        found = huggingface_hub.HfApi().model_info(address.repository, revision=address.revision)
+        return [file.rfilename for file in found.siblings or ()]
+
+    def download(name: str) -> Path:
+        return Path(_asked(address, lambda: huggingface_hub.hf_hub_download(
+            repo_id=address.repository, filename=name, revision=address.revision)))  # fmt: skip
+
+    try:
+        names = _asked(address, listing)
+    except _Unreachable as error:
+        root = _cached(address)
+        if root is None:
+            raise
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            noted(f"{error}; its files in the cache are taken")
+        return _gathered(address, _below(root), only, lambda name: root / name)
+    return _gathered(address, names, only, download)
+
+
+def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: Callable[[str], Path]) -> Path:
+    """The local place of the address, once `get` has given all that is wanted of `names`."""
+    if address.path in names:
+        choice = one_file(names, address.path, str(address))
+    else:
+        prefix = f"{address.path}/" if address.path else ""
+        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if not inside:
+            raise SourceError(
+                f"{address}: no such file or folder in it; it holds {listed(_tops(address, names), 12, ', ')}"
+            )
+        choice = choose(inside, only, str(address)).under(prefix)
+    wanted = [*choice.small, *choice.indexes]
+    places = {name: get(name) for name in wanted}
+    for index in choice.indexes:
+        folder = index[: -len(index.rpartition("/")[2])]
+        wanted += sorted({folder + shard for shard in read_index(places[index]).values()})
+    wanted += choice.weights
+    absent = [name for name in wanted if name not in names]
+    if absent:
+        raise SourceError(f"{address}: {listed(absent, 4, ', ')} missing; it is incomplete there, or in the cache")
+    for name in wanted:
+        places[name] = places.get(name) or get(name)
+    if not places:
+        raise SourceError(f"{address}: nothing in it is read")
+    roots = {Path(*file.parts[: len(file.parts) - len(name.split("/"))]) for name, file in places.items()}
+    if len(roots) != 1:
+        raise SourceError(f"{address}: changed on the hub while it was fetched; run it again")
+    return absolute(roots.pop() / address.path)
+
+
+def _tops(address: Address, names: Sequence[str]) -> list[str]:
+    """What lies in the deepest folder of the address's path that is there."""
+    steps = address.path.split("/")
+    for k in range(len(steps) - 1, -1, -1):
+        prefix = "/".join([*steps[:k], ""])
+        tops = {prefix + name[len(prefix) :].partition("/")[0] for name in names if name.startswith(prefix)}
+        if tops:
+            return sorted(tops)
+    return ["nothing"]
+
+
+def _below(root: Path) -> list[str]:
+    return sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+
+
+def _cached(address: Address) -> Path | None:
+    """The folder that holds a revision in the hub's cache, as its documentation lays it out; None without one."""
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{address.repository.replace('/', '--')}"
+    revision = address.revision or "main"
+    try:
+        commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision
+    folder = repository / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def _asked(address: Address, question: Callable[[], T]) -> T:
+    """What the hub answers.
+
+    Raises:
+      SourceError: why it does not; `_Unreachable` where the cache may help.
+    """
+    from huggingface_hub import errors
+
+    repository = address.repository
+    try:
+        return question()
+    except errors.GatedRepoError as error:
+        page = f"https://huggingface.co/{repository}"
+        raise _Unreachable(
+            f"{address}: asks for its terms to be accepted; do so on {page}, then hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        text = f"{address}: no such repository, or a private one; check the name, or log in with hf auth login"
+        raise _Unreachable(text) from error
+    except errors.RevisionNotFoundError as error:
+        raise SourceError(
+            f"{address}: no revision {address.revision!r} of it; leave it away for the main one"
+        ) from error
+    except errors.HFValidationError as error:
+        raise SourceError(f"{address}: not a repository's name; give {HUB}owner/name") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else "no connection"
+        raise _Unreachable(f"{address}: cannot be had from the hub ({reason}) or its cache") from error
+    except OSError as error:
+        if isinstance(error, errors.HfHubHTTPError) or error.errno is None:
+            raise _Unreachable(f"{address}: the hub does not answer ({_line(error)}); try again later") from error
+        raise SourceError(f"{address}: cannot be stored ({error.strerror}); free some space, or set HF_HOME") from error
+    except Exception as error:  # its HTTP library's own, which is another one from version to version
+        raise _Unreachable(f"{address}: the hub cannot be reached ({_line(error)}); check the network") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

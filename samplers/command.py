@@ -1,0 +1,314 @@
+"""The command line of `python -m samplers.inbetween`. No logic lives here."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from samplers import plan, schedule, solvers
+from wanjax import config, kab, method, rope
+from wanjax.guidance import MODES
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, options in groups."""
+    p = argparse.ArgumentParser(
+        prog="python -m samplers.inbetween",
+        description="Make the video between a first and a last keyframe.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Without --first and --last the bundled example is made with the bundled tiny model.\n"
+        "Defaults that depend on the model:\n" + _model_defaults(),
+    )
+    keyframes = p.add_argument_group("keyframes and text")
+    keyframes.add_argument(
+        "--first", metavar="IMAGE", help="first keyframe, any image file, or VIDEO@N for a frame (default: the example)"
+    )
+    keyframes.add_argument("--last", metavar="IMAGE", help="last keyframe, the same; VIDEO@-1 is the last frame")
+    keyframes.add_argument("--prompt", help="what happens between them (default: empty, or the example's)")
+    keyframes.add_argument("--negative-prompt", help="what guidance steers away from (default: the model's)")
+    keyframes.add_argument(
+        "--fit",
+        choices=plan.FITS,
+        default="stretch",
+        help="how keyframes of another size are brought to --size (default: %(default)s)",
+    )
+    keyframes.add_argument(
+        "--resample", choices=plan.RESAMPLES, help="filter of that (default: bicubic, as Wan2.1; diffusers: lanczos)"
+    )
+    keyframes.add_argument(
+        "--clip-fit",
+        choices=plan.CLIP_FITS,
+        help="how the vision tower's square is made (default: stretch, as Wan2.1; diffusers: crop)",
+    )
+    keyframes.add_argument(
+        "--matte",
+        type=_colour,
+        default=(0, 0, 0),
+        metavar="R,G,B",
+        help="colour under transparent keyframes and around --fit pad (default: 0,0,0)",
+    )
+
+    clip = p.add_argument_group("clip")
+    clip.add_argument("--frames", type=int, metavar="N", help="4n+1, such as 25, 33, 65, 81 (default: the model's)")
+    clip.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="height x width in pixels, or 'auto' for the first keyframe's aspect at the model's "
+        "area (default: the model's)",
+    )
+    clip.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument(
+        "--preset",
+        choices=tuple(plan.PRESETS),
+        help="settings that belong together; options given beside it win: "
+        + "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in own.items())}" for name, own in plan.PRESETS.items()),
+    )
+    sampling.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    sampling.add_argument("--guidance", type=float, help="guidance scale; 1 switches it off (default: the model's)")
+    sampling.add_argument("--shift", type=float, help="timestep shift (default: the model's)")
+    sampling.add_argument("--solver", choices=solvers.SOLVERS, help="(default: the model's)")
+    sampling.add_argument("--grid", choices=tuple(schedule.GRIDS), help="sigma grid (default: wan)")
+    sampling.add_argument(
+        "--timesteps", choices=schedule.ROUNDINGS, help="what the model is told (default: exact; Wan2.1: truncated)"
+    )
+    sampling.add_argument(
+        "--guidance-interval", type=_span(float), metavar="A-B", help="guide where A <= step / steps < B (0-1)"
+    )
+    sampling.add_argument(
+        "--guidance-mode",
+        choices=MODES,
+        default=MODES[0],
+        help="both passes in turn or as one batch of two (default: %(default)s)",
+    )
+    _add_method(p)
+    _add_model_and_output(p)
+    return p
+
+
+def _add_method(p: argparse.ArgumentParser) -> None:
+    """The group of KAB, isolation and ReTRo; every option is a single change of --method."""
+    group = p.add_argument_group(
+        "method", "How attention differs from Wan2.1's. The options below change single settings of --method."
+    )
+    add = group.add_argument
+    add(
+        "--method",
+        choices=tuple(method.METHODS),
+        default="wan",
+        help="wan: no change; paper: isolated branches, KAB, ReTRo by frequency; release: the paper's code, the "
+        "same with ReTRo by magnitude (default: %(default)s)",
+    )
+    switch = argparse.BooleanOptionalAction
+    add("--isolation", action=switch, help="a softmax each for text, first and last keyframe")
+    add("--branch-weights", type=_numbers, metavar="T,F,L", help="of isolated branches (1,1,1)")
+    add("--kab", action=switch, help="bias middle frames' cross-attention towards the keyframes'")
+    add("--kab-layers", type=_span(int), metavar="A-B", help="from 0 (5-12 of 40, other depths in proportion)")
+    add("--kab-steps", type=_span(float), metavar="A-B", help="active where A < step / steps <= B (0-0.4)")
+    add("--beta-end", type=float, help="strength near the keyframes (0.7)")
+    add("--beta-mid", type=float, help="strength half-way (0.3)")
+    add("--kab-eps", type=float, help="attention below it counts as it (0.0005)")
+    curves = ", ".join(kab.CURVES)
+    add(
+        "--anchor-curve", type=_curve, metavar="CURVE", help=f"{curves}, or a number a latent frame: 0,0.2,... (linear)"
+    )
+    add("--retro", action=switch, help="rescale the temporal rotary embedding")
+    add("--retro-mode", choices=rope.MODES, help="what the scale does")
+    add("--s-edge", type=float, help="scale near the keyframes (1.06)")
+    add("--s-mid", type=float, help="scale between them (0.94)")
+    add("--w-edge", type=float, help="edge width in pixel frames (8 of 81, other lengths in proportion)")
+    add("--retro-smooth", type=int, metavar="N", help="half width of the smoothing in latent frames (2)")
+    add("--explain", metavar="DIR", help="also write plots of scale, strength and attention there (needs matplotlib)")
+    add("--explain-layer", type=int, metavar="L", help="whose attention (the middle of KAB's window)")
+    add("--explain-step", type=int, metavar="K", help="from 0 (the first of KAB's window)")
+
+
+def _add_model_and_output(p: argparse.ArgumentParser) -> None:
+    """The two groups that say where to compute and where to write."""
+    model = p.add_argument_group("model and devices")
+    model.add_argument(
+        "--model",
+        default="tiny",
+        metavar="tiny|PATH",
+        help="the bundled tiny model or a model folder (default: %(default)s)",
+    )
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")
+    model.add_argument(
+        "--mesh",
+        type=_mesh,
+        default={},
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, sequence, tensor (default: one device)",
+    )
+
+    output = p.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        default="inbetween.mp4",
+        metavar="FILE",
+        help="mp4, webm, gif, webp, or a name without suffix for a folder of PNG frames; a contact "
+        "sheet and a JSON of all settings go beside it (default: %(default)s)",
+    )
+    output.add_argument("--fps", type=float, help="frames per second (default: the model's)")
+    output.add_argument(
+        "--scale",
+        type=int,
+        metavar="N",
+        help="enlarge N times, nearest neighbour (default: until the shorter side has 256 pixels)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    model.add_argument(
+        "--compile-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR",
+    )
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 2 for bad input, 1 for a failed run, 130 after Ctrl-C, SIGTERM."""
+    p = parser()
+    options = vars(p.parse_args(arguments))
+    progress = not options.pop("quiet")
+    # Here, as they take a second: not for --help or a mistyped option.
+    from wanjax.writing import terminate_as_interrupt
+
+    from samplers import cache, files
+
+    with terminate_as_interrupt():
+        try:
+            if options.pop("compile_cache"):
+                cache.enable()
+            options["method"] = _method(options)
+            if (options["first"] is None) != (options["last"] is None):
+                raise ValueError("keyframes: give both --first and --last, or neither for the bundled example")
+            if options["first"] is None:
+                example = files.example()
+                options |= {"first": example["first"], "last": example["last"]}
+                options["prompt"] = example["prompt"] if options["prompt"] is None else options["prompt"]
+            job = files.prepare(**options)
+        except KeyboardInterrupt:
+            return _fail(p.prog, "interrupted; nothing was written", INTERRUPTED)
+        except (ValueError, OSError) as error:
+            return _fail(p.prog, error, BAD_INPUT)
+        except RuntimeError as error:
+            return _fail(p.prog, _device_error(error), BAD_INPUT)
+        return _make(p.prog, job, progress)
+
+
+def _make(program: str, job: Any, progress: bool) -> int:
+    """Runs a checked job; returns the exit code."""
+    import jax
+
+    from samplers import files
+    from wanjax.tokenizer import PromptCut
+
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCut)  # said above, in one line
+            report = files.make(job, progress)
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted; nothing was written under the final name", INTERRUPTED)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return _fail(program, error, FAILED)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        return _fail(program, f"{reason}; if memory ran out, try fewer frames, a smaller size or bfloat16", FAILED)
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
+    print(f"{job.outputs.video}  ({seconds})")
+    print(f"{job.outputs.sheet}\n{job.outputs.settings}")
+    return 0
+
+
+def _device_error(error: RuntimeError) -> str:
+    """One line of what JAX says where the platform that was asked for is not there.
+
+    Raises:
+      RuntimeError: it is about something else.
+    """
+    text = " ".join(str(error).split())
+    if "backend" not in text:
+        raise error
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    return (f"devices: JAX has none of JAX_PLATFORMS={asked} ({text[:200]}); install wanjax[cuda12], [cuda13] or [tpu] "
+            "on such a machine, or unset JAX_PLATFORMS")  # fmt: skip
+
+
+def _method(options: dict[str, Any]) -> method.Method:
+    """Takes the method's options out of `options` and makes one value of them."""
+    switches = {name: options.pop(name) for name in ("isolation", "kab", "retro")}
+    overrides = {name: options.pop(name) for name in method.OVERRIDES}
+    return method.override(method.named(options["method"]), overrides, **switches)
+
+
+def _fail(program: str, error: object, code: int) -> int:
+    print(f"{program}: error: {error}", file=sys.stderr)
+    return code
+
+
+def _model_defaults() -> str:
+    lines = []
+    for name in config.PRESETS:
+        d = config.preset(name).sampling
+        height, width = d.size
+        lines.append(f"  {name}: {d.frames} frames, {height}x{width}, {d.steps} steps, "
+                     f"guidance {d.guidance:g}, shift {d.shift:g}, {d.solver}, {d.fps} fps")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _size(text: str) -> tuple[int, int] | str:
+    if text == "auto":
+        return text
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 480x864") from error
+    return height, width
+
+
+def _colour(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B with numbers from 0 to 255")
+    return values
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.5,1") from error
+
+
+def _curve(text: str) -> str | tuple[float, ...]:
+    return text if text in kab.CURVES or "," not in text else _numbers(text)
+
+
+def _span(kind: type) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        try:
+            low, high = (kind(part) for part in text.split("-"))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not A-B, such as 5-12 or 0-0.4") from error
+        return low, high
+
+    return parse
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,..., such as fsdp=4,sequence=2") from error

@@ -1,0 +1,103 @@
+"""How much memory a run takes, by formula, and the refusal of one that cannot fit.
+
+The factors are XLA's own figures for FLF2V-14B on a GPU (8.7 and 18.9 GiB to decode 480x864 and 720x1280, 6.9 GiB to
+encode, 3.7 and 8.1 GiB to denoise 81 frames), which grow with pixels and tokens; other models have them in proportion.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from samplers.plan import Plan
+from wanjax import checkpoint, keyframes
+
+DECODE, ENCODE = 232, 184
+"""Bytes a pixel of one frame and channel of the VAE's first width."""
+DENOISE = 22.5
+"""Bytes a token and unit of the transformer's width."""
+MARGIN = 0.8
+"""A run is refused when this part of its estimate is more than there is: an estimate may be too high."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device.
+
+    Attributes:
+      weights: of each part of the model.
+      temporary: by stage, "encode", "denoise", "decode".
+    """
+
+    weights: Mapping[str, int]
+    temporary: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """With all parts resident."""
+        return sum(self.weights.values()) + max(self.temporary.values())
+
+
+def estimate(plan: Plan, mesh: Mapping[str, int] | None = None) -> Estimate:
+    """What one clip takes; on a mesh, of one device: the weights split over fsdp and tensor, the tokens over
+    sequence and tensor."""
+    mesh = mesh or {}
+    shapes = checkpoint.param_shapes(plan.config)
+    size = {part: sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+            for part, tree in shapes.items()}  # fmt: skip
+    split = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+    size = {part: n // split if part != "vae" else n for part, n in size.items()}
+    pixels = math.prod(plan.settings.size) * plan.config.vae.base_dim
+    tokens = plan.tokens * plan.config.dit.dim * DENOISE / (mesh.get("sequence", 1) * mesh.get("tensor", 1))
+    return Estimate(size, {"encode": ENCODE * pixels, "denoise": int(tokens), "decode": DECODE * pixels})
+
+
+def available(platform: str | None = None) -> int | None:
+    """Bytes of the first device, or of the host where that computes; None where nobody tells."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def check(plan: Plan, mesh: Mapping[str, int] | None = None, memory: int | None = None) -> None:
+    """Refuses a run that cannot fit.
+
+    Args:
+      memory: bytes that there are; None asks `available`.
+
+    Raises:
+      ValueError: one line with the estimate and the largest size of the same shape that fits.
+    """
+    memory = available() if memory is None else memory
+    found = estimate(plan, mesh)
+    if memory is None or found.peak * MARGIN <= memory:
+        return
+    s, weights = plan.settings, sum(found.weights.values())
+    asked = f"size {s.size[0]}x{s.size[1]}, {s.frames} frames: takes about {found.peak / GIB:.1f} GiB (estimated)"
+    if weights * MARGIN > memory:
+        raise ValueError(
+            f"model {plan.config.name}: its weights alone are {weights / GIB:.1f} GiB, there are {memory / GIB:.1f}; "
+            "use bfloat16 or a larger device"
+        )
+    fitting = _largest(plan, mesh, memory)
+    mend = "use fewer frames" if fitting is None else f"the largest size of this shape is {fitting[0]}x{fitting[1]}"
+    raise ValueError(f"{asked}, there are {memory / GIB:.1f}; {mend}")
+
+
+def _largest(plan: Plan, mesh: Mapping[str, int] | None, memory: int) -> tuple[int, int] | None:
+    """The largest (height, width) with the plan's aspect that fits; None where not even the smallest does."""
+    height, width = plan.settings.size
+    multiple = plan.config.size_multiple
+    for step in range(63, 0, -1):
+        size = keyframes.area_size((height, width), int(height * width * (step / 64) ** 2), multiple)
+        smaller = replace(plan, settings=replace(plan.settings, size=size), grid=(
+            plan.grid[0], size[0] * plan.grid[1] // height, size[1] * plan.grid[2] // width))  # fmt: skip
+        if estimate(smaller, mesh).peak * MARGIN <= memory:
+            return size
+    return None

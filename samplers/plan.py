@@ -1,0 +1,248 @@
+"""What a clip is to be, and the plan of its run: settings are checked by making it, and no array is made twice.
+
+Everything here is arithmetic on the host. Axis letters as in `wanjax.types`; A keyframes.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+
+from samplers import sample, schedule, solvers
+from samplers.sample import Row
+from wanjax import keyframes
+from wanjax import method as methods
+from wanjax.config import ModelConfig
+from wanjax.guidance import MODES, GuidanceMode
+from wanjax.method import Method, MethodArrays
+
+FITS = ("stretch", "crop", "pad")
+CLIP_FITS = ("stretch", "crop")
+RESAMPLES = ("bicubic", "lanczos")
+
+PRESETS: MappingProxyType[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "lightx2v-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "euler"},
+        "lcm-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "lcm"},
+        "diffusers": {
+            "grid": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop", "resample": "lanczos",
+        },
+    }
+)  # fmt: skip
+"""Settings that belong together: weights distilled to four steps (the step-distilled LoRAs), diffusers' pipeline."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a clip is made. `Settings.of(config)` fills in what suits a model; `Plan.of` checks.
+
+    Attributes:
+      prompt, negative_prompt: what the video shows; what guidance steers away from.
+      frames: pixel frames, temporal_stride * n + 1, keyframes included.
+      size: (height, width) in pixels, multiples of the model's `size_multiple`.
+      steps: denoising steps.
+      guidance: classifier-free guidance scale, at least 0; at 1 the second pass is skipped.
+      guidance_interval: (low, high), shares of the run; guidance where low <= step / steps < high, none elsewhere.
+      shift: timestep shift of the schedule.
+      solver, grid, timesteps: names in `solvers.SOLVERS`, `schedule.GRIDS`, `schedule.ROUNDINGS`.
+      seed: of the noise, 0 .. 2**32 - 1.
+      fit: how keyframes of another size are brought to `size`: stretch, crop or pad.
+      resample: filter of that: bicubic (as Wan2.1) or lanczos (as diffusers).
+      clip_fit: how the vision tower's square is made: stretch (as Wan2.1) or crop (as diffusers).
+      matte: red, green, blue in 0..255 under transparent keyframes and around padded ones.
+      guidance_mode: "sequential" (least memory) or "batched" passes.
+      method: what is changed of Wan2.1's attention (`wanjax.method`), or the name of a profile.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    frames: int = 81
+    size: tuple[int, int] = (480, 864)
+    steps: int = 50
+    guidance: float = 5.0
+    shift: float = 16.0
+    solver: str = "unipc"
+    grid: str = "wan"
+    seed: int = 0
+    fit: keyframes.Fit = "stretch"
+    matte: tuple[int, int, int] = keyframes.BLACK
+    guidance_mode: GuidanceMode = "sequential"
+    method: Method = Method()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    timesteps: schedule.Rounding = "exact"
+    resample: str = "bicubic"
+    clip_fit: str = "stretch"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", methods.named(self.method))
+
+    @classmethod
+    def of(cls, config: ModelConfig, preset: str | None = None, **overrides: Any) -> "Settings":
+        """The model's own defaults, with those of a name in `PRESETS` and then `overrides` in their place.
+
+        Raises:
+          ValueError: unknown preset or setting.
+        """
+        d = config.sampling
+        own = cls("", d.negative_prompt, d.frames, d.size, d.steps, d.guidance, d.shift, d.solver)
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: choose {', '.join(PRESETS)}")
+        unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"settings {', '.join(unknown)}: no such; see wanjax's samplers.Settings")
+        return dataclasses.replace(own, **(PRESETS[preset] if preset else {}) | overrides)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with everything about it settled. `Plan.of` makes it.
+
+    Attributes:
+      config: of the model, resolved for the platform that computes.
+      settings: what was asked for.
+      at: pixel frames of the keyframes, ascending.
+      latent_shape: (F, h, w, C) of one clip's latents.
+      grid: (frames, height, width) in tokens.
+      table: rows of the run, padded, in host memory; the first `settings.steps` are live.
+      method: the rotary table and the control of attention; its strength is in the table.
+    """
+
+    config: ModelConfig
+    settings: Settings
+    at: tuple[int, ...]
+    latent_shape: tuple[int, int, int, int]
+    grid: tuple[int, int, int]
+    table: Row
+    method: MethodArrays
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        settings: Settings,
+        at: Sequence[int] = (0, -1),
+        platform: str | None = None,
+        extra: Any = None,
+    ) -> "Plan":
+        """Checks the settings for a model and settles the rest.
+
+        Args:
+          at: pixel frames where keyframes lie, negative ones counted from the end.
+          platform: "cpu", "gpu" or "tpu", which decides kernels; None takes the default device's.
+          extra: pytree with a leading axis of steps, for a denoise function of one's own (`Row.extra`).
+
+        Raises:
+          ValueError: one line naming the setting and the mend, for what this model cannot do.
+        """
+        _check(config, settings)
+        s = settings
+        places = _places(at, s.frames)
+        config = config.for_platform(jax.default_backend() if platform is None else platform)
+        levels = schedule.sigmas(s.grid, s.steps, s.shift)
+        method = methods.arrays(s.method, config, s.frames, s.size, s.steps, places)
+        step = solvers.table(s.solver, levels, s.timesteps)
+        table = sample.rows(step, guidance=_guidance(s), strength=method.strength, extra=extra)
+        stride = config.vae.spatial_stride
+        shape = (config.vae.latent_frames(s.frames), s.size[0] // stride, s.size[1] // stride)
+        tokens = tuple(n // size for n, size in zip(shape, config.dit.patch_size, strict=True))
+        return cls(config, s, places, (*shape, config.dit.out_channels), tokens, table, method.replace(strength=None))
+
+    @cached_property
+    def strength(self) -> np.ndarray:
+        """KAB's strength, float32 [steps, L, F]."""
+        return self.table.strength[: self.settings.steps]
+
+    @property
+    def kab_steps(self) -> np.ndarray:
+        """Indices of the steps in which KAB acts."""
+        return np.flatnonzero(self.strength.any((1, 2)))
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens S of one clip."""
+        return math.prod(self.grid)
+
+
+def _guidance(settings: Settings) -> np.ndarray:
+    """Guidance scale of each step, float32 [steps]."""
+    share = np.arange(settings.steps) / settings.steps
+    low, high = settings.guidance_interval
+    return np.where((share >= low) & (share < high), settings.guidance, 1).astype(np.float32)
+
+
+def _places(at: Sequence[int], frames: int) -> tuple[int, ...]:
+    """Keyframes' pixel frames, ascending. ValueError: outside the clip, twice, or none."""
+    places = [_whole("keyframe at", place, -frames, frames - 1) for place in at]
+    places = sorted(place % frames for place in places)
+    if not places:
+        raise ValueError("keyframes: none given; give at least one, such as the first")
+    if len(set(places)) < len(places):
+        raise ValueError(f"keyframes at {', '.join(map(str, places))}: two at one frame; give each a frame of its own")
+    return tuple(places)
+
+
+def _check(config: ModelConfig, s: Settings) -> None:
+    """Raises ValueError for a setting that no array of the plan would find wrong."""
+    if config.dit.num_images == 0:
+        raise ValueError(
+            f"model {config.name}: takes no keyframes (text-to-video); inbetweening needs a first-and-last-frame "
+            "model (flf2v), or an image-to-video or Fun-InP one"
+        )
+    frames = _whole("frames", s.frames, 1, 10**6)
+    keyframes.check_frames(frames, config.vae.temporal_stride)
+    if len(s.size) != 2:
+        raise ValueError(f"size {s.size}: give (height, width) in pixels")
+    sides = [_whole("size", side, 1, 10**5) for side in s.size]
+    keyframes.check_size(*sides, config.size_multiple)
+    _number("guidance", s.guidance, 0, 1e6, "; 1 switches it off")
+    check_seed(s.seed)
+    low, high = (_number("guidance interval", share, 0, 1) for share in s.guidance_interval)
+    if low > high:
+        raise ValueError(f"guidance interval {low:g}-{high:g}: give two shares of the run, low before high")
+    if len(s.matte) != 3 or not all(0 <= value <= 255 for value in s.matte):
+        raise ValueError(f"matte {s.matte}: give red, green, blue, each from 0 to 255")
+    for name in ("prompt", "negative_prompt"):
+        if not isinstance(getattr(s, name), str):
+            raise ValueError(f"{name} {getattr(s, name)!r}: give a text")
+    if not isinstance(s.method, Method):
+        raise ValueError(f"method {s.method!r}: give a wanjax.Method or one of {', '.join(methods.METHODS)}")
+    choices = (("solver", s.solver, solvers.SOLVERS), ("fit", s.fit, FITS), ("clip fit", s.clip_fit, CLIP_FITS),
+               ("resample", s.resample, RESAMPLES), ("guidance mode", s.guidance_mode, MODES))  # fmt: skip
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r}: choose {', '.join(allowed)}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless `seed` is a whole number from 0 to 2**32 - 1."""
+    _whole("seed", seed, 0, 2**32 - 1)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in a range. ValueError else; a truth value or a float is none."""
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise ValueError(f"{name} {value!r}: give a whole number from {low} to {high}")
+    return number
+
+
+def _number(name: str, value: Any, low: float, high: float, remark: str = "") -> float:
+    """A finite number in a range. ValueError else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(f"{name} {value}: give a number from {low:g} to {high:g}{remark}")
+    return number
