@@ -184,8 +184,10 @@ def inbetween(
     prompt = settings.prompt if prompt is None else prompt
     seeds = settings.seed if seeds is None else seeds
     *columns, prompts, seeds = _clips([*(given[at] for at in order), prompt, seeds])
-    for seed in seeds:
+    for seed, text in zip(seeds, prompts, strict=True):
         check_seed(seed)
+        if not isinstance(text, str):
+            raise ValueError(f"prompt {text!r}: give a text")
     batches = [Batch(Inputs.prepare([clip], plan), [text], [seed])
                for clip, text, seed in zip(zip(*columns, strict=True), prompts, seeds, strict=True)]  # fmt: skip
     results = make(model, plan, batches, mesh=mesh, cross_bias=cross_bias, chunk=chunk, on_step=on_step)
@@ -241,7 +243,7 @@ def make(
 
 def noise(plan: Plan, seeds: Sequence[int], mesh: Mesh | None = None) -> jax.Array:
     """Standard normal latents float32 [B, F, h, w, C], each clip's from its own seed alone."""
-    drawn = [jax.random.normal(jax.random.key(seed), (1, *plan.latent_shape), jnp.float32) for seed in seeds]
+    drawn = [_noise((1, *plan.latent_shape), np.uint32(seed)) for seed in seeds]
     whole = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
     return whole if mesh is None else sharding.shard_video(whole, mesh)
 
@@ -408,6 +410,11 @@ def _denoise(
     return sample.sample(denoise, carry, table, first, n)
 
 
+@partial(jax.jit, static_argnums=0)
+def _noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
 def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, jnp.isfinite(value).all()
 
@@ -461,6 +468,10 @@ def _lower_decode(plan: Plan, chunk: int) -> Any:
     return _decode.lower(plan.config.vae, checkpoint.param_shapes(plan.config)["vae"], _struct(1, *plan.latent_shape))
 
 
+def _lower_noise(plan: Plan, chunk: int) -> Any:
+    return _noise.lower((1, *plan.latent_shape), _struct(dtype=np.uint32))
+
+
 def _lower_denoise(plan: Plan, chunk: int) -> Any:
     d = plan.config.dit
     text = _struct(1, d.text_length, d.text_dim, dtype=_lower_text(plan, chunk).out_info[0].dtype)
@@ -477,7 +488,7 @@ def _lower_denoise(plan: Plan, chunk: int) -> Any:
 
 
 _LOWERED = MappingProxyType(
-    {"denoise": (_lower_denoise,), "decode": (_lower_decode,),
+    {"denoise": (_lower_denoise, _lower_noise), "decode": (_lower_decode,),
      "encode": (_lower_keyframes, _lower_text, _lower_images)}
 )  # fmt: skip
 """The programs of each stage, the longest first."""

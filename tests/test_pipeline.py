@@ -113,6 +113,13 @@ def test_a_batch_computes_its_clips(model):
         assert relative_error(both.latents[i], alone.latents[0]) < 1e-5
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_the_noise_of_a_seed_stays_what_it_is(seed):
+    plan = Plan.of(NANO, settings())
+    expected = jax.random.normal(jax.random.key(seed), (1, *plan.latent_shape), jnp.float32)
+    np.testing.assert_array_equal(pipeline.noise(plan, [seed]), expected)
+
+
 def test_more_keyframes_by_the_call_alone(model):
     """One, two or three keyframes anywhere; each reaches the latents, in any order, by any spelling of its place."""
     first, last = images(0)
@@ -329,7 +336,6 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
     with pipeline.compile_ahead(plan) as ready:
         for stage in ("encode", "denoise", "decode"):
             ready(stage)
-        pipeline.noise(plan, [9])
         with count_compilations() as compiled:
             (made,) = pipeline.make(model, plan, [batch], ready=ready)
     stages = [pipeline._denoise, pipeline._decode, pipeline._encode_keyframes]
