@@ -144,8 +144,9 @@ def prepare(
     outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
-    return Job(str(model), folder, config, *images, (str(first), str(last)), plan, dtype, outputs, fps, scale, mesh or {},
-               tuple(notes), looked_at)  # fmt: skip
+    paths = str(first), str(last)
+    return Job(str(model), folder, config, *images, paths, plan, dtype, outputs, fps, scale, mesh or {}, tuple(notes),
+               looked_at)  # fmt: skip
 
 
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import get_ident
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -97,12 +98,12 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a block: what XLA spent compiling goes to "compile", the rest to `name`."""
-        compiling = 0.0
+        """Times a block: what this thread spent compiling in it goes to "compile", the rest to `name`."""
+        compiling, thread = 0.0, get_ident()
 
         def listen(event: str, duration: float, **_: Any) -> None:
             nonlocal compiling
-            if event.startswith("/jax/core/compile/"):
+            if event.startswith("/jax/core/compile/") and get_ident() == thread:
                 compiling += duration
 
         jax.monitoring.register_event_duration_secs_listener(listen)
@@ -224,19 +225,22 @@ def make(
     """
     timings = Timings()
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        with timings.stage("encode"):
+        with timings.stage("compile"):
             ready("encode")
+        with timings.stage("encode"):
             encoded = encode(model, plan, [batch.inputs for batch in batches], [batch.prompts for batch in batches])
             encoded = [jax.block_until_ready(place(one, mesh)) for one in encoded]
-        with timings.stage("denoise"):
+        with timings.stage("compile"):
             ready("denoise")
+        with timings.stage("denoise"):
             latents = [
                 denoise(model, plan, one, noise(plan, batch.seeds, mesh), seeds=batch.seeds, mesh=mesh,
                         cross_bias=cross_bias, chunk=chunk, on_step=on_step)
                 for one, batch in zip(encoded, batches, strict=True)
             ]  # fmt: skip
-        with timings.stage("decode"):
+        with timings.stage("compile"):
             ready("decode")
+        with timings.stage("decode"):
             videos = [decode(model, plan, one) for one in latents]
     return [Result(video, own, timings.seconds, one) for video, own, one in zip(videos, latents, encoded, strict=True)]
 
