@@ -20,6 +20,7 @@ from PIL import Image
 
 from samplers import explain as explaining
 from samplers import hints, memory, pipeline, video
+from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
 from samplers.run import bar
@@ -216,7 +217,7 @@ def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Resul
     start = time.perf_counter()
     plan, mesh, seen = job.plan, job.devices, []
     # A mesh changes where arguments lie, and so the programs.
-    with nullcontext(lambda stage: None) if mesh else pipeline.compile_ahead(plan) as ready:
+    with nullcontext(lambda stage: None) if mesh else compile_ahead(plan) as ready:
         model = checkpoint.load(job.folder, job.dtype, mesh)
         loaded = time.perf_counter() - start
         with bar(job.settings.steps) if progress else nullcontext() as shown:

@@ -6,13 +6,11 @@ result is finite.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ from samplers import run as host
 from samplers import sample
 from samplers.plan import Plan, Settings, check_seed
 from samplers.sample import Carry, Row
-from wanjax import checkpoint, conditioning, keyframes, sharding, vae
+from wanjax import conditioning, keyframes, sharding, vae
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
@@ -220,7 +218,7 @@ def make(
     """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
 
     Args:
-      ready: called with "encode", "denoise", "decode" before that stage; `compile_ahead` gives one.
+      ready: called with "encode", "denoise", "decode" before that stage; `ahead.compile_ahead` gives one.
       others: as `inbetween`.
     """
     timings = Timings()
@@ -371,24 +369,6 @@ def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
     return Encoded(rest.replace(latent=latent), negative)
 
 
-@contextmanager
-def compile_ahead(plan: Plan, chunk: int = 1) -> Iterator[Callable[[str], Any]]:
-    """Compiles the programs of one clip in the background, while weights are read; for one device.
-
-    Yields a function to call before each stage with its name: it waits for that stage's programs, and raises what
-    their compilation raised. The ordinary calls then find them compiled.
-    """
-    pool = ThreadPoolExecutor(max_workers=5, thread_name_prefix="compile")
-    try:
-        futures = {
-            stage: [pool.submit(lambda lower=lower: lower(plan, chunk).compile()) for lower in lowers]
-            for stage, lowers in _LOWERED.items()
-        }
-        yield lambda stage: [future.result() for future in futures[stage]]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 @partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
 def _denoise(
     config: DiTConfig,
@@ -445,54 +425,3 @@ def _encode_keyframes(
 @partial(jax.jit, static_argnums=0)
 def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _with_finite(vae.decode(config, params, latents))
-
-
-def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _lower_text(plan: Plan, chunk: int) -> Any:
-    ids = _struct(2, plan.config.dit.text_length, dtype=np.int32)
-    return _encode_text.lower(plan.config.umt5, checkpoint.param_shapes(plan.config)["umt5"], ids, ids)
-
-
-def _lower_images(plan: Plan, chunk: int) -> Any:
-    side, count = plan.config.clip.image_size, len([slot for slot in image_slots(plan) if slot is not None])
-    pixels = _struct(count, side, side, 3)
-    return _encode_images.lower(plan.config.clip, checkpoint.param_shapes(plan.config)["clip"], pixels)
-
-
-def _lower_keyframes(plan: Plan, chunk: int) -> Any:
-    pixels = _struct(1, len(plan.at), *plan.settings.size, 3)
-    shapes = checkpoint.param_shapes(plan.config)["vae"]
-    return _encode_keyframes.lower(plan.config.vae, shapes, pixels, at=plan.at, frames=plan.settings.frames)
-
-
-def _lower_decode(plan: Plan, chunk: int) -> Any:
-    return _decode.lower(plan.config.vae, checkpoint.param_shapes(plan.config)["vae"], _struct(1, *plan.latent_shape))
-
-
-def _lower_noise(plan: Plan, chunk: int) -> Any:
-    return _noise.lower((1, *plan.latent_shape), _struct(dtype=np.uint32))
-
-
-def _lower_denoise(plan: Plan, chunk: int) -> Any:
-    d = plan.config.dit
-    text = _struct(1, d.text_length, d.text_dim, dtype=_lower_text(plan, chunk).out_info[0].dtype)
-    images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=_lower_images(plan, chunk).out_info[0].dtype)
-    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels,
-                     dtype=_lower_keyframes(plan, chunk).out_info[0].dtype)  # fmt: skip
-    keys = None if plan.table.step.renoise is None else jax.random.split(jax.random.key(0), 1)
-    carry = jax.eval_shape(sample.start, _struct(1, *plan.latent_shape), keys=keys)
-    table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
-    return _denoise.lower(
-        d, checkpoint.param_shapes(plan.config)["dit"], carry, table, _struct(dtype=np.int32),
-        Conditions(text, images, latent), text, method, None, n=chunk, guidance_mode=plan.settings.guidance_mode,
-    )  # fmt: skip
-
-
-_LOWERED = MappingProxyType(
-    {"denoise": (_lower_denoise, _lower_noise), "decode": (_lower_decode,),
-     "encode": (_lower_keyframes, _lower_text, _lower_images)}
-)  # fmt: skip
-"""The programs of each stage, the longest first."""

@@ -13,6 +13,7 @@ from PIL import Image
 from reference import relative_error
 
 from samplers import pipeline
+from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, sharding
@@ -333,7 +334,7 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
     chosen = settings(frames=13, seed=9)  # a length of its own, so that nothing is compiled yet
     plan = Plan.of(NANO, chosen)
     batch = Batch(Inputs.prepare([images()], plan), [chosen.prompt], [chosen.seed])
-    with pipeline.compile_ahead(plan) as ready:
+    with compile_ahead(plan) as ready:
         for stage in ("encode", "denoise", "decode"):
             ready(stage)
         with count_compilations() as compiled:
