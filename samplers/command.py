@@ -178,9 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(p.parse_args(arguments))
     progress = not options.pop("quiet")
     # Here, as they take a second: not for --help or a mistyped option.
-    from wanjax.writing import terminate_as_interrupt
-
     from samplers import cache, files
+    from wanjax.writing import terminate_as_interrupt
 
     with terminate_as_interrupt():
         try:
@@ -224,9 +223,16 @@ def _make(program: str, job: Any, progress: bool) -> int:
         reason = (str(error).splitlines() or ["out of memory"])[0]
         return _fail(program, f"{reason}; if memory ran out, try fewer frames, a smaller size or bfloat16", FAILED)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
-    print(f"{job.outputs.video}  ({seconds})")
-    print(f"{job.outputs.sheet}\n{job.outputs.settings}")
+    _say(f"{job.outputs.video}  ({seconds})\n{job.outputs.sheet}\n{job.outputs.settings}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Prints to whoever still listens: the files are written, and a closed pipe changes nothing of that."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at the end
 
 
 def _device_error(error: RuntimeError) -> str:

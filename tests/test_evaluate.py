@@ -59,3 +59,16 @@ def test_measure_runs_the_model(tmp_path):
     assert figures["guidance_1_wins"] == 0 and figures["guidance_1_interior"] < figures["crossfade_interior"]
     assert all(np.isfinite(value) for value in figures.values())
     assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+BAD = [["--model", "nowhere"], ["--clips", "0"], ["--clips", "x"], ["--steps", "0"], ["--solver", "heun"],
+       ["--guidance", "nan"], ["--out", "nowhere/figures.json"], ["--sheet", "nowhere/sheet.png"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=str)
+def test_bad_arguments_are_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("computing began"))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    assert stop.value.code == 2
+    assert len([line for line in capsys.readouterr().err.splitlines() if "error:" in line]) == 1

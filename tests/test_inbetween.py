@@ -226,9 +226,9 @@ def test_damaged_weights_fail_in_one_line(job, tmp_path, capsys):
     file = folder / "dit.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     job["--model"] = folder
-    assert command.main(arguments(job)) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "dit.safetensors: damaged" in error
+    assert command.main(arguments(job)) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(r"dit.safetensors.*damaged", error) and "\n" not in error
     assert not job["--out"].exists()
 
 
@@ -378,3 +378,41 @@ def test_help_groups_options_and_gives_defaults(capsys):
     text = capsys.readouterr().out
     for part in ("keyframes and text:", "sampling:", "output:", "flf2v_14b: 81 frames, 480x864, 50 steps"):
         assert part in text
+
+
+def test_devices_that_are_not_there_are_one_line(job, tmp_path):
+    """Of any platform, also where the model's folder is bad: the devices are asked first."""
+    for platform in ("cuda", "tpu", "gpu", "nonsense"):
+        command_line = [sys.executable, "-m", "samplers.inbetween", *arguments(job)]
+        env = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run(command_line, capture_output=True, text=True, env=env)
+        assert done.returncode == 2, done.stderr
+        told = [line for line in done.stderr.splitlines() if "error" in line]
+        assert len(told) == 1 and platform in told[0] and "Traceback" not in done.stderr
+    assert not job["--out"].exists()
+
+
+def test_a_closed_output_is_no_traceback(job, tmp_path):
+    """`| head -0`: the video is made, and nothing is said of the pipe."""
+    line = f"{sys.executable} -m samplers.inbetween {' '.join(arguments(job, '--steps', 1, '--quiet'))}"
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(["bash", "-c", f"{line} | true"], capture_output=True, text=True, env=env)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    assert job["--out"].exists()
+
+
+def test_help_imports_little():
+    """No weights' libraries, no video library, and it does not start JAX's devices."""
+    code = """
+import runpy, sys
+sys.argv = ["x", "--help"]
+try:
+    runpy.run_module("samplers.inbetween", run_name="__main__")
+except SystemExit:
+    print(sorted(name for name in sys.modules if "." not in name))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": os.getcwd()})  # fmt: skip
+    loaded = set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
+    assert "samplers" in loaded
+    assert not loaded & {"orbax", "tensorstore", "torch", "av", "imageio", "huggingface_hub", "transformers", "psutil"}

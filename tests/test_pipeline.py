@@ -275,6 +275,22 @@ def test_a_model_without_keyframes_is_refused():
         Plan.of(dataclasses.replace(NANO, dit=dit, clip=None), settings())
 
 
+def test_a_model_of_one_image_takes_both_keyframes(tmp_path):
+    """As Fun-InP and I2V weights do: both by mask and latent, the vision tokens of the first alone."""
+    config = dataclasses.replace(NANO, dit=dataclasses.replace(NANO.dit, num_images=1))
+    model = checkpoint.load(write_model(tmp_path / "one", config))
+    first, last = images()
+    chosen = Settings.of(config, prompt="a red circle", method="paper")
+    plan = Plan.of(config, chosen)
+    encoded = pipeline.encode(model, plan, [Inputs.prepare([(first, last)], plan)], [["a red circle"]])[0].conditions
+    assert encoded.images.shape[1] == 1
+    mask = np.asarray(encoded.latent)[0, :, 0, 0, :4]
+    assert mask[0].all() and mask[-1].tolist() == [0, 0, 0, 1]
+    made = pipeline.inbetween(model, first, last, settings=chosen)
+    other = pipeline.inbetween(model, first, images(5)[1], settings=chosen)
+    assert relative_error(made.latents, other.latents) > 1e-3
+
+
 BAD_CALLS = [
     ({"first": 3}, "give a path"),
     ({"first": "nowhere.png"}, "nowhere.png: no such file"),

@@ -149,8 +149,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--sheet", type=Path, help="PNG: truth, cross-fade and model in turn")
     options = parser.parse_args(arguments)
-    clips = heldout(options.clips, options.rich)
-    figures = measure(load(options.model), clips, options.guidance, options.steps, options.solver, options.sheet)
+    try:
+        if options.clips < 1:
+            raise ValueError(f"--clips {options.clips}: give a whole number of at least 1")
+        for path in (options.out, options.sheet):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{path}: no folder {path.parent}; create it with mkdir -p {path.parent}")
+        model = load(options.model)
+        for scale in options.guidance:
+            Plan.of(model.config, Settings.of(model.config, guidance=scale, steps=options.steps, solver=options.solver))
+        clips = heldout(options.clips, options.rich)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    figures = measure(model, clips, options.guidance, options.steps, options.solver, options.sheet)
     for name, value in figures.items():
         print(f"{name:32s} {value:7.2f}")
     if options.out is not None:
