@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.pop("compile_cache"):
                 cache.enable()
             options["method"] = _method(options)
+            _check_devices()
             if (options["first"] is None) != (options["last"] is None):
                 raise ValueError("keyframes: give both --first and --last, or neither for the bundled example")
             if options["first"] is None:
@@ -197,8 +198,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(p.prog, "interrupted; nothing was written", INTERRUPTED)
         except (ValueError, OSError) as error:
             return _fail(p.prog, error, BAD_INPUT)
-        except RuntimeError as error:
-            return _fail(p.prog, _device_error(error), BAD_INPUT)
         return _make(p.prog, job, progress)
 
 
@@ -235,18 +234,19 @@ def _say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at the end
 
 
-def _device_error(error: RuntimeError) -> str:
-    """One line of what JAX says where the platform that was asked for is not there.
+def _check_devices() -> None:
+    """Raises ValueError, in one line, where JAX has none of the platforms that were asked for."""
+    import jax
 
-    Raises:
-      RuntimeError: it is about something else.
-    """
-    text = " ".join(str(error).split())
-    if "backend" not in text:
-        raise error
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    return (f"devices: JAX has none of JAX_PLATFORMS={asked} ({text[:200]}); install wanjax[cuda12], [cuda13] or [tpu] "
-            "on such a machine, or unset JAX_PLATFORMS")  # fmt: skip
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of a platform whose library finds no device
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"devices: JAX has none of JAX_PLATFORMS={asked}{reason and f' ({reason})'}; install wanjax[cuda12], [cuda13] "
+            "or [tpu] on such a machine, or unset JAX_PLATFORMS"
+        ) from error
 
 
 def _method(options: dict[str, Any]) -> method.Method:
