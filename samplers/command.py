@@ -244,8 +244,8 @@ def _check_devices() -> None:
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"devices: JAX has none of JAX_PLATFORMS={asked}{reason and f' ({reason})'}; install wanjax[cuda12], [cuda13] "
-            "or [tpu] on such a machine, or unset JAX_PLATFORMS"
+            f"devices: JAX has none of JAX_PLATFORMS={asked}{reason and f' ({reason})'}; install wanjax[cuda12], "
+            "[cuda13] or [tpu] on such a machine, or unset JAX_PLATFORMS"
         ) from error
 
 
