@@ -22,7 +22,7 @@ from samplers import explain as explaining
 from samplers import hints, memory, pipeline, video
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
-from samplers.plan import Plan, Settings
+from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
 from wanjax import checkpoint, environment, keyframes, sharding
@@ -116,6 +116,8 @@ def prepare(
     if size not in (None, "auto"):
         given["size"] = size
     chosen = Settings.of(config, preset, **given)
+    check_settings(config, chosen)
+    memory.check(config, chosen, mesh)
     plan = Plan.of(config, chosen)  # before the images are read, so that a mistyped number costs nothing
     images, notes = _read_keyframes((first, last), chosen.matte)
     notes += folder.notes
@@ -138,7 +140,6 @@ def prepare(
     if mesh:
         sharding.make_mesh(mesh)
         sharding.check_mesh(mesh, config.dit.num_heads, plan.tokens)
-    memory.check(plan, mesh or {})
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
     also = [] if explain is None else [explaining.target(explain)]

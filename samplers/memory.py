@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from samplers.plan import Plan
+from samplers.plan import Settings
 from wanjax import checkpoint, keyframes
+from wanjax.config import ModelConfig
 
 DECODE, ENCODE = 232, 184
 """Bytes a pixel of one frame and channel of the VAE's first width."""
@@ -41,17 +42,20 @@ class Estimate:
         return sum(self.weights.values()) + max(self.temporary.values())
 
 
-def estimate(plan: Plan, mesh: Mapping[str, int] | None = None) -> Estimate:
+def estimate(config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None) -> Estimate:
     """What one clip takes; on a mesh, of one device: the weights split over fsdp and tensor, the tokens over
     sequence and tensor."""
     mesh = mesh or {}
-    shapes = checkpoint.param_shapes(plan.config)
+    shapes = checkpoint.param_shapes(config)
     size = {part: sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
             for part, tree in shapes.items()}  # fmt: skip
     split = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
     size = {part: n // split if part != "vae" else n for part, n in size.items()}
-    pixels = math.prod(plan.settings.size) * plan.config.vae.base_dim
-    tokens = plan.tokens * plan.config.dit.dim * DENOISE / (mesh.get("sequence", 1) * mesh.get("tensor", 1))
+    area = math.prod(settings.size)
+    frames = config.vae.latent_frames(settings.frames) // config.dit.patch_size[0]
+    tokens = frames * area // (config.vae.spatial_stride**2 * math.prod(config.dit.patch_size[1:]))
+    tokens = tokens * config.dit.dim * DENOISE / (mesh.get("sequence", 1) * mesh.get("tensor", 1))
+    pixels = area * config.vae.base_dim
     return Estimate(size, {"encode": ENCODE * pixels, "denoise": int(tokens), "decode": DECODE * pixels})
 
 
@@ -65,8 +69,10 @@ def available(platform: str | None = None) -> int | None:
     return psutil.virtual_memory().total
 
 
-def check(plan: Plan, mesh: Mapping[str, int] | None = None, memory: int | None = None) -> None:
-    """Refuses a run that cannot fit.
+def check(
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None, memory: int | None = None
+) -> None:
+    """Refuses a run that cannot fit, before anything of its size is made.
 
     Args:
       memory: bytes that there are; None asks `available`.
@@ -75,29 +81,29 @@ def check(plan: Plan, mesh: Mapping[str, int] | None = None, memory: int | None 
       ValueError: one line with the estimate and the largest size of the same shape that fits.
     """
     memory = available() if memory is None else memory
-    found = estimate(plan, mesh)
+    found = estimate(config, settings, mesh)
     if memory is None or found.peak * MARGIN <= memory:
         return
-    s, weights = plan.settings, sum(found.weights.values())
-    asked = f"size {s.size[0]}x{s.size[1]}, {s.frames} frames: takes about {found.peak / GIB:.1f} GiB (estimated)"
+    weights = sum(found.weights.values())
     if weights * MARGIN > memory:
         raise ValueError(
-            f"model {plan.config.name}: its weights alone are {weights / GIB:.1f} GiB, there are {memory / GIB:.1f}; "
+            f"model {config.name}: its weights alone are {weights / GIB:.1f} GiB, there are {memory / GIB:.1f}; "
             "use bfloat16 or a larger device"
         )
-    fitting = _largest(plan, mesh, memory)
+    (height, width), fitting = settings.size, _largest(config, settings, mesh, memory)
     mend = "use fewer frames" if fitting is None else f"the largest size of this shape is {fitting[0]}x{fitting[1]}"
-    raise ValueError(f"{asked}, there are {memory / GIB:.1f}; {mend}")
+    raise ValueError(f"size {height}x{width}, {settings.frames} frames: takes about {found.peak / GIB:.1f} GiB "
+                     f"(estimated), there are {memory / GIB:.1f}; {mend}")  # fmt: skip
 
 
-def _largest(plan: Plan, mesh: Mapping[str, int] | None, memory: int) -> tuple[int, int] | None:
-    """The largest (height, width) with the plan's aspect that fits; None where not even the smallest does."""
-    height, width = plan.settings.size
-    multiple = plan.config.size_multiple
-    for step in range(63, 0, -1):
-        size = keyframes.area_size((height, width), int(height * width * (step / 64) ** 2), multiple)
-        smaller = replace(plan, settings=replace(plan.settings, size=size), grid=(
-            plan.grid[0], size[0] * plan.grid[1] // height, size[1] * plan.grid[2] // width))  # fmt: skip
-        if estimate(smaller, mesh).peak * MARGIN <= memory:
-            return size
-    return None
+def _largest(
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, memory: int
+) -> tuple[int, int] | None:
+    """The largest (height, width) of this aspect that fits; None where not even the smallest does."""
+    low, high = 0, math.prod(settings.size)  # an area that fits, and one that does not
+    while high - low > config.size_multiple**2:
+        area = (low + high) // 2
+        size = keyframes.area_size(settings.size, area, config.size_multiple)
+        fits = estimate(config, replace(settings, size=size), mesh).peak * MARGIN <= memory
+        low, high = (area, high) if fits else (low, area)
+    return keyframes.area_size(settings.size, low, config.size_multiple) if low else None

@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from samplers import memory, sample
 from samplers import run as host
-from samplers import sample
-from samplers.plan import Plan, Settings, check_seed
+from samplers.plan import Plan, Settings, check_seed, check_settings
 from samplers.sample import Carry, Row
 from wanjax import conditioning, keyframes, sharding, vae
 from wanjax.checkpoint import Model
@@ -178,7 +178,9 @@ def inbetween(
     settings = Settings.of(model.config, **overrides) if settings is None else replace(settings, **overrides)
     given = {0: first, -1: last} | dict(keyframes or {})
     given = {at: images for at, images in given.items() if images is not None}
+    check_settings(model.config, settings)
     order = sorted(given, key=lambda at: at % settings.frames)
+    memory.check(model.config, settings, None if mesh is None else dict(mesh.shape))
     plan = Plan.of(model.config, settings, order)
     prompt = settings.prompt if prompt is None else prompt
     seeds = settings.seed if seeds is None else seeds

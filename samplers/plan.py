@@ -142,7 +142,7 @@ class Plan:
         Raises:
           ValueError: one line naming the setting and the mend, for what this model cannot do.
         """
-        _check(config, settings)
+        check_settings(config, settings)
         s = settings
         places = _places(at, s.frames)
         config = config.for_platform(jax.default_backend() if platform is None else platform)
@@ -189,8 +189,8 @@ def _places(at: Sequence[int], frames: int) -> tuple[int, ...]:
     return tuple(places)
 
 
-def _check(config: ModelConfig, s: Settings) -> None:
-    """Raises ValueError for a setting that no array of the plan would find wrong."""
+def check_settings(config: ModelConfig, s: Settings) -> None:
+    """Raises ValueError for a setting that no array of the plan would find wrong; makes no array."""
     if config.dit.num_images == 0:
         raise ValueError(
             f"model {config.name}: takes no keyframes (text-to-video); inbetweening needs a first-and-last-frame "

@@ -1,11 +1,9 @@
 """The estimate of memory against XLA's own figures for the published model, and the refusal of what cannot fit."""
 
-import dataclasses
-
 import pytest
 
 from samplers import memory
-from samplers.plan import Plan, Settings
+from samplers.plan import Settings
 from wanjax.config import BFLOAT16, preset
 
 GIB = 2**30
@@ -17,14 +15,14 @@ FIGURES = {
 WEIGHTS = {"dit": 30.89, "umt5": 10.58, "clip": 1.14, "vae": 0.47}
 
 
-def plan(size=(480, 864), **changes):
+def clip(size=(480, 864), **changes):
     config = preset("flf2v_14b").with_precision(BFLOAT16)
-    return Plan.of(config, Settings.of(config, size=size, **changes), platform="gpu")
+    return config, Settings.of(config, size=size, **changes)
 
 
 @pytest.mark.parametrize("size", FIGURES, ids=str)
 def test_estimates_are_near_the_compilers(size):
-    found = memory.estimate(plan(size))
+    found = memory.estimate(*clip(size))
     for stage, gib in FIGURES[size].items():
         assert found.temporary[stage] / GIB == pytest.approx(gib, rel=0.05), stage
     for part, gib in WEIGHTS.items():
@@ -32,26 +30,26 @@ def test_estimates_are_near_the_compilers(size):
 
 
 def test_what_cannot_fit_is_refused_with_a_size_that_does():
-    memory.check(plan(), memory=80 * GIB)
+    memory.check(*clip(), memory=80 * GIB)
     with pytest.raises(ValueError, match=r"size 720x1280, 81 frames: takes about 62\.\d GiB.*largest size") as caught:
-        memory.check(plan((720, 1280)), memory=45 * GIB)
+        memory.check(*clip((720, 1280)), memory=45 * GIB)
     assert "\n" not in str(caught.value)
     height, width = (int(side) for side in str(caught.value).rpartition(" is ")[2].split("x"))
-    memory.check(plan((height, width)), memory=45 * GIB)
+    memory.check(*clip((height, width)), memory=45 * GIB)
     with pytest.raises(ValueError):
-        memory.check(plan((height + 32, width + 64)), memory=45 * GIB)
+        memory.check(*clip((height + 32, width + 64)), memory=45 * GIB)
 
 
 def test_weights_that_cannot_fit_are_told_by_themselves():
     with pytest.raises(ValueError, match=r"weights alone are 43\.\d GiB, there are 24\.0"):
-        memory.check(plan(), memory=24 * GIB)
+        memory.check(*clip(), memory=24 * GIB)
 
 
 def test_a_mesh_splits_weights_and_tokens():
-    one, eight = (memory.estimate(plan(), mesh) for mesh in ({}, {"tensor": 8}))
+    one, eight = (memory.estimate(*clip(), mesh) for mesh in ({}, {"tensor": 8}))
     assert one.weights["dit"] // 8 == eight.weights["dit"] and one.temporary["decode"] == eight.temporary["decode"]
     assert one.temporary["denoise"] // 8 == eight.temporary["denoise"]
-    memory.check(plan(), {"tensor": 8}, memory=24 * GIB)
+    memory.check(*clip(), {"tensor": 8}, memory=24 * GIB)
 
 
 def test_this_machine_has_some():
@@ -60,6 +58,14 @@ def test_this_machine_has_some():
 
 def test_the_estimate_is_of_the_policy():
     config = preset("flf2v_14b")
-    wide = Plan.of(config, Settings.of(config), platform="cpu")
-    assert memory.estimate(wide).weights["dit"] > 1.9 * memory.estimate(plan()).weights["dit"]
-    assert dataclasses.replace(memory.estimate(wide)).peak > memory.estimate(plan()).peak
+    wide = memory.estimate(config, Settings.of(config))
+    assert wide.weights["dit"] > 1.9 * memory.estimate(*clip()).weights["dit"]
+    assert wide.peak > memory.estimate(*clip()).peak
+
+
+def test_nothing_of_the_runs_size_is_made_before(monkeypatch):
+    """A size whose rotary table alone would fill the memory."""
+    config = preset("tiny")
+    monkeypatch.setattr(memory, "available", lambda: 24 * GIB)
+    with pytest.raises(ValueError, match="size 65536x65536"):
+        memory.check(config, Settings.of(config, size=(65536, 65536)))
