@@ -25,7 +25,7 @@ from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
-from wanjax import checkpoint, environment, keyframes, sharding
+from wanjax import checkpoint, environment, keyframes, marks, sharding
 from wanjax import method as methods
 from wanjax.config import ModelConfig
 from wanjax.tokenizer import PromptCut, Tokenizer
@@ -208,7 +208,7 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
             explaining.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
-        report = _report(job, seconds)
+        report = marks.marked(_report(job, seconds))
         video.write_json(outputs.settings, report)
     return report
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -394,7 +395,7 @@ def test_devices_that_are_not_there_are_one_line(job, tmp_path):
 
 def test_a_closed_output_is_no_traceback(job, tmp_path):
     """`| head -0`: the video is made, and nothing is said of the pipe."""
-    line = f"{sys.executable} -m samplers.inbetween {' '.join(arguments(job, '--steps', 1, '--quiet'))}"
+    line = shlex.join([sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 1, "--quiet")])
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run(["bash", "-c", f"{line} | true"], capture_output=True, text=True, env=env)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
