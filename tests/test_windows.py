@@ -45,5 +45,7 @@ print(sorted(os.listdir(here)))
 """
     command = [sys.executable, "-c", HIDE + script]
     root = Path(wanjax.__file__).parents[1]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(root)})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(root)}
+    )
     assert done.stdout == "['a.json', 'b']\n", done.stderr
