@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -171,6 +172,7 @@ def test_ctrl_c_in_another_process(tmp_path, number):
         assert process.stdout.readline() == b"ready\n"
         while not any(hidden.iterdir() for hidden in tmp_path.glob(".wanjax-*")):
             assert process.poll() is None
+            time.sleep(0.005)
         process.send_signal(getattr(signal, number))
         try:
             assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]

@@ -1,7 +1,6 @@
 """The room for results: two runs at once, what appears meanwhile, runs that die at any moment, full disks."""
 
 import errno
-import gc
 import json
 import os
 import shutil
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import pytest
@@ -385,68 +383,3 @@ def test_a_failing_step_of_giving_names_changes_nothing(tmp_path, monkeypatch, a
         monkeypatch.setattr(os, "link", failing(os.link))
     monkeypatch.undo()
     assert tree(tmp_path) == before and len(calls) >= at
-
-
-# Signals
-
-
-def test_signals_become_interrupts_and_come_back():
-    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
-        number = getattr(signal, name, None)
-        if number is None:
-            continue
-        with pytest.raises(KeyboardInterrupt, match=name), writing.terminate_as_interrupt():
-            signal.raise_signal(number)
-            time.sleep(5)
-    seen = []
-    old = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
-    try:
-        with writing.terminate_as_interrupt():
-            pass
-        signal.raise_signal(signal.SIGTERM)
-        assert seen == [1]
-        with pytest.raises(KeyboardInterrupt), writing.terminate_as_interrupt():
-            signal.raise_signal(signal.SIGTERM)
-        assert seen == [1]
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX")
-def test_nohup_stays():
-    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with writing.terminate_as_interrupt():
-            signal.raise_signal(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, old)
-
-
-def test_other_threads_are_left_alone():
-    before, errors = signal.getsignal(signal.SIGTERM), []
-
-    def run():
-        try:
-            with writing.terminate_as_interrupt():
-                assert signal.getsignal(signal.SIGTERM) == before
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert errors == []
-
-
-def test_an_interrupt_inside_a_collection_is_not_lost():
-    """Python drops what is raised in a callback of the garbage collector, and JAX has one."""
-
-    def _xla_gc_callback(phase, info):
-        if phase == "start":
-            gc.callbacks.remove(_xla_gc_callback)
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.raises(KeyboardInterrupt), writing.terminate_as_interrupt():
-        gc.callbacks.append(_xla_gc_callback)
-        gc.collect()
-        time.sleep(5)
