@@ -193,18 +193,23 @@ def _best(models: Sequence[str], slot: str, where: str, one_model: bool) -> str:
     return max(models, key=lambda name: (_exactness(name), ".safetensors" in name, name))
 
 
-def shards(index: object, name: str) -> list[str]:
+def shards(index: object, name: str, where: str = "") -> list[str]:
     """The shards that an index names, as paths beside it.
+
+    Args:
+      index: what its JSON holds.
+      name: of its file, in the repository.
+      where: what stands before the name in messages.
 
     Raises:
       SourceError: not an index, or names that lead elsewhere.
     """
-    where = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
-        raise SourceError(f"{name}: not a readable index; get it again")
-    found = sorted(set(where.values()))
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(shard, str) for shard in files.values()):
+        raise SourceError(f"{where}{name}: not a readable index; get it again")
+    found = sorted(set(files.values()))
     odd = [shard for shard in found if "/" in shard or "\\" in shard or shard in ("", ".", "..")]
     if odd:
-        raise SourceError(f"{name}: names {odd[0]!r}, which is not a file beside it")
+        raise SourceError(f"{where}{name}: names {odd[0]!r}, which is not a file beside it")
     folder = name.rpartition("/")[0]
     return [f"{folder}/{shard}".lstrip("/") for shard in found]

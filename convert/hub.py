@@ -123,7 +123,7 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
     wanted = [*choice.small, *choice.indexes]
     places = {name: get(name) for name in wanted}
     for index in choice.indexes:
-        wanted += shards(_read(places[index]), f"{address}: {index}")
+        wanted += shards(_read(places[index]), index, f"{address}: ")
     wanted += choice.weights
     absent = [name for name in wanted if name not in names]
     if absent:

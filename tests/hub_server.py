@@ -34,7 +34,7 @@ class Hub:
             return 500, {}, b"oops"
         if (owner, name) != ("someone", "wan"):
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
-        revision = "/".join(rest[1:4]) if rest[1:2] == ["refs"] else rest[1] if rest[1:] else "main"
+        revision = rest[1] if rest[1:] else "main"  # its slashes come quoted
         if revision not in REVISIONS:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         if api:
@@ -42,7 +42,7 @@ class Hub:
             names = [file.relative_to(self.folder).as_posix() for file in files]
             info = {"id": "someone/wan", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
-        file = self.folder.joinpath(*rest[1 + len(revision.split("/")) :])
+        file = self.folder.joinpath(*rest[2:])
         data = file.read_bytes()
         if method == "GET":
             self.fetched.append(file.relative_to(self.folder).as_posix())
