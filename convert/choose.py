@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from convert.families import SLOTS
-from convert.tensors import TORCH_SUFFIXES, SourceError
-
-WEIGHTS = (".safetensors", *TORCH_SUFFIXES, ".gguf")
+from convert.folders import INDEX, SHARD, Group
+from convert.keymap import listed
+from convert.tensors import SUFFIXES, SourceError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
 
@@ -33,8 +34,6 @@ ROOTS = ("", "models/", "split_files/")
 EXACT = MappingProxyType({"32": 23.0, "bf16": 7.0, "16": 10.0, "scaled": 3.5, "e4m3fn": 3.0, "8": 3.0, "e5m2": 2.0})
 """Words of a file's name that tell how exact its numbers are, about in bits; a name without any has all of them."""
 
-_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
-_SHARD = re.compile(r"-\d+-of-\d+\b")
 _WORD = re.compile(
     r"(?i)(?<![a-z0-9])(?:(?P<bf16>bf16)|b?f(?:p|loat)?(?P<bits>8|16|32)|(?P<e4m3fn>e4m3fn)|(?P<e5m2>e5m2)|"
     r"(?P<scaled>scaled)|i?q(?P<q>\d)(?:[_-](?:k(?:[_-](?:xxs|xs|s|m|l))?|[01]|nl|xxs|xs|s|m))?)(?![a-z0-9])"
@@ -97,11 +96,11 @@ def choose(names: Iterable[str], only: Sequence[str], where: str) -> Choice:
         if not by_part.get("dit") and sum(map(len, found.values())) > 1:
             small = [name for name in small if name != "config.json"]  # it is the transformer's
     taken = [_best(own, slot, where, one_model) for slot, own in by_part.items() if own]
-    if not taken:
-        some = listed(names, 6) or "nothing"
+    if only and not taken:
+        some = listed(names, 6, ", ") or "nothing"
         raise SourceError(f"{where}: no model files of {', '.join(only)} in it; it holds {some}")
-    return Choice(tuple(small), tuple(name for name in taken if not _INDEX.search(name)),
-                  tuple(name for name in taken if _INDEX.search(name)))  # fmt: skip
+    return Choice(tuple(small), tuple(name for name in taken if not INDEX.search(name)),
+                  tuple(name for name in taken if INDEX.search(name)))  # fmt: skip
 
 
 def one_file(names: Iterable[str], name: str, where: str) -> Choice:
@@ -110,25 +109,20 @@ def one_file(names: Iterable[str], name: str, where: str) -> Choice:
     Raises:
       SourceError: a shard alone.
     """
-    if _SHARD.search(name) and not _INDEX.search(name):
+    if SHARD.search(name) and not INDEX.search(name):
         raise SourceError(f"{where}: one shard of several; give its folder, or its index.json")
     folder = name.rpartition("/")[0]
     beside = [other for other in names if other.rpartition("/")[0] == folder]
-    alone = not _INDEX.search(name) and sum(other.endswith(WEIGHTS) for other in beside) == 1
+    alone = not INDEX.search(name) and sum(other.lower().endswith(SUFFIXES) for other in beside) == 1
     config = f"{folder}/config.json".lstrip("/")
     small = (config,) if alone and config in beside else ()
-    return Choice(small, (), (name,)) if _INDEX.search(name) else Choice(small, (name,), ())
+    return Choice(small, (), (name,)) if INDEX.search(name) else Choice(small, (name,), ())
 
 
 def part(name: str) -> str:
     """Which part a weight file's name promises; the transformer where it says nothing."""
     own = name.rpartition("/")[2].lower()
     return next((slot for slot, pattern in _PARTS if pattern.search(own)), "dit")
-
-
-def listed(names: Sequence[str], most: int) -> str:
-    """Names in one line, cut after some."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _wanjax(names: Sequence[str], only: Sequence[str]) -> tuple[str, ...] | None:
@@ -166,14 +160,8 @@ def _models(names: Sequence[str], folder: str, one: bool) -> list[str]:
     own = [name for name in names if name.startswith(prefix) and not _OTHERS.search(name[len(prefix) :].lower())]
     if one or not folder:
         own = [name for name in own if "/" not in name[len(prefix) :]]
-    files = [name for name in own if name.endswith(WEIGHTS) and not _SHARD.search(name)]
-    return files + [name for name in own if _INDEX.search(name)]
-
-
-def _model(name: str) -> str:
-    """A name without the words that tell a precision."""
-    stem = _INDEX.sub("", name) if _INDEX.search(name) else name
-    return re.sub(r"[\W_]+", "-", _WORD.sub("", stem.rpartition(".")[0])).strip("-").lower()
+    files = [name for name in own if name.lower().endswith(SUFFIXES) and not SHARD.search(name)]
+    return files + [name for name in own if INDEX.search(name)]
 
 
 def _exactness(name: str) -> float:
@@ -186,30 +174,8 @@ def _exactness(name: str) -> float:
 
 def _best(models: Sequence[str], slot: str, where: str, one_model: bool) -> str:
     """The one model, or the best of its copies."""
-    if not one_model and len({_model(name) for name in models}) > 1:
+    if not one_model and len({Group(Path(name), open).model for name in models}) > 1:
         raise SourceError(
-            f"{where}: {listed(models, 8)} are each a {slot}; choose one by its path, such as {where}/{models[0]}"
+            f"{where}: {listed(models, 8, ', ')} are each a {slot}; choose one by its path, such as {where}/{models[0]}"
         )
     return max(models, key=lambda name: (_exactness(name), ".safetensors" in name, name))
-
-
-def shards(index: object, name: str, where: str = "") -> list[str]:
-    """The shards that an index names, as paths beside it.
-
-    Args:
-      index: what its JSON holds.
-      name: of its file, in the repository.
-      where: what stands before the name in messages.
-
-    Raises:
-      SourceError: not an index, or names that lead elsewhere.
-    """
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not files or not all(isinstance(shard, str) for shard in files.values()):
-        raise SourceError(f"{where}{name}: not a readable index; get it again")
-    found = sorted(set(files.values()))
-    odd = [shard for shard in found if "/" in shard or "\\" in shard or shard in ("", ".", "..")]
-    if odd:
-        raise SourceError(f"{where}{name}: names {odd[0]!r}, which is not a file beside it")
-    folder = name.rpartition("/")[0]
-    return [f"{folder}/{shard}".lstrip("/") for shard in found]

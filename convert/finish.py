@@ -1,7 +1,6 @@
 """What turns a folder of arrays into a model folder: configuration, tokenizer, manifest, and its name."""
 
 import dataclasses
-import errno
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from convert.plan import Plan
 from wanjax import checkpoint, store
 from wanjax import config as configs
 from wanjax.manifest import file_digest
+from wanjax.publishing import publish, sync_folder
 
 PROGRESS, JOB = "progress.jsonl", "job.json"
 """Which arrays are finished, and of what; both go when the folder has its name."""
@@ -26,9 +26,9 @@ def finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest) 
     files = {name: file_digest(folder / name) for name in (checkpoint.CONFIG, checkpoint.TOKENIZER)
              if (folder / name).is_file()}  # fmt: skip
     write_synced(folder / store.MANIFEST, dataclasses.replace(manifest, files=files).dumps())
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(folder, target)  # what an interruption after this leaves is whole, and two small files too many
+    sync_folder(folder)
+    publish(folder, target)  # what an interruption after this leaves is whole, and two small files too many
+    sync_folder(target.parent)
     (target / JOB).unlink()
     (target / PROGRESS).unlink()
 

@@ -4,7 +4,6 @@ The list of files is asked first; `convert.choose` says which are wanted. They c
 another run finds them again. Without a network, or with HF_HUB_OFFLINE, the cache alone is looked at.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from convert.choose import choose, listed, one_file, shards
+from convert.choose import choose, one_file
+from convert.keymap import listed
 from convert.notes import tell
-from convert.paths import absolute
-from convert.tensors import SourceError
+from convert.tensors import SourceError, read_index
+from wanjax.writing import absolute
 
 HUB = "hf://"
 
@@ -118,18 +118,23 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
         prefix = f"{address.path}/" if address.path else ""
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         if not inside:
-            raise SourceError(f"{address}: no such file or folder in it; it holds {listed(_tops(address, names), 12)}")
+            raise SourceError(
+                f"{address}: no such file or folder in it; it holds {listed(_tops(address, names), 12, ', ')}"
+            )
         choice = choose(inside, only, str(address)).under(prefix)
     wanted = [*choice.small, *choice.indexes]
     places = {name: get(name) for name in wanted}
     for index in choice.indexes:
-        wanted += shards(_read(places[index]), index, f"{address}: ")
+        folder = index[: -len(index.rpartition("/")[2])]
+        wanted += sorted({folder + shard for shard in read_index(places[index]).values()})
     wanted += choice.weights
     absent = [name for name in wanted if name not in names]
     if absent:
-        raise SourceError(f"{address}: {listed(absent, 4)} missing; it is incomplete there, or in the cache")
+        raise SourceError(f"{address}: {listed(absent, 4, ', ')} missing; it is incomplete there, or in the cache")
     for name in wanted:
         places[name] = places.get(name) or get(name)
+    if not places:
+        raise SourceError(f"{address}: nothing in it is read")
     roots = {Path(*file.parts[: len(file.parts) - len(name.split("/"))]) for name, file in places.items()}
     if len(roots) != 1:
         raise SourceError(f"{address}: changed on the hub while it was fetched; run it again")
@@ -145,13 +150,6 @@ def _tops(address: Address, names: Sequence[str]) -> list[str]:
         if tops:
             return sorted(tops)
     return ["nothing"]
-
-
-def _read(file: Path) -> object:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _below(root: Path) -> list[str]:

@@ -74,7 +74,7 @@ def plan(source: Source, dtype: str = "keep", model: str = "auto") -> Plan:
 
 def _whole(source: Source, model: str) -> ModelConfig:
     """The model that the parts make, named after a preset where its transformer is that preset's."""
-    parts = _told_by_others({name: part.config for name, part in source.parts.items()})
+    parts = {name: part.config for name, part in source.parts.items()}
     dit, clip = parts.get("dit"), parts.get("clip")
     base = preset(model if model != "auto" else _nearest(dit))
     if checkpoint.is_folder(source.path) and model == "auto":
@@ -93,14 +93,6 @@ def _whole(source: Source, model: str) -> ModelConfig:
         return dataclasses.replace(base, name=name, sampling=sampling, **_fitting(base, parts) | parts)
     except ValueError as error:
         raise SourceError(f"{source.path}: its parts do not belong together: {error}") from error
-
-
-def _told_by_others(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts with what only another's tensors tell: an I2V transformer has no tensor as long as its image tokens."""
-    dit, clip = parts.get("dit"), parts.get("clip")
-    if dit is None or clip is None or dit.num_images != 1:
-        return dict(parts)
-    return {**parts, "dit": dataclasses.replace(dit, image_tokens=clip.num_tokens)}
 
 
 def _fitting(base: ModelConfig, parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,8 +130,8 @@ def find(
             raise SourceError(f"--{slot} {file}: holds no {slot}; {_held(where)}")
         parts[slot] = found[slot]
         notes += told
-    place = _place(next(iter(files.values())) if path is None else path, only)
     rest = tuple(slot for slot in only if slot not in files)
+    place = _place(next(iter(files.values())), tuple(files)[:1]) if path is None else _place(path, rest)
     if path is not None and rest:
         found, told = _parts(place, rest)
         parts |= found

@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -26,22 +25,17 @@ from convert.families import SLOTS
 from convert.finish import JOB, PROGRESS, finish, write_synced
 from convert.keymap import Rule
 from convert.notes import tell
-from convert.paths import absolute
 from convert.plan import DTYPES, Plan, lacking, plan, work
 from convert.read import layers_of, load, read_layer
 from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
 from wanjax import config as configs
+from wanjax.writing import OutputError, absolute, locked, terminate_as_interrupt
 
-__all__ = ["DTYPES", "Plan", "WriteError", "check_target", "lacking", "load", "plan", "work", "write"]
+__all__ = ["DTYPES", "OutputError", "Plan", "check_target", "lacking", "load", "plan", "work", "write"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WAIT = 0.5  # seconds; a lock that another is just letting go of is not "another conversion"
-
-
-class WriteError(ValueError):
-    """A target that cannot be written; the message is one line naming it and the mend."""
 
 
 def write(
@@ -63,12 +57,13 @@ def write(
       The manifest.
 
     Raises:
-      WriteError: the target exists, cannot be written, or another conversion is writing it.
+      OutputError: the target exists, cannot be written, or another conversion is writing it.
       SourceError: damaged tensors, or files that change meanwhile.
     """
     target = absolute(target)
     check_target(target)
-    with _locked(target):
+    lock, busy = target.parent / f".{target.name}.lock", "another conversion is writing it; wait or choose another name"
+    with terminate_as_interrupt(), locked(lock, f"{target}: {busy}"):
         folder = check_target(target)  # another run may have ended meanwhile
         source, files = planned.source, planned.files
         before = _stats(files)
@@ -97,23 +92,23 @@ def check_target(target: Path) -> Path:
     """The hidden folder that a target is prepared in.
 
     Raises:
-      WriteError: the target exists, or the folder it lies in does not or cannot be written to.
+      OutputError: the target exists, or the folder it lies in does not or cannot be written to.
     """
     given, target = target, absolute(target)
     if given.name in ("", ".."):
-        raise WriteError(f"{given}: names no folder to make")
+        raise OutputError(f"{given}: names no folder to make")
     if os.path.lexists(target):
-        raise WriteError(f"{target}: exists; choose another name or remove it")
+        raise OutputError(f"{target}: exists; choose another name or remove it")
     if not target.parent.is_dir():
-        raise WriteError(f"{target}: no folder {target.parent}; create it with mkdir -p {target.parent}")
+        raise OutputError(f"{target}: no folder {target.parent}; create it with mkdir -p {target.parent}")
     hidden = target.parent / f".{target.name}.part"
     if os.path.lexists(hidden) and not _ours(hidden):
-        raise WriteError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
+        raise OutputError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=hidden.name) as probe:  # a name of its length, too
             probe.write(b"probe")
     except OSError as error:
-        raise WriteError(f"{target}: cannot write in {target.parent} ({error.strerror}); choose another") from error
+        raise OutputError(f"{target}: cannot write in {target.parent} ({error.strerror}); choose another") from error
     return hidden
 
 
@@ -126,30 +121,11 @@ def _ours(hidden: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Held by the one process that writes the target; the system lets go of it when the process ends in any way."""
-    path = target.parent / f".{target.name}.lock"
-    lock = filelock.FileLock(path, timeout=WAIT)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise WriteError(f"{target}: another conversion is writing it; wait or choose another name") from error
-    try:
-        yield
-    finally:
-        # Removed while held: who opened it meanwhile is shown (by filelock) that its file is gone, and opens anew.
-        # Windows removes no open file, and refuses likewise if another has opened it since.
-        for step in (lock.release, path.unlink) if os.name == "nt" else (path.unlink, lock.release):
-            with contextlib.suppress(OSError):
-                step()
-
-
-@contextlib.contextmanager
 def _kept_only_if_useful(folder: Path, target: Path) -> Iterator[None]:
     """Removes what a failure leaves unless the same command can go on from it: after an interruption, or a full disk.
 
     Raises:
-      WriteError: the disk is full, or something appeared under the target's name.
+      OutputError: the disk is full, or something appeared under the target's name.
     """
     try:
         yield
@@ -157,10 +133,10 @@ def _kept_only_if_useful(folder: Path, target: Path) -> Iterator[None]:
         if not (folder / PROGRESS).is_file() or not (folder / PROGRESS).stat().st_size:
             shutil.rmtree(folder, ignore_errors=True)  # no array is finished
         if isinstance(error, OSError) and error.errno in FULL:
-            raise WriteError(f"{target}: {error.strerror}; free some space and run it again") from error
+            raise OutputError(f"{target}: {error.strerror}; free some space and run it again") from error
         if isinstance(error, FileExistsError):
             text = "appeared while it was written, and was left alone; move it away and run this again, nothing is lost"
-            raise WriteError(f"{target}: {text}") from error
+            raise OutputError(f"{target}: {text}") from error
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from convert.choose import choose, listed, one_file, part, shards
+from convert.choose import choose, one_file, part
 from convert.families import SLOTS
 from convert.tensors import SourceError
 
@@ -180,20 +180,3 @@ def test_one_file():
 ])  # fmt: skip
 def test_parts_by_name(name, slot):
     assert part(name) == slot
-
-
-def test_shards_of_an_index():
-    assert shards({"weight_map": {"a": "x-2.bin", "b": "x-1.bin", "c": "x-2.bin"}}, "t/i.json") == [
-        "t/x-1.bin",
-        "t/x-2.bin",
-    ]
-    for index in ({"weight_map": {"a": name}} for name in ("../x", "/etc/x", "..", "", "a\\b", "sub/x")):
-        with pytest.raises(SourceError, match="which is not a file beside it"):
-            shards(index, "i.json")
-    for index in (None, [], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}}):
-        with pytest.raises(SourceError, match="i.json: not a readable index"):
-            shards(index, "i.json")
-
-
-def test_lists_are_cut():
-    assert listed(["a", "b"], 2) == "a, b" and listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"

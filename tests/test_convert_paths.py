@@ -9,8 +9,8 @@ from conversion import equal, plain_params, refused
 
 from convert import __main__ as command
 from convert import sources, write
-from convert.paths import absolute
 from wanjax import checkpoint, store
+from wanjax.writing import absolute
 
 NAMES = {
     "above": ("here", "../m", "m"),
@@ -54,9 +54,10 @@ def test_a_folder_without_a_name_of_its_own(places, monkeypatch, name):
     assert absolute(name) == Path(name).resolve()
 
 
-def test_a_user_that_is_not_there_is_one_line(source, capsys):
-    assert "no such user" in refused(capsys, source, "~nobody-of-that-name/m")
-    assert "no such user" in refused(capsys, "~nobody-of-that-name/source", "m")
+def test_a_user_that_is_not_there_is_one_line(source, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    assert "no folder" in refused(capsys, source, "~nobody-of-that-name/m")
+    assert "no such file or folder" in refused(capsys, "~nobody-of-that-name/source", "m")
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -190,6 +190,14 @@ def test_a_source_on_the_hub_is_found(fake):
     assert "models_t5.pth" not in fake.fetched
 
 
+def test_what_is_picked_elsewhere_is_not_fetched(fake, source):
+    from convert import sources
+
+    found = sources.find("hf://a/b", SLOTS, {"dit": source / INDEX, "umt5": "hf://a/b/models_t5.pth"})
+    assert set(found.parts) == set(SLOTS) and found.path == fake.snapshot
+    assert not {INDEX, *SHARDS} & set(fake.fetched) and fake.fetched.count("models_t5.pth") == 1
+
+
 def test_an_index_that_names_what_is_not_there(fake):
     fake.names.remove(SHARD)
     with pytest.raises(SourceError, match=f"hf://a/b: {SHARD} missing; it is incomplete there"):
@@ -208,7 +216,7 @@ def test_an_index_that_is_none(fake, monkeypatch, content):
         return path
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(SourceError, match=f"hf://a/b: {INDEX}: (not a readable index|names '../../secret')"):
+    with pytest.raises(SourceError, match=f"{INDEX}: (not a readable index|names '../../secret')"):
         hub.place("hf://a/b", ["dit"])
 
 
