@@ -8,8 +8,7 @@ from types import MappingProxyType
 
 from convert.families import SLOTS
 from convert.folders import INDEX, SHARD, Group
-from convert.keymap import listed
-from convert.tensors import SUFFIXES, SourceError
+from convert.tensors import SUFFIXES, SourceError, some
 
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
 
@@ -97,8 +96,8 @@ def choose(names: Iterable[str], only: Sequence[str], where: str) -> Choice:
             small = [name for name in small if name != "config.json"]  # it is the transformer's
     taken = [_best(own, slot, where, one_model) for slot, own in by_part.items() if own]
     if only and not taken:
-        some = listed(names, 6, ", ") or "nothing"
-        raise SourceError(f"{where}: no model files of {', '.join(only)} in it; it holds {some}")
+        held = some(names, 6) or "nothing"
+        raise SourceError(f"{where}: no model files of {', '.join(only)} in it; it holds {held}")
     return Choice(tuple(small), tuple(name for name in taken if not INDEX.search(name)),
                   tuple(name for name in taken if INDEX.search(name)))  # fmt: skip
 
@@ -176,6 +175,6 @@ def _best(models: Sequence[str], slot: str, where: str, one_model: bool) -> str:
     """The one model, or the best of its copies."""
     if not one_model and len({Group(Path(name), open).model for name in models}) > 1:
         raise SourceError(
-            f"{where}: {listed(models, 8, ', ')} are each a {slot}; choose one by its path, such as {where}/{models[0]}"
+            f"{where}: {some(models, 8)} are each a {slot}; choose one by its path, such as {where}/{models[0]}"
         )
     return max(models, key=lambda name: (_exactness(name), ".safetensors" in name, name))

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from convert.choose import choose, one_file
-from convert.keymap import listed
 from convert.notes import tell
-from convert.tensors import SourceError, read_index
+from convert.tensors import SourceError, read_index, some
 from wanjax.writing import absolute
 
 HUB = "hf://"
@@ -118,9 +117,7 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
         prefix = f"{address.path}/" if address.path else ""
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         if not inside:
-            raise SourceError(
-                f"{address}: no such file or folder in it; it holds {listed(_tops(address, names), 12, ', ')}"
-            )
+            raise SourceError(f"{address}: no such file or folder in it; it holds {some(_tops(address, names), 12)}")
         choice = choose(inside, only, str(address)).under(prefix)
     wanted = [*choice.small, *choice.indexes]
     places = {name: get(name) for name in wanted}
@@ -130,7 +127,7 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
     wanted += choice.weights
     absent = [name for name in wanted if name not in names]
     if absent:
-        raise SourceError(f"{address}: {listed(absent, 4, ', ')} missing; it is incomplete there, or in the cache")
+        raise SourceError(f"{address}: {some(absent, 4)} missing; it is incomplete there, or in the cache")
     for name in wanted:
         places[name] = places.get(name) or get(name)
     if not places:

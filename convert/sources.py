@@ -17,8 +17,8 @@ from typing import Any
 from convert import families, folders, hub, quantised, split, strangers, wanjaxfolder
 from convert.families import Config, Family
 from convert.folders import Group
-from convert.keymap import ConversionError, check, listed
-from convert.tensors import SUFFIXES, SourceError, Tensors, open_file, open_index, read_json
+from convert.keymap import ConversionError, check
+from convert.tensors import SUFFIXES, SourceError, Tensors, open_file, open_index, read_json, some
 from wanjax import checkpoint
 from wanjax.config import DiTConfig
 
@@ -290,7 +290,7 @@ def _tree(path: Path, only: tuple[str, ...]) -> Found:
         if left and slot in candidates:
             notes.append(f"{path}: {len(left)} files beside the {slot} are left out, as they are no {slot} of Wan2.1")
         elif left:
-            notes.append(f"{path}: no {slot} of Wan2.1 in {' or '.join(TREE[slot])}: {listed(left, 3, '; ')}")
+            notes.append(f"{path}: no {slot} of Wan2.1 in {' or '.join(TREE[slot])}: {some(left, 3, '; ')}")
     return _each_best(path, candidates, notes)
 
 
@@ -323,7 +323,7 @@ def _held(path: Path) -> str:
 
 
 def _reasons(notes: Sequence[str]) -> str:
-    return f" ({listed(notes, 3, '; ')})" if notes else ""
+    return f" ({some(notes, 3, '; ')})" if notes else ""
 
 
 def _with_tokens(parts: dict[str, Part], place: Path, path: str | Path | None) -> dict[str, Part]:

@@ -26,7 +26,7 @@ from convert.finish import JOB, PROGRESS, finish, write_synced
 from convert.keymap import Rule
 from convert.notes import tell
 from convert.plan import DTYPES, Plan, lacking, plan, work
-from convert.read import layers_of, load, read_layer
+from convert.read import load, read_layer
 from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
@@ -202,7 +202,7 @@ def _write_array(
     shutil.rmtree(path, ignore_errors=True)  # the skeleton's, or what an interruption left
     array = store.create(path, leaf.shape, leaf.dtype, rule.stacked)
     digest = hashlib.sha256()
-    for i, name in enumerate(layers_of(part, rule, leaf.shape)):
+    for i, name in enumerate(rule.names(leaf.shape)):
         layer = read_layer(part, rule, name, leaf.dtype)
         try:
             array[i if rule.stacked else ...].write(layer).result()
