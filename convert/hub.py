@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from convert.choose import choose, one_file
-from convert.notes import tell
 from convert.tensors import SourceError, read_index, some
 from wanjax.writing import absolute
 
@@ -66,7 +65,7 @@ def parse(text: str) -> Address:
     return Address(match["repository"], revision, "/".join(steps))
 
 
-def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
+def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[str], Any]) -> Path:
     """A source's file or folder on this machine, as an absolute path; what lies on the hub is fetched.
 
     Args:
@@ -80,7 +79,7 @@ def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[st
     return fetch(parse(str(path)), only, noted) if str(path).startswith(HUB) else absolute(path)
 
 
-def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
+def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) -> Path:
     """The address's file or folder in the hub's cache, with all that will be read in it.
 
     Raises:

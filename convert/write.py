@@ -24,14 +24,13 @@ from flax.traverse_util import flatten_dict
 from convert.families import SLOTS
 from convert.finish import JOB, PROGRESS, finish, write_synced
 from convert.keymap import Rule
-from convert.notes import tell
 from convert.plan import DTYPES, Plan, lacking, plan, work
 from convert.read import load, read_layer
 from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
 from wanjax import config as configs
-from wanjax.writing import OutputError, absolute, locked, terminate_as_interrupt
+from wanjax.writing import OutputError, absolute, locked
 
 __all__ = ["DTYPES", "OutputError", "Plan", "check_target", "lacking", "load", "plan", "work", "write"]
 
@@ -43,7 +42,7 @@ def write(
     target: Path,
     dtype: str,
     told: Callable[[int], Any] = lambda size: None,
-    noted: Callable[[str], Any] = tell,
+    noted: Callable[[str], Any] = lambda note: None,
 ) -> store.Manifest:
     """Writes the folder.
 
@@ -63,7 +62,7 @@ def write(
     target = absolute(target)
     check_target(target)
     lock, busy = target.parent / f".{target.name}.lock", "another conversion is writing it; wait or choose another name"
-    with terminate_as_interrupt(), locked(lock, f"{target}: {busy}"):
+    with locked(lock, f"{target}: {busy}"):
         folder = check_target(target)  # another run may have ended meanwhile
         source, files = planned.source, planned.files
         before = _stats(files)
