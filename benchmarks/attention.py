@@ -1,35 +1,30 @@
-"""The implementations of attention: do they agree, and how long do they take at a model's shapes.
+"""The kernels of attention: do they agree, and how long do they take at a model's shapes.
 
     python -m benchmarks.attention --preset flf2v_14b --size 480x864 --frames 81
 
-Agreement is measured at fewer frames, in bfloat16 against float32; exits with 1 where an implementation that
-should run does not, or is off. Cases: self-attention, and cross-attention to the text and to the keyframes,
-the latter two also with an additive bias. Axis letters: B batch, S queries, K keys.
+Agreement is measured at fewer frames, in bfloat16 against float32; exits with 1 where a kernel that should run does
+not, or is off. Cases: self-attention, and cross-attention to the text and to one image, which also gives its softmax's
+residual; in agreement also with an additive bias. Axis letters: B batch, S queries, K keys.
 """
 
 import argparse
-import importlib
 import sys
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import flops, measure
-from wanjax import keyframes
-from wanjax.attention import attention
-from wanjax.config import BFLOAT16, FLOAT32, PRESETS, ModelConfig, preset
+from wanjax.attention import KERNELS, attention
+from wanjax.config import BFLOAT16, FLOAT32, PRESETS, ModelConfig, Precision, preset
+from wanjax.manifest import first_line
 
 LIMIT = 1e-2
 """Relative error in bfloat16 against float32."""
 
-REFUSED = "B11K"
-"""The bias that broadcasts over queries: cuDNN is known to refuse it, which is recorded and no failure."""
-
 ERRORS = (RuntimeError, ValueError, NotImplementedError)
-"""What JAX raises for a shape or type that an implementation does not take."""
+"""What JAX raises for a shape or type that a kernel does not take."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class Case:
     heads: int
     width: int
     bias: str = ""
+    residual: bool = False
 
     @property
     def logit_bytes(self) -> int:
@@ -69,30 +65,29 @@ def cases(model: ModelConfig, latent_grid: tuple[int, int, int], batch: int, bia
     config = model.dit
     length = flops.tokens(config, latent_grid)
     heads, width = config.num_heads, config.head_dim
-    branches = {"text": config.text_length, "keyframes": config.num_images * config.image_tokens}
+    branches = {"text": config.text_length} | ({"image": config.image_tokens} if config.num_images else {})
     found = [Case("self", batch, length, length, heads, width)]
     for name, keys in branches.items():
-        if keys:
-            found += [Case(name, batch, length, keys, heads, width, bias) for bias in ("", *biases)]
+        found += [Case(name, batch, length, keys, heads, width, bias, residual=True) for bias in ("", *biases)]
     return found
 
 
 def agreement(case: Case) -> list[dict[str, Any]]:
-    """Relative error of every implementation in bfloat16 against float32 on the same numbers."""
+    """Relative error of every kernel in bfloat16 against float32 on the same numbers; of its log-sum-exp too."""
     arrays = case.arrays(jnp.bfloat16)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    reference = jax.jit(lambda *x: attention(*x, precision=FLOAT32, implementation="chunked"))(*exact)
+    reference = _jitted(case, "chunked", FLOAT32)(*(x if x is None else x.astype(jnp.float32) for x in arrays))
     rows = []
-    for name in measure.ATTENTIONS:
-        row = {"case": case.name, "bias": case.bias, "implementation": name}
+    for name in KERNELS:
+        row = {"case": case.name, "bias": case.bias, "kernel": name}
         refusal = why_not(case, name)
         if refusal is None:
             try:
-                error = measure.relative_error(_jitted(name)(*arrays), reference)
-                row |= {"relative_error": error, "passed": bool(error <= LIMIT)}
+                pairs = zip(_jitted(case, name, BFLOAT16)(*arrays), reference, strict=True)
+                errors = [measure.relative_error(*pair) for pair in pairs]
+                passed = all(error <= LIMIT for error in errors)
+                row |= {"relative_error": errors[0], "residual_error": max(errors[1:], default=None), "passed": passed}
             except ERRORS as raised:
-                known = name == "cudnn" and case.bias == REFUSED
-                row |= {"error": _first_line(raised), "passed": known}
+                row |= {"error": first_line(raised), "passed": False}
         else:
             row |= {"skipped": refusal, "passed": True}
         outcome = row.get("skipped") or row.get("error") or f"{row['relative_error']:.3g} (limit {LIMIT:g})"
@@ -101,61 +96,58 @@ def agreement(case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def timing(case: Case, repeats: int, matmul: measure.Matmul, chunk_mib: list[int]) -> list[dict[str, Any]]:
-    """Interleaved times of the implementations that can run, in bfloat16; several chunk sizes for "self"."""
+def timing(case: Case, repeats: int, matmul: measure.Matmul) -> list[dict[str, Any]]:
+    """Interleaved times of the kernels that can run, in bfloat16."""
     arrays, rows, programs = case.arrays(jnp.bfloat16), [], {}
-    module = importlib.import_module("wanjax.attention")
-    default = module.CHUNK_BYTES >> 20
-    variants = [(name, default) for name in ("xla", "cudnn")]
-    variants += [("chunked", mib) for mib in (chunk_mib if case.name == "self" else [default])]
-    for name, mib in variants:
-        label = f"chunked {mib} MiB" if name == "chunked" else name
-        row = {"case": case.name, "bias": case.bias, "implementation": label}
+    for name in KERNELS:
+        row = {"case": case.name, "bias": case.bias, "kernel": name}
         refusal = why_not(case, name)
         if refusal is None:
             try:
-                with mock.patch.object(module, "CHUNK_BYTES", mib << 20):
-                    programs[label], compiling = measure.compile_timed(_jitted(name), *arrays)
+                programs[name], compiling = measure.compile_timed(_jitted(case, name, BFLOAT16), *arrays)
                 row |= compiling
             except ERRORS as raised:
-                row["error"] = _first_line(raised)
+                row["error"] = first_line(raised)
         else:
             row["skipped"] = refusal
         rows.append(row)
-    times = measure.interleave({label: lambda p=p: p(*arrays) for label, p in programs.items()}, repeats)
+    times = measure.interleave({name: lambda p=p: p(*arrays) for name, p in programs.items()}, repeats)
     for row in rows:
-        if row["implementation"] in times:
-            one = times[row["implementation"]]
+        if row["kernel"] in times:
+            one = times[row["kernel"]]
             rate = case.flops / one.median
             row |= one.report() | {"flops": case.flops, "flops_per_second": rate,
                                    "share_of_matmul": rate / matmul.flops_per_second}  # fmt: skip
     return rows
 
 
-def why_not(case: Case, implementation: str) -> str | None:
-    """Why an implementation is not tried on this machine, or None."""
-    if implementation == "cudnn" and jax.default_backend() != "gpu":
+def why_not(case: Case, kernel: str) -> str | None:
+    """Why a kernel is not tried on this machine, or None."""
+    if kernel == "cudnn" and jax.default_backend() != "gpu":
         return "cudnn runs on NVIDIA GPUs only"
+    if kernel == "cudnn" and case.bias:
+        return "cudnn leaves a bias to xla"
     statistics = jax.local_devices()[0].memory_stats() or {}
     limit = statistics.get("bytes_limit", 4 * 2**30)
     # Logits, probabilities and one temporary.
-    if implementation == "xla" and 3 * case.logit_bytes > limit:
+    if kernel == "xla" and 3 * case.logit_bytes > limit:
         return f"logits of {case.logit_bytes / 2**30:.0f} GiB do not fit"
     return None
 
 
-def _jitted(implementation: str) -> Any:
-    # A function of its own each time: jit caches by the function, and does not see a patched CHUNK_BYTES.
-    return jax.jit(lambda *x: attention(*x, precision=BFLOAT16, implementation=implementation))
+def _jitted(case: Case, kernel: str, precision: Precision) -> Any:
+    """(q, k, v, bias) -> [output], and of a case with residual the log-sum-exp."""
 
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
+        found = attention(q, k, v, bias, precision=precision, kernel=kernel, residual=case.residual)
+        return [found[0], sum(found[1])] if case.residual else [found]
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return jax.jit(run)
 
 
 def _label(row: dict[str, Any]) -> str:
     bias = f", bias [{', '.join(row['bias'])}]" if row["bias"] else ""
-    return f"{row['case']}{bias}, {row['implementation']}"
+    return f"{row['case']}{bias}, {row['kernel']}"
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -181,46 +173,44 @@ def run(arguments: argparse.Namespace, model: ModelConfig) -> bool:
         height, width = (side // model.vae.spatial_stride for side in arguments.size)
         return model.vae.latent_frames(frames), height, width
 
-    def write() -> None:
-        if arguments.out:
-            measure.write_json(arguments.out, report)
-
-    for case in cases(model, grid(arguments.agreement_frames), 2, ("11SK", "B1SK", REFUSED)):
+    for case in cases(model, grid(arguments.agreement_frames), 2, ("11SK", "B1SK", "B11K")):
         report["agreement"] += agreement(case)
-        write()
+        measure.write(arguments.out, report)
     matmul = measure.Matmul(BFLOAT16, arguments.matmul)
     matmul.measure()
-    for case in cases(model, grid(arguments.frames), 1, ("11SK",)):
-        rows = timing(case, arguments.repeats, matmul, arguments.chunk_mib)
+    for case in cases(model, grid(arguments.frames), 1, ()):
+        rows = timing(case, arguments.repeats, matmul)
         report["timing"] += rows
         report["matmul"] = matmul.report()
         _show(rows)
-        write()
+        measure.write(arguments.out, report)
     return all(row["passed"] for row in report["agreement"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    line = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
         prog="python -m benchmarks.attention", description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    line.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b")
-    line.add_argument("--size", type=measure.parse_size, default=(480, 864), help="HEIGHTxWIDTH in pixels")
-    line.add_argument("--frames", type=measure.positive, default=81)
-    line.add_argument("--agreement-frames", type=measure.positive, default=5)
-    line.add_argument("--chunk-mib", type=measure.positive, nargs="+", default=[64, 256, 1024])
-    line.add_argument("--repeats", type=measure.positive, default=5)
-    line.add_argument("--matmul", type=measure.positive, help="size of the product compared with")
-    line.add_argument("--out", help="JSON file, written anew after every case")
+    out.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b")
+    out.add_argument("--size", type=measure.parse_size, default=(480, 864), help="HEIGHTxWIDTH in pixels")
+    out.add_argument("--frames", type=measure.positive, default=81)
+    out.add_argument("--agreement-frames", type=measure.positive, default=5)
+    out.add_argument("--repeats", type=measure.positive, default=5)
+    out.add_argument("--matmul", type=measure.positive, help="size of the product compared with")
+    out.add_argument("--out", type=measure.output, help="JSON file, written anew after every case")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    line = parser()
     arguments = line.parse_args(argv)
     model = preset(arguments.preset)
-    try:
-        keyframes.check_size(*arguments.size, model.size_multiple)
-        for frames in (arguments.frames, arguments.agreement_frames):
-            keyframes.check_frames(frames, model.vae.temporal_stride)
-    except ValueError as error:
-        line.error(str(error))
-    return 0 if run(arguments, model) else 1
+    measure.check_clip(line, model, arguments.size, arguments.frames, arguments.agreement_frames)
+    measure.backend(line)
+    return measure.guarded(line, lambda: run(arguments, model))
 
 
 if __name__ == "__main__":

@@ -52,31 +52,41 @@ def dit(config: DiTConfig, latent_grid: tuple[int, int, int], batch: int = 1) ->
     return {part: 2 * batch * n for part, n in products.items()}
 
 
-def kab(config: DiTConfig, latent_grid: tuple[int, int, int], layers: int = 1, batch: int = 1) -> Count:
-    """What KAB adds to one evaluation that has it in `layers` layers: the products q k^T of frame attention.
+def kab(
+    config: DiTConfig, latent_grid: tuple[int, int, int], layers: int = 1, batch: int = 1, anchors: int = 2
+) -> Count:
+    """What KAB adds to one evaluation that has it in `layers` layers: the anchors' frames are attended from once more.
 
-    Attention with a bias has the products of attention without one, and isolated keyframes those of joint ones:
-    neither adds any.
+    A frame's logits serve its frame attention and its output; a bias adds no product, nor do isolated images.
+
+    Args:
+      anchors: A, keyframes that others are anchored to.
     """
-    a_key = 2 * batch * layers * tokens(config, latent_grid) * config.dim
-    return {
-        "frame attention to text": a_key * config.text_length,
-        "frame attention to keyframes": a_key * config.num_images * config.image_tokens,
-    }
+    c = config
+    a_key = 4 * batch * layers * anchors * _frame_tokens(c, latent_grid) * c.dim  # q k^T, and probabilities times v
+    return {"anchors to text": a_key * c.text_length, "anchors to images": a_key * c.num_images * c.image_tokens}
 
 
-def kab_bytes(config: DiTConfig, latent_grid: tuple[int, int, int], layers: int = 1, batch: int = 1) -> Count:
+def kab_bytes(
+    config: DiTConfig, latent_grid: tuple[int, int, int], layers: int = 1, batch: int = 1, anchors: int = 2
+) -> Count:
     """Bytes of logits and probabilities written and read for KAB where no kernel is fused across a softmax.
 
-    Both are of one frame at a time, [B, N, Q, K]; over all frames B * N * S * K numbers. "frame attention": logits
-    written by the product and read by the softmax, probabilities written and read by the mean; all in the softmax
-    dtype. "biased attention": logits the same, probabilities written and read in the compute dtype; this is extra
-    only where attention without a bias is fused (cuDNN).
+    Both are of one frame at a time, [B, N, Q, K]; over the F frames and A anchors B * N * (F + A) * Q * K numbers.
+    "frame attention": logits written by the product and read by the softmax, probabilities written and read by the
+    mean; all in the softmax dtype. "biased attention": the same logits read again, probabilities written and read in
+    the compute dtype. Without KAB a fused kernel (cuDNN) moves none of it.
     """
     keys = config.text_length + config.num_images * config.image_tokens
-    numbers = batch * layers * config.num_heads * tokens(config, latent_grid) * keys
+    queries = tokens(config, latent_grid) + anchors * _frame_tokens(config, latent_grid)
+    numbers = batch * layers * config.num_heads * queries * keys
     softmax, compute = (jnp.dtype(name).itemsize for name in (config.precision.softmax, config.precision.compute))
-    return {"frame attention": 4 * softmax * numbers, "biased attention": 2 * (softmax + compute) * numbers}
+    return {"frame attention": 4 * softmax * numbers, "biased attention": (softmax + 2 * compute) * numbers}
+
+
+def _frame_tokens(config: DiTConfig, latent_grid: tuple[int, int, int]) -> int:
+    """Tokens Q of one token frame."""
+    return tokens(config, (config.patch_size[0], *latent_grid[1:]))
 
 
 def vae_encode(config: VAEConfig, frames: int, size: tuple[int, int], batch: int = 1) -> Count:

@@ -9,6 +9,7 @@ any relative error, norm(a - b) / norm(b), is over its limit.
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops, measure, random_model
-from wanjax import keyframes, rope, vae
+from wanjax import rope, shapes, vae
 from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Precision, VAEConfig, preset
 from wanjax.dit import WanDiT
 
@@ -55,7 +56,7 @@ def _cast(params: Any, precision: Precision) -> Any:
 class Checks:
     """Collects relative errors; every one is shown and written as soon as it is known."""
 
-    def __init__(self, out: str | None) -> None:
+    def __init__(self, out: Path | None) -> None:
         self.out = out
         self.report: dict[str, Any] = {
             "benchmark": "gpu_parity", "environment": measure.environment(), "checks": []
@@ -68,8 +69,7 @@ class Checks:
         row = {"what": what, "kind": kind, "relative_error": error, "limit": LIMITS[kind], "passed": passed}
         self.report["checks"].append(row)
         print(f"{'ok  ' if passed else 'FAIL'} {what}: {kind}: {error:.3g} (limit {LIMITS[kind]:g})", flush=True)
-        if self.out:
-            measure.write_json(self.out, self.report)
+        measure.write(self.out, self.report)
 
     @property
     def passed(self) -> bool:
@@ -78,21 +78,23 @@ class Checks:
 
 def against_cpu(checks: Checks) -> None:
     """The tiny preset in float32 here and on the host's CPU: float32 must not become TF32."""
-    model, kind = preset("tiny"), "float32, device against CPU"
-    here, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    params = random_model.params(random_model.dit_shapes(model.dit))
-    both = [dit(model.dit, FLOAT32, jax.device_put(params, device), (7, 8, 8)) for device in (here, cpu)]
-    checks.add("tiny transformer", kind, *both)
-    params, latents = _vae_inputs(model.vae, (3, 4, 4))
-    both = [decode(model.vae, FLOAT32, jax.device_put(params, device), latents) for device in (here, cpu)]
-    checks.add("tiny vae decode", kind, *both)
+    kind, params = "float32, device against CPU", {}
+    params["dit"] = random_model.params(shapes.dit(preset("tiny").dit))
+    params["vae"], latents = _vae_inputs(preset("tiny").vae, (3, 4, 4))
+    transformers, videos = [], []
+    for device in (jax.devices()[0], jax.devices("cpu")[0]):
+        model, own = preset("tiny").for_platform(device.platform), jax.device_put(params, device)
+        transformers.append(dit(model.dit, FLOAT32, own["dit"], (7, 8, 8)))
+        videos.append(decode(model.vae, FLOAT32, own["vae"], latents))
+    checks.add("tiny transformer", kind, *transformers)
+    checks.add("tiny vae decode", kind, *videos)
 
 
 def policies(checks: Checks, model: ModelConfig, grid: tuple[int, int, int]) -> None:
     """bfloat16 against float32 at the preset's width."""
     config = model.dit
     name = f"{model.name} transformer, {config.num_layers} layers, {flops.tokens(config, grid)} tokens"
-    params = random_model.params(random_model.dit_shapes(config))
+    params = random_model.params(shapes.dit(config))
     exact = np.asarray(dit(config, FLOAT32, params, grid))
     checks.add(name, "bfloat16 against float32", dit(config, BFLOAT16, params, grid), exact)
 
@@ -102,39 +104,22 @@ def autoencoder(checks: Checks, model: ModelConfig) -> None:
     config, results = model.vae, {}
     params, latents = _vae_inputs(config, (3, 4, 4))
     for form in ("conv3d", "taps"):
-        with measure.forced(conv3d=form):
-            results[form] = decode(config, FLOAT32, params, latents)
+        results[form] = decode(dataclasses.replace(config, conv3d=form), FLOAT32, params, latents)
     checks.add(f"{model.name} vae decode", "taps against conv3d", results["taps"], results["conv3d"])
     half = decode(config, BFLOAT16, params, latents)
     checks.add(f"{model.name} vae decode", "bfloat16 against float32", half, results["conv3d"])
 
 
 def _vae_inputs(config: VAEConfig, grid: tuple[int, int, int]) -> tuple[Any, np.ndarray]:
-    params = random_model.params(random_model.vae_shapes(config))
+    params = random_model.params(shapes.vae(config))
     # Smaller at the end, so that hardly any pixel is cut to [-1, 1], which would hide errors.
     params["decoder"]["head"]["conv"]["kernel"] *= 0.3
     latents = np.random.default_rng(3).normal(size=(1, *grid, config.latent_channels))
     return params, latents.astype(np.float32)
 
 
-def main(argv: list[str] | None = None) -> int:
-    line = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_parity", description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    line.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b")
-    line.add_argument("--layers", type=measure.positive, default=2)
-    line.add_argument("--size", type=measure.parse_size, default=(480, 864), help="HEIGHTxWIDTH in pixels")
-    line.add_argument("--frames", type=measure.positive, default=9)
-    line.add_argument("--out", help="JSON file")
-    arguments = line.parse_args(argv)
-    model = preset(arguments.preset)
-    try:
-        keyframes.check_size(*arguments.size, model.size_multiple)
-        keyframes.check_frames(arguments.frames, model.vae.temporal_stride)
-    except ValueError as error:
-        line.error(str(error))
-    model = dataclasses.replace(model, dit=dataclasses.replace(model.dit, num_layers=arguments.layers))
+def run(arguments: argparse.Namespace, model: ModelConfig) -> bool:
+    """All checks; True if all are within their limits."""
     height, width = (side // model.vae.spatial_stride for side in arguments.size)
     checks = Checks(arguments.out)
     if jax.default_backend() == "cpu":
@@ -143,7 +128,32 @@ def main(argv: list[str] | None = None) -> int:
         against_cpu(checks)
     policies(checks, model, (model.vae.latent_frames(arguments.frames), height, width))
     autoencoder(checks, model)
-    return 0 if checks.passed else 1
+    return checks.passed
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_parity", description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    out.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b")
+    out.add_argument("--layers", type=measure.positive, default=2)
+    out.add_argument("--size", type=measure.parse_size, default=(480, 864), help="HEIGHTxWIDTH in pixels")
+    out.add_argument("--frames", type=measure.positive, default=9)
+    out.add_argument("--out", type=measure.output, help="JSON file")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    line = parser()
+    arguments = line.parse_args(argv)
+    model = preset(arguments.preset)
+    measure.check_clip(line, model, arguments.size, arguments.frames)
+    model = dataclasses.replace(model, dit=dataclasses.replace(model.dit, num_layers=arguments.layers))
+    model = model.for_platform(measure.backend(line))
+    return measure.guarded(line, lambda: run(arguments, model))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ part() {
 }
 
 check_device='import sys, jax
-from benchmarks.measure import environment, write_json
-write_json(sys.argv[1], environment())
+from benchmarks.measure import environment, write
+write(sys.argv[1], environment())
 print(jax.devices(), jax.__version__)
 sys.exit(0 if sys.argv[2] == "1" or jax.default_backend() == "gpu" else "no GPU: use DRY_RUN=1 on a CPU")'
 
@@ -51,7 +51,7 @@ if [ "$dry" = 1 ]; then
   export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0"
   parity=(--preset tiny --layers 1 --size 16x16 --frames 5)
   throughput=(--preset tiny --layers 1 --size 16x16 --frames 5 --steps 2 --matmul 128)
-  attention=(--preset tiny --size 16x16 --frames 9 --repeats 2 --matmul 128 --chunk-mib 1)
+  attention=(--preset tiny --size 16x16 --frames 9 --repeats 2 --matmul 128)
   method=(--preset tiny --layers 2 --size 16x16 --frames 9 --repeats 1 --layer-repeats 1 --dtype float32)
   vae=(--preset tiny --size 16x16 --frames 5 --steps 1 --matmul 128 --conv3d auto)
   diffusers=(--preset tiny --layers 1 --size 32x32 --frames 5 --repeats 2

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ from benchmarks import measure, random_model
 from convert import dit as table
 from convert import sources, write
 from convert.keymap import invert
-from wanjax import store
-from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, preset
+from wanjax import shapes, store
+from wanjax.config import PRESETS, DiTConfig, preset
 
 SOURCE = "source/diffusion_pytorch_model.safetensors"
 
 
 def make_source(config: DiTConfig, folder: Path) -> int:
     """Writes a transformer with random weights in the original layout; bytes of the file."""
-    params = jax.device_get(random_model.params(random_model.dit_shapes(config)))
+    params = jax.device_get(random_model.params(shapes.dit(config)))
     (folder / SOURCE).parent.mkdir()
     save_file(invert(table.original(config), params), folder / SOURCE)
     told = {"num_heads": config.num_heads, "text_len": config.text_length}  # what shapes do not tell
@@ -56,9 +57,9 @@ def run(config: DiTConfig, folder: Path, repeats: int) -> dict[str, Any]:
         write.write(write.plan(sources.find((folder / SOURCE).parent), dtype), target, dtype)
 
     def load() -> Any:
-        shapes = random_model.dit_shapes(config)
-        store.check(target, "dit", shapes, store.read_manifest(target))
-        return jax.block_until_ready(store.restore(target, "dit", shapes, None))
+        tree = shapes.dit(config)
+        store.check(target, "dit", tree, store.read_manifest(target))
+        return jax.block_until_ready(store.restore(target, "dit", tree, None))
 
     functions = {"load_file": lambda: load_file(folder / SOURCE), "convert": convert, "load": load}
     times = measure.interleave(functions, repeats)
@@ -70,7 +71,7 @@ def run(config: DiTConfig, folder: Path, repeats: int) -> dict[str, Any]:
             name: timing.report() | {"bytes_per_second": size / timing.median, "ratio": timing.median / floor}
             for name, timing in times.items()
         },
-    } | measure.peak_memory()
+    } | measure.peak()
 
 
 def _same(params: Any, tensors: dict[str, np.ndarray], config: DiTConfig) -> None:
@@ -81,22 +82,8 @@ def _same(params: Any, tensors: dict[str, np.ndarray], config: DiTConfig) -> Non
         raise AssertionError(f"{len(wrong)} tensors changed on the way, {wrong[0]} among them")
 
 
-def main(argv: list[str] | None = None) -> None:
-    line = argparse.ArgumentParser(prog="python -m benchmarks.load_time", description=__doc__.splitlines()[0])
-    line.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b", help="default flf2v_14b")
-    line.add_argument("--layers", type=measure.positive, default=4, help="transformer layers; default 4")
-    line.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    line.add_argument("--repeats", type=measure.positive, default=3, help="rounds; default 3")
-    line.add_argument("--folder", type=Path, help="where to put the files; default the system's temporary folder")
-    line.add_argument("--out", help="JSON file")
-    arguments = line.parse_args(argv)
-    policy = BFLOAT16 if arguments.dtype == "bfloat16" else FLOAT32
-    config = dataclasses.replace(preset(arguments.preset).dit, num_layers=arguments.layers, precision=policy)
-    with tempfile.TemporaryDirectory(prefix="wanjax-", dir=arguments.folder) as folder:
-        report = run(config, Path(folder), arguments.repeats)
-    report |= {"benchmark": "load_time", "environment": measure.environment(), "preset": arguments.preset,
-               "layers": arguments.layers, "dtype": arguments.dtype}  # fmt: skip
-    print(f"{report['bytes'] / 1e9:.3f} GB, {arguments.layers} layers of {arguments.preset}, {arguments.dtype}")
+def _show(report: dict[str, Any]) -> None:
+    print(f"{report['bytes'] / 1e9:.3f} GB, {report['layers']} layers of {report['preset']}, {report['dtype']}")
     rows = [
         [
             name,
@@ -107,9 +94,43 @@ def main(argv: list[str] | None = None) -> None:
         for name, entry in report["runs"].items()
     ]
     measure.print_table(("", "time", "rate", "to load_file"), rows)
-    if arguments.out:
-        measure.write_json(arguments.out, report)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(prog="python -m benchmarks.load_time", description=__doc__.splitlines()[0])
+    out.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b", help="default flf2v_14b")
+    out.add_argument("--layers", type=measure.positive, default=4, help="transformer layers; default 4")
+    out.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    out.add_argument("--repeats", type=measure.positive, default=3, help="rounds; default 3")
+    out.add_argument("--folder", type=Path, help="where to put the files; default the system's temporary folder")
+    out.add_argument("--out", type=measure.output, help="JSON file")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    line = parser()
+    arguments = line.parse_args(argv)
+    policy = measure.POLICIES[arguments.dtype]
+    config = dataclasses.replace(preset(arguments.preset).dit, num_layers=arguments.layers, precision=policy)
+    measure.backend(line)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="wanjax-", dir=arguments.folder)
+    except OSError as error:
+        line.error(f"folder {arguments.folder}: cannot write in it ({error.strerror}); choose another")
+
+    def measured() -> bool:
+        with folder:
+            report = run(config, Path(folder.name), arguments.repeats)
+        report |= {"benchmark": "load_time", "environment": measure.environment(), "preset": arguments.preset,
+                   "layers": arguments.layers, "dtype": arguments.dtype}  # fmt: skip
+        _show(report)
+        measure.write(arguments.out, report)
+        return True
+
+    return measure.guarded(line, measured)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,35 +1,33 @@
-"""How time, memory and the machine are measured, and how results are shown and written."""
+"""How time, memory and the machine are measured, how results are shown and written, and what command lines share."""
 
 import argparse
 import dataclasses
 import datetime
-import importlib
-import importlib.metadata
-import json
+import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wanjax.config import BFLOAT16, FLOAT32, Precision
+from wanjax import environment as machine
+from wanjax import keyframes, writing
+from wanjax.config import BFLOAT16, FLOAT32, ModelConfig, Precision
 from wanjax.layers import dot
+from wanjax.manifest import first_line
 
 POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
-ATTENTIONS = ("auto", "xla", "chunked", "cudnn")
-CONV3D_FORMS = ("auto", "conv3d", "taps")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +110,6 @@ class Matmul:
         return {"size": self.size, "flops_per_second": self.flops_per_second, "spread": timing.spread}
 
 
-def peak_memory() -> dict[str, int]:
-    """Highest memory of this process so far: of the device where it keeps count, else resident on the host."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in statistics:
-        return {"device_peak_bytes": statistics["peak_bytes_in_use"]}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-
-
 def program_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """XLA's own plan of a program's memory, in bytes; empty where the backend gives none."""
     plan = compiled.memory_analysis()
@@ -130,46 +119,31 @@ def program_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     return {name: getattr(plan, name) for name in names}
 
 
-@contextmanager
-def forced(attention: str = "auto", conv3d: str = "auto") -> Iterator[None]:
-    """While tracing: all of the transformer's attention, and all 3D convolutions, in one implementation.
+def peak() -> dict[str, dict[str, int]]:
+    """Highest memory of this process and of its device so far, bytes."""
+    return {"peak_memory_bytes": machine.peak_memory()}
 
-    The package chooses these by itself; only measurements override the choice, which is why it is done from
-    outside.
-    """
-    with ExitStack() as stack:
-        if attention != "auto":
-            # By module, not by dotted name: the package gives out the function under the module's name.
-            module = importlib.import_module("wanjax.attention")
-            stack.enter_context(mock.patch.object(module, "_choose", lambda *_: attention))
-        if conv3d != "auto":
-            stack.enter_context(mock.patch("wanjax.layers.conv3d_form", lambda: conv3d))
-        yield
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, dict[str, int]]:
+    """Peak memory so far, and the plan of one program."""
+    return peak() | {"program": program_memory(compiled)}
 
 
 def environment() -> dict[str, Any]:
     """Device, versions, command and date, to stand beside every figure."""
-    device = jax.devices()[0]
+    device = machine.report()["device"]
     return {
-        "device": device.device_kind,
-        "backend": jax.default_backend(),
-        "devices": jax.device_count(),
+        "device": device["kind"],
+        "backend": device["platform"],
+        "devices": device["count"],
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": machine.versions(PACKAGES),
         "commit": _commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _module() -> str:
@@ -194,13 +168,23 @@ def _commit() -> str | None:
         return None
 
 
-def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Writes beside and renames, so that a stopped run leaves what it had."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.part")
-    hidden.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(hidden, path)
+def write(path: Path | None, report: Mapping[str, Any]) -> None:
+    """Writes a report, whole or not at all, in the place of an earlier one; without a path nothing.
+
+    Raises:
+      ValueError: something stands there that wanjax did not write.
+    """
+    if path is not None:
+        writing.write_json(path, _finite(report), overwrite=True, indent=1)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -226,14 +210,58 @@ def relative_error(a: Any, b: Any) -> float:
 def parse_size(text: str) -> tuple[int, int]:
     """ "480x864" -> (480, 864): height, then width; a type for argparse."""
     try:
-        height, width = (int(side) for side in text.lower().split("x"))
-    except ValueError:
+        height, width = map(positive, text.lower().split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r}: give HEIGHTxWIDTH, such as 480x864") from None
     return height, width
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1; a type for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    """A whole number from 1 to a million; a type for argparse."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= 10**6):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1, at most a million")
     return int(text)
+
+
+def output(text: str) -> Path:
+    """A JSON file that can be written: not there, or an earlier report; a type for argparse."""
+    try:
+        path = writing.absolute(text)
+        writing.check([writing.Target(path)], overwrite=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
+
+
+def check_clip(line: argparse.ArgumentParser, model: ModelConfig, size: tuple[int, int], *frames: int) -> None:
+    """Ends the program as for a bad argument unless the model takes this size and each of these frame counts."""
+    try:
+        keyframes.check_size(*size, model.size_multiple)
+        for count in frames:
+            keyframes.check_frames(count, model.vae.temporal_stride)
+    except ValueError as error:
+        line.error(str(error))
+
+
+def backend(line: argparse.ArgumentParser) -> str:
+    """JAX's platform; ends the program as for a bad argument where JAX_PLATFORMS asks for what is not there."""
+    try:
+        return jax.default_backend()
+    except RuntimeError as error:
+        line.error(f"devices: {first_line(error)}; install JAX for them, or unset JAX_PLATFORMS")
+
+
+def guarded(line: argparse.ArgumentParser, run: Callable[[], bool]) -> int:
+    """The exit code of a run that says whether all went well; what a user may meet ends in one line.
+
+    That is an interruption, too little memory or disk, a result that is not finite, an output that somebody changed.
+    """
+    try:
+        with writing.terminate_as_interrupt():
+            return 0 if run() else FAILED
+    except KeyboardInterrupt:
+        print(f"{line.prog}: interrupted; what was measured before is in the output", file=sys.stderr)
+        return INTERRUPTED
+    except (FloatingPointError, MemoryError, OSError, writing.OutputError, jax.errors.JaxRuntimeError) as error:
+        print(f"{line.prog}: error: {first_line(error)}", file=sys.stderr)
+        return FAILED

@@ -12,30 +12,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from wanjax import rope, vae
-from wanjax.config import DiTConfig, VAEConfig
-from wanjax.dit import WanDiT
+from wanjax.config import DiTConfig
 from wanjax.types import Conditions
 
 POOL = 1_048_583
 """Length of the pool of random numbers; a prime, so that no width of a matrix divides it."""
-
-
-def dit_shapes(config: DiTConfig) -> Any:
-    """Shape and dtype of every transformer parameter; allocates nothing."""
-    grid = tuple(2 * size for size in config.patch_size)
-    table = rope.table(tuple(n // size for n, size in zip(grid, config.patch_size, strict=True)), config.head_dim)
-
-    def init(key: jax.Array) -> Any:
-        latents, conditions, _ = inputs(config, grid, 1, 0)
-        return WanDiT(config).init(key, latents, jnp.zeros(1), conditions, table)["params"]
-
-    return jax.eval_shape(init, jax.random.key(0))
-
-
-def vae_shapes(config: VAEConfig) -> Any:
-    """Shape and dtype of every autoencoder parameter; allocates nothing."""
-    return jax.eval_shape(lambda key: vae.init(config, key), jax.random.key(0))
 
 
 def count(shapes: Any) -> int:
@@ -51,7 +32,7 @@ def params(shapes: Any, seed: int = 0) -> Any:
     normal ones, for a random generator per parameter takes XLA most of a minute to compile.
 
     Args:
-      shapes: tree of `jax.ShapeDtypeStruct`.
+      shapes: tree of `jax.ShapeDtypeStruct`, of `wanjax.shapes`.
     """
     flat = flatten_dict(shapes, sep="/")
     starts = np.random.default_rng(seed).integers(POOL, size=(len(flat), _layers(shapes)), dtype=np.int32)
@@ -99,12 +80,11 @@ def inputs(
         return rng.standard_normal(shape, np.float32)
 
     text = (batch, config.text_length, config.text_dim)
-    image = (batch, config.image_tokens, config.image_dim or 0)
+    images = (batch, config.num_images, config.image_tokens, config.image_dim)
     channels = config.condition_channels
     conditions = Conditions(
         normal(*text),
-        normal(*image) if config.num_images >= 1 else None,
-        normal(*image) if config.num_images == 2 else None,
+        normal(*images) if config.num_images else None,
         normal(batch, *grid, channels) if channels else None,
     )
     return normal(batch, *grid, config.out_channels), conditions, normal(*text)

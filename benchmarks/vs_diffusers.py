@@ -26,7 +26,7 @@ from benchmarks import flops, measure, random_model
 from convert import dit as dit_names
 from convert import vae as vae_names
 from convert.keymap import convert
-from wanjax import keyframes, rope, vae
+from wanjax import keyframes, rope, shapes, vae
 from wanjax.config import PRESETS, DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
 
@@ -54,6 +54,16 @@ def limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def check_device(platform: str) -> None:
+    """Raises ValueError where torch cannot compute on what JAX does."""
+    import torch
+
+    if platform not in ("cpu", "gpu"):
+        raise ValueError(f"devices: torch has no {platform}; set JAX_PLATFORMS=cpu")
+    if platform == "gpu" and not torch.cuda.is_available():
+        raise ValueError("torch: JAX sees a GPU and torch does not; install torch for CUDA, or set JAX_PLATFORMS=cpu")
+
+
 class Torch:
     """Where and how the reference runs: JAX's kind of device, seeded, and float32 that is float32."""
 
@@ -62,9 +72,6 @@ class Torch:
 
         self.torch, self.dtype = torch, getattr(torch, dtype)
         self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch: JAX sees a GPU and torch does not; install torch for CUDA, "
-                             "or set JAX_PLATFORMS=cpu")  # fmt: skip
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -126,7 +133,7 @@ def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int) -> Pa
         pos_embed_seq_len=2 * config.image_tokens if config.num_images == 2 else None,
     )  # fmt: skip
     state = side.randomized(model)
-    params = convert(dit_names.diffusers(config), random_model.dit_shapes(_float32(config)), state)
+    params = convert(dit_names.diffusers(config), shapes.dit(_float32(config)), state)
     params = to_device(params, config.precision.param)
     del state
     model = side.place(model)
@@ -138,9 +145,8 @@ def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int) -> Pa
     ours, _ = measure.compile_timed(lambda params, *rest: WanDiT(config).apply({"params": params}, *rest), *arguments)
 
     x = latents if conditions.latent is None else np.concatenate([latents, conditions.latent], -1)
-    images = [image for image in (conditions.first, conditions.last) if image is not None]
-    # Both keyframes of a sample follow each other on their batch axis.
-    image = np.stack(images, 1).reshape(-1, *images[0].shape[1:]) if images else None
+    # The images of a sample follow each other on their batch axis.
+    image = None if conditions.images is None else conditions.images.reshape(-1, *conditions.images.shape[2:])
     inputs = (side.video(x), side.array(timestep, side.torch.float32), side.array(conditions.text),
               None if image is None else side.array(image))  # fmt: skip
     theirs = side.side(lambda: model(*inputs, return_dict=False)[0].movedim(1, -1))
@@ -157,7 +163,7 @@ def autoencoder(config: VAEConfig, grid: tuple[int, int, int]) -> Pair:
         temperal_downsample=list(config.temporal_downsample),
     )  # fmt: skip
     state = side.randomized(model)
-    params = convert(vae_names.diffusers(config), random_model.vae_shapes(_float32(config)), state)
+    params = convert(vae_names.diffusers(config), shapes.vae(_float32(config)), state)
     params = to_device(params, config.precision.param)
     model = side.place(model)
 
@@ -205,7 +211,7 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Both comparisons; writes after each; True if the outputs agree."""
-    model = preset(arguments.preset)
+    model = preset(arguments.preset).for_platform(jax.default_backend())
     report: dict[str, Any] = {
         "benchmark": "vs_diffusers", "environment": measure.environment(), "threads": arguments.threads,
         "preset": model.name, "layers": arguments.layers, "results": {},
@@ -217,8 +223,7 @@ def run(arguments: argparse.Namespace) -> bool:
 
     def add(name: str, pair: Pair, dtype: str) -> None:
         report["results"][f"{name}, {dtype}"] = compare(pair, dtype, arguments.repeats)
-        if arguments.out:
-            measure.write_json(arguments.out, report)
+        measure.write(arguments.out, report)
 
     # diffusers finds the keyframes' tokens after the first 512, whatever the text encoder's length.
     config = dataclasses.replace(
@@ -228,7 +233,10 @@ def run(arguments: argparse.Namespace) -> bool:
     name = f"{model.name} transformer, {config.num_layers} layers, {flops.tokens(config, grid)} tokens"
     add(name, transformer(config, grid, arguments.batch), arguments.dtype)
     config = dataclasses.replace(
-        VAEConfig(), base_dim=arguments.vae_base, precision=measure.POLICIES[arguments.vae_dtype]
+        VAEConfig(),
+        base_dim=arguments.vae_base,
+        conv3d=model.vae.conv3d,
+        precision=measure.POLICIES[arguments.vae_dtype],
     )
     grid = latent_grid(config, arguments.vae_size, arguments.vae_frames)
     height, width = arguments.vae_size
@@ -260,32 +268,31 @@ def parser() -> argparse.ArgumentParser:
     how = out.add_argument_group("how")
     how.add_argument("--repeats", type=measure.positive, default=7)
     how.add_argument("--threads", type=measure.positive, default=cores, help="of both, on a CPU")
-    how.add_argument("--out", help="JSON file, written after each comparison")
+    how.add_argument("--out", type=measure.output, help="JSON file, written after each comparison")
     return out
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     line = parser()
     arguments = line.parse_args(argv)
-    model = preset(arguments.preset)
     published = VAEConfig()
+    measure.check_clip(line, preset(arguments.preset), arguments.size, arguments.frames)
     try:
-        keyframes.check_size(*arguments.size, model.size_multiple)
-        keyframes.check_frames(arguments.frames, model.vae.temporal_stride)
         keyframes.check_size(*arguments.vae_size, published.spatial_stride)
         keyframes.check_frames(arguments.vae_frames, published.temporal_stride)
         if lacking := missing():
             reason = f"{' and '.join(lacking)} not installed: nothing to compare with, skipped"
             print(f"vs_diffusers: {reason}", flush=True)
-            if arguments.out:
-                measure.write_json(arguments.out, {"benchmark": "vs_diffusers", "skipped": reason})
+            measure.write(arguments.out, {"benchmark": "vs_diffusers", "skipped": reason})
             return 0
         limit_threads(arguments.threads)
+        # Both frameworks share one GPU: JAX must not take most of it in advance.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        check_device(measure.backend(line))
     except ValueError as error:
         line.error(str(error))
-    # Both frameworks share one GPU: JAX must not take most of it in advance.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return 0 if run(arguments) else 1
+    return measure.guarded(line, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +29,7 @@ from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
 from wanjax import config as configs
-from wanjax.writing import OutputError, absolute, locked
+from wanjax.writing import OutputError, Target, absolute, check_parent, locked
 
 __all__ = ["DTYPES", "OutputError", "Plan", "check_target", "lacking", "load", "plan", "work", "write"]
 
@@ -98,16 +97,16 @@ def check_target(target: Path) -> Path:
         raise OutputError(f"{given}: names no folder to make")
     if os.path.lexists(target):
         raise OutputError(f"{target}: exists; choose another name or remove it")
-    if not target.parent.is_dir():
-        raise OutputError(f"{target}: no folder {target.parent}; create it with mkdir -p {target.parent}")
+    check_parent(Target(target, folder=True))
     hidden = target.parent / f".{target.name}.part"
-    if os.path.lexists(hidden) and not _ours(hidden):
-        raise OutputError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=hidden.name) as probe:  # a name of its length, too
-            probe.write(b"probe")
-    except OSError as error:
-        raise OutputError(f"{target}: cannot write in {target.parent} ({error.strerror}); choose another") from error
+        hidden.lstat()
+    except FileNotFoundError:
+        return hidden
+    except OSError as error:  # its name is longer than the target's
+        raise OutputError(f"{target}: not a usable name ({error.strerror}); choose another") from error
+    if not _ours(hidden):
+        raise OutputError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
     return hidden
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from samplers import explain as explaining
 from samplers import hints, memory, pipeline, video
+from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
 from samplers.run import bar
@@ -35,7 +36,7 @@ class Job:
     """A checked run: nothing about it is wrong any more that can be known without computing.
 
     Attributes:
-      model: "tiny" or a model folder; config: what is in it, under the policy that was asked for.
+      model: "tiny" or a path, as it was given; folder: what it is; config: of it, under the policy asked for.
       first, last: RGB images of any size; paths: where they came from.
       plan: what to make; dtype: policy, None for the model's own.
       outputs: where to write; fps, scale: of the video file, scale a whole factor.
@@ -45,6 +46,7 @@ class Job:
     """
 
     model: str
+    folder: checkpoint.Folder
     config: ModelConfig
     first: Image.Image
     last: Image.Image
@@ -106,7 +108,8 @@ def prepare(
     Raises:
       ValueError: one clear line (`KeyframeError`, `OutputError`, `CheckpointError` among them).
     """
-    folder, config = checkpoint.read_config(model)
+    folder = checkpoint.open_folder(model)
+    config = folder.config
     if dtype is not None:
         config = config.with_precision(checkpoint.policy(dtype))
     given = {name: value for name, value in settings.items() if value is not None}
@@ -115,6 +118,7 @@ def prepare(
     chosen = Settings.of(config, preset, **given)
     plan = Plan.of(config, chosen)  # before the images are read, so that a mistyped number costs nothing
     images, notes = _read_keyframes((first, last), chosen.matte)
+    notes += folder.notes
     if size == "auto":
         area = config.sampling.size[0] * config.sampling.size[1]
         fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
@@ -124,8 +128,8 @@ def prepare(
         if (image.height, image.width) != chosen.size:
             notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
                          f"{chosen.size[0]}x{chosen.size[1]} by {chosen.fit}")  # fmt: skip
-    notes += _about_prompts(Tokenizer(folder / checkpoint.TOKENIZER), chosen, config)
-    notes += hints.about(folder, chosen.prompt, pipeline.fitted(images, chosen))
+    notes += _about_prompts(folder.tokenizer, chosen, config)
+    notes += hints.about(folder.path, chosen.prompt, pipeline.fitted(images, chosen))
     fps = config.sampling.fps if fps is None else fps
     video.check_fps(fps)
     scale = video.enlarge_factor(*chosen.size) if scale is None else scale
@@ -136,12 +140,14 @@ def prepare(
         sharding.check_mesh(mesh, config.dit.num_heads, plan.tokens)
     memory.check(plan, mesh or {})
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
+    sources = (keyframes.split(path)[0] for path in (first, last))
     also = [] if explain is None else [explaining.target(explain)]
-    outputs = video.check_output(out, overwrite, inputs=(first, last, folder), also=also)
+    outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
-    return Job(str(model), config, *images, (str(first), str(last)), plan, dtype, outputs, fps, scale, mesh or {},
-               tuple(notes), looked_at)  # fmt: skip
+    paths = str(first), str(last)
+    return Job(str(model), folder, config, *images, paths, plan, dtype, outputs, fps, scale, mesh or {}, tuple(notes),
+               looked_at)  # fmt: skip
 
 
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
@@ -211,8 +217,8 @@ def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Resul
     start = time.perf_counter()
     plan, mesh, seen = job.plan, job.devices, []
     # A mesh changes where arguments lie, and so the programs.
-    with nullcontext(lambda stage: None) if mesh else pipeline.compile_ahead(plan) as ready:
-        model = checkpoint.load(job.model, job.dtype, mesh)
+    with nullcontext(lambda stage: None) if mesh else compile_ahead(plan) as ready:
+        model = checkpoint.load(job.folder, job.dtype, mesh)
         loaded = time.perf_counter() - start
         with bar(job.settings.steps) if progress else nullcontext() as shown:
 

@@ -6,12 +6,11 @@ result is finite.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import get_ident
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from samplers import run as host
 from samplers import sample
 from samplers.plan import Plan, Settings, check_seed
 from samplers.sample import Carry, Row
-from wanjax import checkpoint, conditioning, keyframes, sharding, vae
+from wanjax import conditioning, keyframes, sharding, vae
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
@@ -97,12 +96,12 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a block: what XLA spent compiling goes to "compile", the rest to `name`."""
-        compiling = 0.0
+        """Times a block: what this thread spent compiling in it goes to "compile", the rest to `name`."""
+        compiling, thread = 0.0, get_ident()
 
         def listen(event: str, duration: float, **_: Any) -> None:
             nonlocal compiling
-            if event.startswith("/jax/core/compile/"):
+            if event.startswith("/jax/core/compile/") and get_ident() == thread:
                 compiling += duration
 
         jax.monitoring.register_event_duration_secs_listener(listen)
@@ -184,8 +183,10 @@ def inbetween(
     prompt = settings.prompt if prompt is None else prompt
     seeds = settings.seed if seeds is None else seeds
     *columns, prompts, seeds = _clips([*(given[at] for at in order), prompt, seeds])
-    for seed in seeds:
+    for seed, text in zip(seeds, prompts, strict=True):
         check_seed(seed)
+        if not isinstance(text, str):
+            raise ValueError(f"prompt {text!r}: give a text")
     batches = [Batch(Inputs.prepare([clip], plan), [text], [seed])
                for clip, text, seed in zip(zip(*columns, strict=True), prompts, seeds, strict=True)]  # fmt: skip
     results = make(model, plan, batches, mesh=mesh, cross_bias=cross_bias, chunk=chunk, on_step=on_step)
@@ -217,31 +218,34 @@ def make(
     """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
 
     Args:
-      ready: called with "encode", "denoise", "decode" before that stage; `compile_ahead` gives one.
+      ready: called with "encode", "denoise", "decode" before that stage; `ahead.compile_ahead` gives one.
       others: as `inbetween`.
     """
     timings = Timings()
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        with timings.stage("encode"):
+        with timings.stage("compile"):
             ready("encode")
+        with timings.stage("encode"):
             encoded = encode(model, plan, [batch.inputs for batch in batches], [batch.prompts for batch in batches])
             encoded = [jax.block_until_ready(place(one, mesh)) for one in encoded]
-        with timings.stage("denoise"):
+        with timings.stage("compile"):
             ready("denoise")
+        with timings.stage("denoise"):
             latents = [
                 denoise(model, plan, one, noise(plan, batch.seeds, mesh), seeds=batch.seeds, mesh=mesh,
                         cross_bias=cross_bias, chunk=chunk, on_step=on_step)
                 for one, batch in zip(encoded, batches, strict=True)
             ]  # fmt: skip
-        with timings.stage("decode"):
+        with timings.stage("compile"):
             ready("decode")
+        with timings.stage("decode"):
             videos = [decode(model, plan, one) for one in latents]
     return [Result(video, own, timings.seconds, one) for video, own, one in zip(videos, latents, encoded, strict=True)]
 
 
 def noise(plan: Plan, seeds: Sequence[int], mesh: Mesh | None = None) -> jax.Array:
     """Standard normal latents float32 [B, F, h, w, C], each clip's from its own seed alone."""
-    drawn = [jax.random.normal(jax.random.key(seed), (1, *plan.latent_shape), jnp.float32) for seed in seeds]
+    drawn = [_noise((1, *plan.latent_shape), np.uint32(seed)) for seed in seeds]
     whole = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
     return whole if mesh is None else sharding.shard_video(whole, mesh)
 
@@ -365,24 +369,6 @@ def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
     return Encoded(rest.replace(latent=latent), negative)
 
 
-@contextmanager
-def compile_ahead(plan: Plan, chunk: int = 1) -> Iterator[Callable[[str], Any]]:
-    """Compiles the programs of one clip in the background, while weights are read; for one device.
-
-    Yields a function to call before each stage with its name: it waits for that stage's programs, and raises what
-    their compilation raised. The ordinary calls then find them compiled.
-    """
-    pool = ThreadPoolExecutor(max_workers=5, thread_name_prefix="compile")
-    try:
-        futures = {
-            stage: [pool.submit(lambda lower=lower: lower(plan, chunk).compile()) for lower in lowers]
-            for stage, lowers in _LOWERED.items()
-        }
-        yield lambda stage: [future.result() for future in futures[stage]]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 @partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
 def _denoise(
     config: DiTConfig,
@@ -406,6 +392,11 @@ def _denoise(
         return run(latents, row.step.timestep, row.strength), state
 
     return sample.sample(denoise, carry, table, first, n)
+
+
+@partial(jax.jit, static_argnums=0)
+def _noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -434,50 +425,3 @@ def _encode_keyframes(
 @partial(jax.jit, static_argnums=0)
 def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _with_finite(vae.decode(config, params, latents))
-
-
-def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _lower_text(plan: Plan, chunk: int) -> Any:
-    ids = _struct(2, plan.config.dit.text_length, dtype=np.int32)
-    return _encode_text.lower(plan.config.umt5, checkpoint.param_shapes(plan.config)["umt5"], ids, ids)
-
-
-def _lower_images(plan: Plan, chunk: int) -> Any:
-    side, count = plan.config.clip.image_size, len([slot for slot in image_slots(plan) if slot is not None])
-    pixels = _struct(count, side, side, 3)
-    return _encode_images.lower(plan.config.clip, checkpoint.param_shapes(plan.config)["clip"], pixels)
-
-
-def _lower_keyframes(plan: Plan, chunk: int) -> Any:
-    pixels = _struct(1, len(plan.at), *plan.settings.size, 3)
-    shapes = checkpoint.param_shapes(plan.config)["vae"]
-    return _encode_keyframes.lower(plan.config.vae, shapes, pixels, at=plan.at, frames=plan.settings.frames)
-
-
-def _lower_decode(plan: Plan, chunk: int) -> Any:
-    return _decode.lower(plan.config.vae, checkpoint.param_shapes(plan.config)["vae"], _struct(1, *plan.latent_shape))
-
-
-def _lower_denoise(plan: Plan, chunk: int) -> Any:
-    d = plan.config.dit
-    text = _struct(1, d.text_length, d.text_dim, dtype=_lower_text(plan, chunk).out_info[0].dtype)
-    images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=_lower_images(plan, chunk).out_info[0].dtype)
-    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels,
-                     dtype=_lower_keyframes(plan, chunk).out_info[0].dtype)  # fmt: skip
-    keys = None if plan.table.step.renoise is None else jax.random.split(jax.random.key(0), 1)
-    carry = jax.eval_shape(sample.start, _struct(1, *plan.latent_shape), keys=keys)
-    table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
-    return _denoise.lower(
-        d, checkpoint.param_shapes(plan.config)["dit"], carry, table, _struct(dtype=np.int32),
-        Conditions(text, images, latent), text, method, None, n=chunk, guidance_mode=plan.settings.guidance_mode,
-    )  # fmt: skip
-
-
-_LOWERED = MappingProxyType(
-    {"denoise": (_lower_denoise,), "decode": (_lower_decode,),
-     "encode": (_lower_keyframes, _lower_text, _lower_images)}
-)  # fmt: skip
-"""The programs of each stage, the longest first."""

@@ -195,7 +195,7 @@ def test_cross_bias_reaches_every_layer_and_frame():
     for branch, keys in (("text", (512,)), ("images", (2, 257))):
         zero = CrossBias(**{branch: jnp.zeros((*shape, *keys))})
         assert relative_error(WanDiT(FLF2V).apply({"params": params}, *inputs, zero), plain) < 2e-6
-    for branch, keys, image in (("text", (512,), ...), ("images", (2, 257), 0), ("images", (2, 257), 1)):
+    for branch, keys, image in (("text", (512,), slice(None)), ("images", (2, 257), 0), ("images", (2, 257), 1)):
         some = np.zeros((*shape, *keys), np.float32)
         some[..., image, :] = rng.normal(size=some[..., image, :].shape)
         random = CrossBias(**{branch: jnp.asarray(some)})
@@ -266,7 +266,7 @@ def test_wrong_conditions_are_named(change, message):
 )
 def test_wrong_numbers_of_images_are_named(config, images, wanted):
     latents, timesteps, conditions, table = make_inputs(config)
-    with pytest.raises(ValueError, match=f"^conditions.images is .*; this model takes {wanted}$"):
+    with pytest.raises(ValueError, match=f"^conditions.images is .*; this model takes {wanted}(\n|$)"):
         WanDiT(config).init(jax.random.key(0), latents, timesteps, conditions.replace(images=images), table)
 
 
@@ -313,9 +313,8 @@ def test_one_image_twice_is_the_image():
     latents, timesteps, conditions, table = make_inputs(config)
     params, apply = slim_params(config), jax.jit(WanDiT(config).apply)
     once = apply({"params": params}, latents, timesteps, conditions, table)
-    for copies in (2, 3):
-        many = conditions.replace(images=np.repeat(conditions.images, copies, 1))
-        assert relative_error(apply({"params": params}, latents, timesteps, many, table), once) <= 1e-6
+    thrice = conditions.replace(images=np.repeat(conditions.images, 3, 1))
+    assert relative_error(apply({"params": params}, latents, timesteps, thrice, table), once) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -331,18 +330,23 @@ def test_one_image_twice_is_the_image():
 def test_wrong_controls_are_named(field, value, message):
     config = SLIM["flf2v"]
     control = control_of(config, 5, (0, 4), 2).replace(**{field: value})
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=f"^{message}(\n|$)"):
         WanDiT(config).init(jax.random.key(0), *make_inputs(config, (5, 1, 4, 4)), control=control)
 
 
-@pytest.mark.parametrize("attention", ["auto", "xla", "chunked", "cudnn"])
-def test_the_config_names_the_kernel(attention):
-    """All give the same; float32 is left to XLA by cuDNN."""
-    config = SLIM["flf2v"]
+def test_the_config_names_the_kernel():
+    """All give the same; float32 is left to XLA by cuDNN, "auto" is XLA where nothing resolved it."""
+    config = dataclasses.replace(SLIM["flf2v"], num_layers=1)
     inputs, params = make_inputs(config), slim_params(config)
-    named = dataclasses.replace(config, attention=attention)
-    out, plain = (jax.jit(WanDiT(c).apply)({"params": params}, *inputs) for c in (named, config))
-    assert relative_error(out, plain) <= 1e-6
+
+    def run(name):
+        named = dataclasses.replace(config, attention=name)
+        return jax.jit(WanDiT(named).apply).lower({"params": params}, *inputs)
+
+    texts = {name: run(name).as_text() for name in ("auto", "xla", "chunked", "cudnn")}
+    assert texts["auto"] == texts["xla"] == texts["cudnn"] != texts["chunked"]
+    outs = [run(name).compile()({"params": params}, *inputs) for name in ("xla", "chunked")]
+    assert relative_error(*outs) <= 1e-6
 
 
 def test_an_unknown_kernel_is_named():

@@ -10,7 +10,7 @@ FLOORS = (
     {"types", "config", "settings", "environment", "compare", "marks", "publishing", "rooms", "writing"},
     {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding"},
     {"dit", "vae", "umt5", "clip", "tokenizer", "shapes"},
-    {"keyframes", "conditioning", "guidance", "manifest", "store", "residency", "checkpoint"},
+    {"keyframes", "colour", "frames", "conditioning", "guidance", "manifest", "store", "residency", "checkpoint"},
 )
 """Of wanjax, from the ground up."""
 

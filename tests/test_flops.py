@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import flops, random_model
-from wanjax import layers, rope, vae
+from wanjax import rope, vae
+from wanjax import shapes as parameters
 from wanjax.config import DiTConfig, VAEConfig, preset
+from wanjax.cross import cross_attention
 from wanjax.dit import WanDiT
-from wanjax.kab import frame_attention
+from wanjax.types import Branches, CrossControl
 
 ONE_LAYER = DiTConfig(
     num_layers=1, dim=512, num_heads=4, ffn_dim=1536, text_dim=256, text_length=96, image_dim=128,
@@ -34,7 +36,7 @@ def counted_by_xla(function, *arguments) -> float:
 def test_transformer_against_xla(shape):
     """XLA counts a scan's body once, whatever its length, hence one layer."""
     config, grid = SHAPES[shape], (3, 16, 20)
-    params = random_model.dit_shapes(config)
+    params = parameters.dit(config)
     latents, conditions, _ = jax.eval_shape(lambda: random_model.inputs(config, grid, 2, 0))
     table = rope.table((3, 8, 10), config.head_dim)
 
@@ -48,12 +50,11 @@ def test_transformer_against_xla(shape):
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-def test_autoencoder_against_xla(kind, monkeypatch):
+def test_autoencoder_against_xla(kind):
     """A first chunk, and a first and one later one. XLA leaves out what meets the zeros at the borders."""
     # By taps, XLA multiplies the zeros in front of a first chunk; one 3D convolution leaves them out.
-    monkeypatch.setattr(layers, "conv3d_form", lambda: "conv3d")
-    config = VAEConfig(base_dim=16, num_res_blocks=1)
-    params = random_model.vae_shapes(config)
+    config = VAEConfig(base_dim=16, num_res_blocks=1, conv3d="conv3d")
+    params = parameters.vae(config)
     for frames in (1, 5):
         shape = (1, frames, 128, 96, 3)
         if kind == "decode":
@@ -92,24 +93,35 @@ def test_batch_and_layers_scale():
     assert flops.dit(double, grid)["head"] == flops.dit(one, grid)["head"]
 
 
-def test_kab_against_xla():
-    """XLA counts the body of the loop over frames once, whatever their number: hence one frame's queries."""
+@pytest.mark.parametrize("anchors", [1, 2])
+def test_kab_against_xla(anchors):
+    """XLA counts the body of the loop over anchors and frames once, whatever their number: hence one frame's queries
+    and one anchor's work, with two anchors half of what they come to."""
     config, grid = SHAPES["flf2v"], (1, 16, 20)
-    tokens, heads = flops.tokens(config, grid), (config.num_heads, config.head_dim)
-    q, text, image = (
-        jax.ShapeDtypeStruct((2, n, *heads), jnp.float32) for n in (tokens, config.text_length, config.image_tokens)
+    heads = (config.num_heads, config.head_dim)
+    q, text = (jax.ShapeDtypeStruct((2, n, *heads), jnp.float32) for n in (flops.tokens(config, grid), 96))
+    keys = Branches(text, jax.ShapeDtypeStruct((2, 2, config.image_tokens, *heads), jnp.float32))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    control = CrossControl(
+        strength=jax.ShapeDtypeStruct((2, 1), jnp.float32),
+        at=jax.ShapeDtypeStruct((anchors,), jnp.int32),
+        share=jax.ShapeDtypeStruct((1, anchors), jnp.float32),
+        floor=number,
+        isolated=jax.ShapeDtypeStruct((), bool),
+        weights=jax.ShapeDtypeStruct((3,), jnp.float32),
     )
-    xla = sum(counted_by_xla(lambda q, k: frame_attention(q, k, 1), q, k) for k in (text, image, image))
-    ours = flops.total(flops.kab(config, grid, batch=2))
+    run = lambda q, k, v, control: cross_attention(q, k, v, None, control, inspect=True)  # noqa: E731
+    xla = counted_by_xla(run, q, keys, keys, control)
+    ours = flops.total(flops.kab(config, grid, batch=2, anchors=anchors)) / anchors
     assert ours < xla < 1.06 * ours  # softmax and mean are not products
 
 
 def test_kab_by_hand():
-    """34020 tokens, 512 and 514 keys, 40 heads of 128; 8 layers."""
+    """21 frames of 1620 tokens, two of them anchors, 512 and 514 keys, 40 heads of 128; 8 layers."""
     config, grid = preset("flf2v_14b").dit, (21, 60, 108)
     assert flops.kab(config, grid, 8) == {
-        "frame attention to text": 8 * 2 * 34_020 * 512 * 5120,
-        "frame attention to keyframes": 8 * 2 * 34_020 * 514 * 5120,
+        "anchors to text": 8 * 2 * 2 * 2 * 1620 * 512 * 5120,
+        "anchors to images": 8 * 2 * 2 * 2 * 1620 * 514 * 5120,
     }
-    numbers = 34_020 * 1026 * 40
-    assert flops.kab_bytes(config, grid) == {"frame attention": 16 * numbers, "biased attention": 16 * numbers}
+    numbers = 23 * 1620 * 1026 * 40
+    assert flops.kab_bytes(config, grid) == {"frame attention": 16 * numbers, "biased attention": 12 * numbers}

@@ -13,6 +13,7 @@ from PIL import Image
 from reference import relative_error
 
 from samplers import pipeline
+from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, sharding
@@ -94,7 +95,7 @@ def test_several_clips_by_one_program(model):
         alone = [inbetween(model, pair, settings(prompt=text, seed=seed))
                  for pair, text, seed in zip(pairs, prompts, (3, 4), strict=True)]  # fmt: skip
         seeds = inbetween(model, images(1), settings(prompt=prompts[0]), seeds=range(3, 6))
-    assert len(compiled) <= 1, "but for putting the clips together"
+    assert len(compiled) <= 2, "but for putting two and three clips together"
     assert several.video.shape[0] == 2 and seeds.video.shape[0] == 3
     for i in range(2):
         assert np.array_equal(several.video[i], alone[i].video[0])
@@ -111,6 +112,13 @@ def test_a_batch_computes_its_clips(model):
     for i in range(2):
         alone = inbetween(model, pairs[i], settings(prompt=prompts[i], seed=3 + i))
         assert relative_error(both.latents[i], alone.latents[0]) < 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_the_noise_of_a_seed_stays_what_it_is(seed):
+    plan = Plan.of(NANO, settings())
+    expected = jax.random.normal(jax.random.key(seed), (1, *plan.latent_shape), jnp.float32)
+    np.testing.assert_array_equal(pipeline.noise(plan, [seed]), expected)
 
 
 def test_more_keyframes_by_the_call_alone(model):
@@ -326,10 +334,9 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
     chosen = settings(frames=13, seed=9)  # a length of its own, so that nothing is compiled yet
     plan = Plan.of(NANO, chosen)
     batch = Batch(Inputs.prepare([images()], plan), [chosen.prompt], [chosen.seed])
-    with pipeline.compile_ahead(plan) as ready:
+    with compile_ahead(plan) as ready:
         for stage in ("encode", "denoise", "decode"):
             ready(stage)
-        pipeline.noise(plan, [9])
         with count_compilations() as compiled:
             (made,) = pipeline.make(model, plan, [batch], ready=ready)
     stages = [pipeline._denoise, pipeline._decode, pipeline._encode_keyframes]

@@ -1,29 +1,37 @@
-"""Keyframes: image files in, 8-bit RGB arrays of the right size and in the right units out.
+"""Keyframes: image files, frames of videos, pictures and arrays in; 8-bit RGB of the right size and units out.
 
 Axis letters: H height, W width, 3 = red, green, blue. Sizes are (height, width) everywhere in this project,
-unlike Pillow's (width, height); `read` is the only function that hands out a Pillow image.
+unlike Pillow's (width, height); `read` and `image` are the only functions that hand out Pillow images.
 
 Resampling is Pillow's: bicubic (a = -0.5), antialiased when shrinking, rounded to 8 bits. The Wan2.1 release
 resizes with torch's bicubic instead (a = -0.75, not antialiased, not rounded), so a resized keyframe differs
-slightly from its; one that already has the wanted size is the same to the bit. The CLIP input equals that of
-`transformers`' CLIP image processor with the centre crop switched off.
+slightly from its; one that already has the wanted size is the same to the bit. `diffusers` resizes with Pillow's
+Lanczos, which is the other choice here. The CLIP input equals that of `transformers`' CLIP image processor, with the
+centre crop switched off (stretch) or as it is by default (crop).
 """
 
 import math
 import os
+import re
 import stat
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-Fit = Literal["stretch", "crop", "pad"]
+from wanjax import colour, frames
+from wanjax.writing import absolute
 
+Fit = Literal["stretch", "crop", "pad"]
+ClipFit = Literal["stretch", "crop"]
+Resample = Literal["bicubic", "lanczos"]
+
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 BLACK = (0, 0, 0)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,83 +49,246 @@ class KeyframeWarning(UserWarning):
     """A keyframe file holds more than what is used of it."""
 
 
-def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Image:
-    """Reads any image that Pillow opens as 8-bit RGB, upright.
+def image(source: Any, matte: Sequence[int] = BLACK, name: str = "keyframe") -> Image.Image:
+    """A keyframe, however a Python program holds it, as 8-bit RGB, upright, in sRGB.
 
-    The EXIF orientation is applied. Transparency (an alpha channel, a transparent palette entry or key
-    colour) is composited over `matte`, three values in 0..255, by default black. Gray, palette, 1-bit, CMYK,
-    YCbCr and Lab images are converted; embedded ICC profiles are not applied. Deep gray images are scaled,
-    never clipped: 16-bit ones by 65535; 32-bit integers by 65535 too unless a value exceeds it, then by 2**31
-    - 1; floats by the smallest of 1, 255, 65535 that holds their maximum. 16-bit colour arrives from Pillow
-    already cut to its high byte. Of a file with several frames (GIF, WebP, TIFF, APNG) the first is taken,
-    with a `KeyframeWarning`.
+    Args:
+      source: a path as `read` takes it, a Pillow image of any mode (treated as a file of it would be), or a NumPy, JAX
+        or other array uint8 [H, W, 3].
+      matte: see `read`.
+      name: what messages call it.
 
-    Raises KeyframeError when the file is missing, a folder, empty, unreadable, not an image, or damaged.
+    Raises:
+      KeyframeError: anything else; the message says what it is and how to make it one of these.
     """
-    path = Path(path)
+    if isinstance(source, str | os.PathLike):
+        return read(source, matte)
+    if isinstance(source, Image.Image):
+        return _finish(source, name, matte)
+    if hasattr(source, "shape") and hasattr(source, "dtype"):
+        return Image.fromarray(_pixels(source, name))
+    raise KeyframeError(f"{name}: {type(source).__name__}; give a path, a Pillow image or a uint8 array [H, W, 3]")
+
+
+def split(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The absolute path of a keyframe's file, and which of its frames: "clip.mp4@-1" is the last one of clip.mp4.
+
+    A file whose own name ends like that is meant where it exists.
+
+    Raises:
+      KeyframeError: a name that no file can have.
+    """
+    try:
+        whole = absolute(path)
+        told = re.fullmatch(r"(?s)(.*[^/\\])@(-?\d+)", os.fspath(path))
+        if told is None or os.path.lexists(whole):
+            return whole, None
+        return absolute(told[1]), int(told[2])
+    except ValueError as error:
+        raise KeyframeError(f"{path}: cannot be reached ({error}); check the path of the keyframe") from error
+
+
+def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Image:
+    """Reads any image that Pillow opens, or a frame of a video, as 8-bit RGB, upright, in sRGB.
+
+    "FILE@N" names frame N of a video or of an image with several frames (GIF, WebP, TIFF, APNG), from 0, or from the
+    end if negative; a frame of a video (MP4, WebM, MOV, ...) has to be named.
+
+    The EXIF orientation is applied, as is that of a video. Transparency (an alpha channel, a transparent palette entry
+    or key colour) is composited over `matte`, three values in 0..255, by default black. Gray, palette, 1-bit, CMYK,
+    YCbCr and Lab images are converted, by the embedded ICC profile where there is one (`wanjax.colour`); one that
+    cannot be used is told with a `KeyframeWarning`. Deep gray images are scaled, never clipped: 16-bit ones by 65535;
+    32-bit integers by 65535 too unless a value exceeds it, then by 2**31 - 1; floats by the smallest of 1, 255, 65535
+    that holds their maximum. 16-bit colour arrives from Pillow already cut to its high byte. Of a file with several
+    frames the first is taken if none is named, with a `KeyframeWarning`.
+
+    Raises KeyframeError when the file is missing, a folder, empty, unreadable, not an image or video, or damaged, or
+    has no such frame.
+    """
+    path, index = split(path)
     _check_file(path)
     try:
-        image = Image.open(path)
+        opened = Image.open(path)
     except Image.UnidentifiedImageError as error:
-        raise KeyframeError(
-            f"{path}: not an image Pillow can open; convert it to PNG, JPEG or another common format"
-        ) from error
+        return _frame(path, index, error)
     except Image.DecompressionBombError as error:
         raise KeyframeError(f"{path}: too many pixels ({error}); make the image smaller") from error
     except PermissionError as error:
         raise KeyframeError(f"{path}: no permission to read it; run chmod +r on it") from error
     except _DAMAGED as error:
-        raise KeyframeError(f"{path}: truncated or damaged image ({error}); save or copy it again") from error
-    with image:
+        raise _damaged(path, error) from error
+    with opened:
+        if index is not None:
+            _seek(opened, path, index)
         try:
             # A phone's MPO file is a JPEG followed by previews: no reason to warn about the rest.
-            several = image.format != "MPO" and getattr(image, "is_animated", False)
-            image.load()
-            # Turned before any conversion: Pillow keeps the palette and the transparent entry through it.
-            upright = ImageOps.exif_transpose(image)
+            several = index is None and opened.format != "MPO" and getattr(opened, "is_animated", False)
         except _DAMAGED as error:
-            raise KeyframeError(f"{path}: truncated or damaged image ({error}); save or copy it again") from error
+            raise _damaged(path, error) from error
         if several:
-            warnings.warn(f"{path}: holds several frames; the first is used", KeyframeWarning, stacklevel=2)
-        if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
-            raise KeyframeError(f"{path}: holds NaN or infinite values; save it with finite ones")
-        return _to_rgb(upright, tuple(matte))
+            warnings.warn(
+                f"{path}: holds several frames; the first is used; name another as {path.name}@N",
+                KeyframeWarning,
+                stacklevel=2,
+            )
+        return _finish(opened, str(path), matte)
 
 
-def fit(image: Image.Image, height: int, width: int, mode: Fit = "stretch", matte: Sequence[int] = BLACK) -> np.ndarray:
-    """Brings an RGB image to [height, width, 3] uint8 with Pillow's antialiased bicubic.
+def _seek(opened: Image.Image, path: Path, index: int) -> None:
+    try:
+        count = getattr(opened, "n_frames", 1)
+        if -count <= index < count:
+            opened.seek(index % count)
+            return
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+    raise _no_frame(path, index, count)
+
+
+def _frame(path: Path, index: int | None, error: Exception) -> Image.Image:
+    """A frame of what Pillow does not know."""
+    if index is None and path.suffix.lower() in frames.SUFFIXES:
+        raise KeyframeError(f"{path}: a video; name one of its frames, such as {path.name}@0 or, the last, "
+                            f"{path.name}@-1") from error  # fmt: skip
+    if index is None:
+        raise KeyframeError(
+            f"{path}: not an image Pillow can open; convert it to PNG, JPEG or another common format"
+        ) from error
+    try:
+        return Image.fromarray(frames.frame(path, index))
+    except frames.NoFrame as missing:
+        if missing.count:
+            raise _no_frame(path, index, missing.count) from None
+        raise KeyframeError(f"{path}: holds no frame that can be decoded; save or copy it again") from None
+    except frames.NoVideo as unknown:
+        raise KeyframeError(f"{path}: neither an image nor a video that can be read ({unknown}); convert it or copy it "
+                            f"again") from unknown  # fmt: skip
+
+
+def _no_frame(path: Path, index: int, count: int) -> KeyframeError:
+    valid = f"0 to {count - 1}, or -{count} to -1 from the end" if count > 1 else "0 or -1"
+    return KeyframeError(f"{path}@{index}: no such frame; the file holds {count}: give {valid}")
+
+
+def _damaged(path: Path | str, error: Exception) -> KeyframeError:
+    reason = " ".join(str(error).split())
+    return KeyframeError(f"{path}: truncated or damaged image ({reason}); save or copy it again")
+
+
+def _finish(opened: Image.Image, name: str, matte: Sequence[int]) -> Image.Image:
+    """Upright RGB of an opened image."""
+    try:
+        opened.load()
+        # Turned before any conversion: Pillow keeps the palette and the transparent entry through it.
+        upright = ImageOps.exif_transpose(opened)
+    except _DAMAGED as error:
+        raise _damaged(name, error) from error
+    if 0 in upright.size:
+        raise KeyframeError(f"{name}: {upright.height}x{upright.width} pixels; give an image that has some")
+    if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
+        raise KeyframeError(f"{name}: holds NaN or infinite values; save it with finite ones")
+    converted, unused = colour.to_srgb(upright, tuple(matte))
+    if unused is not None:
+        warnings.warn(
+            f"{name}: its colour profile cannot be used ({unused}); the colours are taken for sRGB",
+            KeyframeWarning,
+            stacklevel=3,
+        )
+    return converted
+
+
+def _pixels(array: Any, name: str) -> np.ndarray:
+    """uint8 [H, W, 3] of an array of any library, or the reason why it is none."""
+    given = f"{name}: array {array.dtype} {tuple(array.shape)}"
+    shape = tuple(array.shape)
+    mend = "give uint8 [H, W, 3], values 0 to 255"
+    if 0 in shape:
+        raise KeyframeError(f"{given}: holds no pixels; {mend}")
+    if len(shape) == 4 and shape[0] == 1:
+        mend = "give one image, array[0]"
+    elif len(shape) == 2 or shape[-1:] == (1,):
+        mend = "gray: give it three times, as np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=-1)"
+    elif len(shape) == 3 and shape[-1] == 4:
+        mend = "with alpha: give Image.fromarray(array), which is composited over the matte"
+    elif len(shape) == 3 and shape[0] == 3 and shape[-1] != 3:
+        mend = "channels last: give array.transpose(1, 2, 0)"
+    if len(shape) != 3 or shape[-1] != 3:
+        raise KeyframeError(f"{given}: not [H, W, 3]; {mend}")
+    try:
+        pixels = np.asarray(array)
+    except Exception as error:  # whatever another library's arrays raise: on another device, with gradients, deleted
+        raise KeyframeError(f"{given}: cannot be read ({str(error).splitlines()[0]}); give a NumPy array") from error
+    if pixels.dtype != np.uint8:
+        mend = "np.rint(array * 255).astype(np.uint8) for values 0 to 1, keyframes.from_unit(array) for -1 to 1"
+        if np.issubdtype(pixels.dtype, np.integer):
+            mend = "array.astype(np.uint8) for values 0 to 255"
+        raise KeyframeError(f"{given}: not uint8; give {mend}")
+    return np.ascontiguousarray(pixels)
+
+
+def fit(
+    image: Image.Image,
+    height: int,
+    width: int,
+    mode: Fit = "stretch",
+    matte: Sequence[int] = BLACK,
+    resample: Resample = "bicubic",
+) -> np.ndarray:
+    """Brings an RGB image to [height, width, 3] uint8 with Pillow's antialiased filters.
 
     `stretch` (the default, as the published runs do: the size rule `area_size` keeps the aspect, so that
     little is stretched) resizes both axes independently; `crop` keeps the aspect and cuts what overhangs,
     equally on both sides; `pad` keeps the aspect and the whole image, centred over `matte`. An image that
-    already has the size comes back unchanged to the bit.
+    already has the size comes back unchanged to the bit. `resample` is "bicubic" as in the Wan2.1 release, or
+    "lanczos" as in diffusers.
 
-    Raises ValueError for an unknown mode.
+    Raises ValueError for an unknown mode or filter.
     """
-    size = (width, height)
+    size, kernel = (width, height), _kernel(resample)
     if mode == "stretch":
-        fitted = image.resize(size, Image.Resampling.BICUBIC)
+        fitted = image.resize(size, kernel)
     elif mode == "crop":
-        fitted = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        fitted = ImageOps.fit(image, size, kernel)
     elif mode == "pad":
         scale = min(width / image.width, height / image.height)
         # At least one pixel, so that a very long image stays a line and does not vanish.
         inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         fitted = Image.new("RGB", size, tuple(matte))
         corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-        fitted.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
+        fitted.paste(image.resize(inner, kernel), corner)
     else:
         raise ValueError(f"fit {mode!r}: choose stretch, crop or pad")
     return np.array(fitted)
 
 
-def clip_input(image: Image.Image, size: int = 224) -> np.ndarray:
+def clip_input(
+    image: Image.Image, size: int = 224, fit: ClipFit = "stretch", resample: Resample = "bicubic"
+) -> np.ndarray:
     """The CLIP tower's input [size, size, 3], float32, from the ORIGINAL keyframe (not the fitted one).
 
-    Stretched to a square by bicubic, without a crop, then normalised by CLIP's channel means and deviations.
+    `stretch` brings it to a square without a crop, as the Wan2.1 release does; `crop` brings the shorter side to
+    `size` and takes the centre, as `transformers`' processor and so diffusers do. Then it is normalised by CLIP's
+    channel means and deviations.
+
+    Raises ValueError for an unknown fit or filter.
     """
-    pixels = fit(image, size, size).astype(np.float32) / np.float32(255)
+    if fit == "stretch":
+        resized = image.resize((size, size), _kernel(resample))
+    elif fit == "crop":
+        short = min(image.size)
+        width, height = (size if side == short else int(size * side / short) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = image.resize((width, height), _kernel(resample)).crop((left, top, left + size, top + size))
+    else:
+        raise ValueError(f"CLIP fit {fit!r}: choose stretch or crop")
+    pixels = np.asarray(resized).astype(np.float32) / np.float32(255)
     return (pixels - np.asarray(CLIP_MEAN, np.float32)) / np.asarray(CLIP_STD, np.float32)
+
+
+def _kernel(resample: str) -> Image.Resampling:
+    if resample not in RESAMPLE:
+        raise ValueError(f"resample {resample!r}: choose {', '.join(RESAMPLE)}")
+    return RESAMPLE[resample]
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:
@@ -183,28 +354,3 @@ def _check_file(path: Path) -> None:
         raise KeyframeError(f"{path}: not a regular file; save the image to a file first")
     if status.st_size == 0:
         raise KeyframeError(f"{path}: an empty file; save or copy the image again")
-
-
-def _to_rgb(image: Image.Image, matte: tuple[int, ...]) -> Image.Image:
-    transparency = image.info.get("transparency")
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        gray = Image.fromarray(_to_eight_bits(values, image.mode))
-        if isinstance(transparency, int):
-            key = Image.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8))
-            gray = Image.merge("LA", (gray, key))
-        image = gray
-    elif image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*matte, 255)), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Deep gray to uint8 by the full scales stated in `read`; rounded to nearest, negative is black."""
-    scales = {"F": (1, 255, 65535), "I": (65535, 2**31 - 1)}.get(mode, (65535,))
-    top = values.max()
-    full = next((scale for scale in scales if top <= scale), top)
-    return np.rint(np.clip(values.astype(np.float64) / full, 0, 1) * 255).astype(np.uint8)

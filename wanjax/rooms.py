@@ -51,23 +51,32 @@ def rooms(parents: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 def _room(parent: Path, first: Path | None) -> Iterator[Path]:
     """A hidden folder with its lock held; `first` is the run's first one, None if this is it."""
     with contextlib.ExitStack() as stack:
-        while True:
+        for _ in range(20):
             room = parent / f"{HIDDEN}{secrets.token_hex(4)}"
             lock = FileLock(room / _LOCK, thread_local=False)
             stack.callback(_leave, room, lock, first or room)  # before anything is there, for an interrupt right after
-            try:
-                room.mkdir(mode=0o700)
-                lock.acquire(blocking=False)
-                (room / NEW).mkdir()
-                (room / OLD).mkdir()
+            if _take(room, lock):
                 break
-            except FileExistsError:
-                stack.pop_all()  # another's
-            except (Timeout, FileNotFoundError):
-                if not parent.is_dir():
-                    raise
-                # Another run took the fresh folder for a dead one's.
+            stack.pop_all()
+        else:
+            raise OutputError(f"cannot hold a lock in folder {parent}; choose another place")
         yield room
+
+
+def _take(room: Path, lock: FileLock) -> bool:
+    """Makes and locks a hidden folder; False where another run has the name, or took the fresh one for a dead one's."""
+    try:
+        room.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise OutputError(f"cannot write in folder {room.parent} ({error.strerror}); choose another place") from error
+    with contextlib.suppress(Timeout, FileNotFoundError):
+        lock.acquire(blocking=False)
+        (room / NEW).mkdir()
+        (room / OLD).mkdir()
+        return True
+    return False
 
 
 def _leave(room: Path, lock: FileLock, first: Path) -> None:
@@ -82,15 +91,30 @@ def _leave(room: Path, lock: FileLock, first: Path) -> None:
 def _end(room: Path, lock: FileLock, first: Path) -> None:
     kept = (first / _JOURNAL).exists()
     if not kept:
-        shutil.rmtree(room / NEW, ignore_errors=True)
-        shutil.rmtree(room / OLD, ignore_errors=True)
-    lock.release()  # before the rest goes: Windows keeps open files
+        _empty(room)
+    lock.release()
     if not kept:
-        shutil.rmtree(room, ignore_errors=True)
+        _remove(room)
+
+
+def _empty(room: Path) -> None:
+    """All but the lock, which is to be the last for those who look whether the run is alive."""
+    for entry in (NEW, OLD):
+        shutil.rmtree(room / entry, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for entry in (_CLAIM, _JOURNAL):
+            (room / entry).unlink(missing_ok=True)
+
+
+def _remove(room: Path) -> None:
+    """What `_empty` left; the lock is let go of by now, as Windows keeps open files."""
+    with contextlib.suppress(OSError):
+        (room / _LOCK).unlink(missing_ok=True)
+        room.rmdir()
 
 
 def probe(parent: Path) -> None:
-    """Tries what `rooms` will do. OSError if it fails."""
+    """Tries what `rooms` will do. OSError or OutputError if it fails."""
     with _room(parent, None) as room:
         (room / NEW / "probe").write_bytes(b"probe")
 
@@ -158,24 +182,34 @@ def leftovers(folder: Path) -> list[str]:
 
 def _clear(room: Path) -> list[str]:
     """Timeout if its run, or another that clears it, is alive."""
+    group = [Path(one) for one in _read_json(room / _CLAIM).get("rooms", ())]
+    first = group[0] if group else room
+    is_first = first.name == room.name  # the parent may have been renamed since
     with _held(room):
-        told = _read_json(room / _CLAIM)
-        group = [Path(one) for one in told.get("rooms", ())]
-        first = room if room in group[:1] or not group else group[0]
-        if first.name == room.name:  # the parent may have been renamed since
-            kept = _undo([*group[1:], room])
-        elif (first / _JOURNAL).exists():
-            return _clear(first)
-        else:
-            # The first goes last: without it nothing says whether these moves stand.
-            kept = [] if first.exists() else [room / OLD / name for name in os.listdir(room / OLD)]
+        worth_a_word = any(room.rglob("*/*"))
+        # The first goes last: without it nothing says whether the moves of another stand.
+        unsettled = [] if is_first or first.exists() else list((room / OLD).glob("*"))
+        kept = _undo([*group[1:], room]) if is_first else unsettled
         if kept:
             return [f"{kept[0]} was moved aside by a run that was stopped, and its name is taken: move it where it "
                     f"belongs, then remove {room}"]  # fmt: skip
-        for one in (NEW, OLD):
-            shutil.rmtree(room / one, ignore_errors=True)
-    shutil.rmtree(room, ignore_errors=True)
-    return [f"removed {room}, which a run that was stopped had left"]
+        if is_first or not first.exists():
+            for other in group[1:] if is_first else ():
+                _drop(other)
+            _empty(room)
+    if not is_first and first.exists():
+        return _clear(first)
+    _remove(room)
+    return [f"removed {room}, which a run that was stopped had left"] if worth_a_word else []
+
+
+def _drop(room: Path) -> None:
+    """One of the run's others, whose moves are settled with the first."""
+    with contextlib.suppress(OSError, Timeout):
+        if room.exists() and _own(room):
+            with _held(room):
+                _empty(room)
+            _remove(room)
 
 
 def _undo(group: Sequence[Path]) -> list[Path]:
@@ -196,6 +230,9 @@ def _undo(group: Sequence[Path]) -> list[Path]:
 def _clear_unlocked(room: Path) -> list[str]:
     if not _UNLOCKED.fullmatch(room.name) or (os.name == "posix" and stat.S_IMODE(room.stat().st_mode) != 0o700):
         return []  # the user's
+    if not any(room.iterdir()):  # cut off while it went, or a run that has only begun and then takes another name
+        room.rmdir()
+        return []
     times = [path.lstat().st_mtime for path in (room, *room.rglob("*"))]
     if time.time() - max(times) < 3600 * _STALE_HOURS:
         return []
@@ -218,7 +255,10 @@ def _held(room: Path) -> Iterator[None]:
 def _alive(room: Path) -> bool:
     try:
         with _held(room):
-            return False
+            gone = not (room / _CLAIM).exists()
+        if gone:  # removed meanwhile, and made again by the lock
+            _remove(room)
+        return False
     except Timeout:
         return True
     except (OSError, NotImplementedError):  # removed meanwhile

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from safetensors import SafetensorError, safe_open
 
 from wanjax import compare, sharding
@@ -219,7 +219,6 @@ def restore(
     """
     leaves = flatten_dict(expected, sep="/")
     specs = flatten_dict(sharding.specs(expected, rules, mesh), sep="/")
-    alone = SingleDeviceSharding(jax.devices()[0])
     manifest = manifest_of(folder)
     entries = None if manifest is None else manifest.arrays
     arrays = {}
@@ -230,11 +229,12 @@ def restore(
         digested = stack.enter_context(_digests(folder, manifest, fast))
         for path in sorted(leaves, key=lambda path: math.prod(leaves[path].shape), reverse=True):
             name, leaf = f"{part}/{path}", leaves[path]
-            where = alone if mesh is None else NamedSharding(mesh, specs[path])
+            # Without a mesh not tied to a device either: a program compiled from shapes alone is then the same one.
+            where = None if mesh is None else NamedSharding(mesh, specs[path])
             data = open_array(place(folder, name)) if tensors is None else tensors.get_tensor(path)
             if entries is not None and not _alike(data, entries.get(name)):
                 raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[manifest.form]}")
-            if not where.is_fully_addressable:
+            if where is not None and not where.is_fully_addressable:
                 arrays[path] = _shards(folder, name, data, leaf, where)
                 continue
             data = _numbers(folder, name, data)

@@ -179,15 +179,28 @@ def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = Fal
     write_bytes(path, text.encode("utf-8", "backslashreplace"), overwrite=overwrite, anything=anything)
 
 
-def write_json(path: str | os.PathLike[str], value: Any, *, overwrite: bool = False, indent: int = 2) -> None:
-    """`write_text` of what JSON can hold; an object says in its first key, "written_by", that wanjax wrote it.
+def write_json(
+    path: str | os.PathLike[str],
+    value: Any,
+    *,
+    overwrite: bool = False,
+    anything: bool = False,
+    mark: bool = True,
+    indent: int = 2,
+) -> None:
+    """`write_text` of what JSON can hold.
+
+    Args:
+      overwrite, anything: as in `write_bytes`.
+      mark: whether an object says in its first key, "written_by", that wanjax wrote it; not where every key means
+        something to the reader.
 
     Raises:
       TypeError: a value that JSON does not know. ValueError: NaN or infinity, which it does not either.
     """
-    value = marks.marked(value) if isinstance(value, dict) else value
+    value = marks.marked(value) if mark and isinstance(value, dict) else value
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text, overwrite=overwrite)
+    write_text(path, text, overwrite=overwrite, anything=anything)
 
 
 @contextlib.contextmanager
@@ -205,7 +218,9 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise OutputError(busy) from None
+        if path.exists():
+            raise OutputError(busy) from None
+        raise OutputError(f"{path}: cannot be locked; choose another place") from None
     except OSError as error:
         raise OutputError(f"{path}: cannot be locked ({error.strerror}); choose another place") from error
     try:
@@ -244,12 +259,20 @@ def terminate_as_interrupt() -> Iterator[None]:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
-            again = threading.Timer(0.01, signal.raise_signal, (number,))
+            again = threading.Timer(0.01, _send, (number,))
             again.daemon = True
             again.start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _send(number: int) -> None:
+    """To the main thread, from another, so that it also wakes up."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
 
 
 def _parents(targets: Sequence[Target]) -> list[Path]:
@@ -266,6 +289,8 @@ def check_parent(target: Target) -> None:
     try:
         # Tried, not asked: permissions say little about read-only mounts, quotas, network drives and root.
         probe(parent)
+    except OutputError as error:
+        raise OutputError(f"{target.label} {target.path}: {error}") from error
     except OSError as error:
         raise OutputError(
             f"{target.label} {target.path}: cannot write in folder {parent} ({error.strerror}); choose another place"
@@ -311,7 +336,7 @@ def _refuse_overlap(targets: Sequence[Target]) -> None:
 def _refuse_inputs(target: Target, inputs: Sequence[str | os.PathLike[str]]) -> None:
     if not os.path.lexists(target.path):
         return
-    real = target.path.resolve()
+    real = Path(os.path.realpath(target.path))  # `resolve` raises for a loop of links
     for given in inputs:
         for name in _chain(absolute(given)):
             inside = real in name.parents or name == real or name == target.path

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.tgi.procedural import CLIPS, DIGITS, LENGTHS, SIZE, draw
 from samplers import video
+from wanjax import writing
 
 
 def frozen() -> dict[str, Any]:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         line.error(f"{arguments.out}: exists; pass --force to freeze another set")
     try:
         video.check_folder(arguments.out)
-        video.write_json(arguments.out, frozen())
+        writing.write_json(arguments.out, frozen(), overwrite=True, anything=arguments.force, mark=False)
     except (OSError, video.OutputError) as error:
         line.error(str(error))
 

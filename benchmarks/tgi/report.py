@@ -17,6 +17,7 @@ from benchmarks.tgi.compare import COMPARED, PRIMARY
 from benchmarks.tgi.run import strip_file
 from benchmarks.tgi.scores import Key, Scores, unfinished
 from samplers import video
+from wanjax import writing
 
 SHOWN = {
     "psnr_interior": ("PSNR interior", 2),
@@ -90,7 +91,7 @@ def write(report: Mapping[str, Any], runs: Sequence[Scores], folder: Path) -> li
     for length in report["lengths"]:
         files += plots.draw(report, length, folder)
         files += _walls(runs[0], int(length), folder)
-    video.write_json(folder / "report.json", report)
+    writing.write_json(folder / "report.json", report, overwrite=True, anything=True, mark=False)
     text = folder / "report.md"
     text.write_text(markdown(report, [file.name for file in files]), encoding="utf-8")
     return [text, folder / "report.json", *files]

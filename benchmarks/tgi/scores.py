@@ -19,8 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-from samplers.video import write_json
 from wanjax import checkpoint, manifest
+from wanjax.writing import write_json
 
 LINES, CONFIG = "scores.jsonl", "config.json"
 # Entries of the config that may gain members in a later run; those of a table must stay what they were.
@@ -85,7 +85,7 @@ class Scores:
             self.config = found
         else:
             self.config = _join(found, json.loads(json.dumps(config)), self.lines, self.folder)
-            write_json(self.folder / CONFIG, self.config)
+            write_json(self.folder / CONFIG, self.config, overwrite=True, anything=True, mark=False)
 
     def close(self) -> None:
         """Gives the lock back."""

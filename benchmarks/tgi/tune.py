@@ -19,11 +19,11 @@ from benchmarks.tgi.arms import ARMS, BASELINE, Arm
 from benchmarks.tgi.compare import PRIMARY
 from benchmarks.tgi.data import DataSet
 from benchmarks.tgi.scores import Scores, pairs, unfinished
-from samplers.video import write_json
 from wanjax.kab import KAB
 from wanjax.method import Isolation, Method
 from wanjax.retro import ReTRo
 from wanjax.rope import MODES
+from wanjax.writing import write_json
 
 SEED = 7
 ISOLATIONS = (None, Isolation(), Isolation((1.0, 0.5, 0.5)))
@@ -115,7 +115,7 @@ def write(found: Mapping[str, Mapping[str, Any]], data: str, file: Path) -> None
     for name, one in found.items():
         parts = {part: settings for part, settings in one["settings"].items() if settings is not None}
         arms[name] = {"about": f"the best on {data}: {one['gain']:+.3f} dB over wan there"} | parts
-    write_json(file, arms | _controls(arms))
+    write_json(file, arms | _controls(arms), overwrite=True, anything=True, mark=False)  # every key is an arm
 
 
 def _controls(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
