@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from convert import families, inspect, lora, sources, write
 from wanjax import store
+from wanjax.writing import terminate_as_interrupt
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -78,12 +79,13 @@ def _model(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command line; returns the exit code: 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be here
     run = _inspect if arguments[:1] == ["inspect"] else _convert
     try:
-        return run(arguments)
+        with terminate_as_interrupt():
+            return run(arguments)
     except KeyboardInterrupt:
         print("python -m convert: interrupted; run it again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -120,10 +122,10 @@ def _convert(arguments: list[str]) -> int:
         source = lora.merge(source, options.lora)
     planned = write.plan(source, options.dtype, options.model)
     only = options.only or (None if options.source is not None else _chosen(planned, files))
-    for note in [*source.notes, *write.lacking(planned, only)]:
-        print(f"note: {note}", file=sys.stderr)
+    for note in write.lacking(planned, only):
+        _note(note)
     with _bar(write.work(planned), "convert") as bar:
-        manifest = write.write(planned, options.target, options.dtype, bar.update)
+        manifest = write.write(planned, options.target, options.dtype, bar.update, _note)
     print(f"{options.target}: {planned.config.name}, {', '.join(source.parts)}, {store.size(manifest) / 1e9:.3f} GB in "
           f"{time.perf_counter() - start:.1f} s{_peak_memory()}")  # fmt: skip
     return 0
@@ -143,6 +145,10 @@ def _peak_memory() -> str:
         return ""
     unit = 1 if sys.platform == "darwin" else 1024
     return f", peak memory {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
+
+
+def _note(text: str) -> None:
+    tqdm.write(f"note: {text}", file=sys.stderr)  # above a bar that is being drawn
 
 
 def _bar(size: int, description: str) -> tqdm:

@@ -8,10 +8,12 @@ from types import MappingProxyType
 
 from convert.families import SLOTS
 from convert.folders import INDEX, SHARD, Group
-from convert.keymap import listed
-from convert.tensors import SUFFIXES, SourceError
+from convert.tensors import SUFFIXES, SourceError, some
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
+"""Where a tokenizer may lie in a source, the likeliest first."""
 
 TOKENIZER_MODELS = ("spiece.model", "tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "tokenizer.model",
           "tokenizer/tokenizer.model", "sentencepiece.model", "tokenizer/sentencepiece.model")  # fmt: skip
@@ -29,7 +31,7 @@ TREE = MappingProxyType(
 """ComfyUI's folders, of many models each."""
 
 ROOTS = ("", "models/", "split_files/")
-"""Where ComfyUI's folders lie."""
+"""Where they lie: in what is given, in ComfyUI's own folder, in its repositories on the hub."""
 
 EXACT = MappingProxyType({"32": 23.0, "bf16": 7.0, "16": 10.0, "scaled": 3.5, "e4m3fn": 3.0, "8": 3.0, "e5m2": 2.0})
 """Words of a file's name that tell how exact its numbers are, about in bits; a name without any has all of them."""
@@ -77,7 +79,7 @@ def choose(names: Iterable[str], only: Sequence[str], where: str) -> Choice:
       SourceError: none, or several models of one part; the line lists them and says how to choose.
     """
     names = sorted(names)
-    small = [name for name in ("config.json", "model_index.json", "scheduler/scheduler_config.json") if name in names]
+    small = [name for name in ("config.json", "model_index.json", SCHEDULER) if name in names]
     small += next(([name] for name in (*TOKENIZERS, *TOKENIZER_MODELS) if name in names), [])
     own = _wanjax(names, only)
     if own is not None:
@@ -97,8 +99,8 @@ def choose(names: Iterable[str], only: Sequence[str], where: str) -> Choice:
             small = [name for name in small if name != "config.json"]  # it is the transformer's
     taken = [_best(own, slot, where, one_model) for slot, own in by_part.items() if own]
     if only and not taken:
-        some = listed(names, 6, ", ") or "nothing"
-        raise SourceError(f"{where}: no model files of {', '.join(only)} in it; it holds {some}")
+        held = some(names, 6) or "nothing"
+        raise SourceError(f"{where}: no model files of {', '.join(only)} in it; it holds {held}")
     return Choice(tuple(small), tuple(name for name in taken if not INDEX.search(name)),
                   tuple(name for name in taken if INDEX.search(name)))  # fmt: skip
 
@@ -176,6 +178,6 @@ def _best(models: Sequence[str], slot: str, where: str, one_model: bool) -> str:
     """The one model, or the best of its copies."""
     if not one_model and len({Group(Path(name), open).model for name in models}) > 1:
         raise SourceError(
-            f"{where}: {listed(models, 8, ', ')} are each a {slot}; choose one by its path, such as {where}/{models[0]}"
+            f"{where}: {some(models, 8)} are each a {slot}; choose one by its path, such as {where}/{models[0]}"
         )
     return max(models, key=lambda name: (_exactness(name), ".safetensors" in name, name))

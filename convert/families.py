@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from convert import clip, dit, umt5, vae
-from convert.keymap import Rule, Shape, listed
-from convert.tensors import SourceError, Tensors
+from convert.keymap import Rule, Shape
+from convert.tensors import SourceError, Tensors, some
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 
 HEAD_DIM = 128
@@ -94,7 +94,7 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
     missing = [str(i) for i in range(min(max(numbers, default=-1), len(shapes)) + 1) if i not in numbers]
     if missing:
         where = pattern.partition("(")[0].replace("\\", "")
-        raise SourceError(f"{where}N is missing for N = {listed(missing, 5, ', ')}; incomplete, get it again")
+        raise SourceError(f"{where}N is missing for N = {some(missing, 5)}; incomplete, get it again")
     return len(numbers)
 
 

@@ -1,14 +1,13 @@
 """What turns a folder of arrays into a model folder: configuration, tokenizer, manifest, and its name."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 from convert.plan import Plan
 from wanjax import checkpoint, store
 from wanjax import config as configs
 from wanjax.manifest import file_digest
-from wanjax.publishing import publish, sync_folder
+from wanjax.publishing import publish, sync, sync_folder
 
 PROGRESS, JOB = "progress.jsonl", "job.json"
 """Which arrays are finished, and of what; both go when the folder has its name."""
@@ -35,7 +34,5 @@ def finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest) 
 
 def write_synced(path: Path, text: str) -> None:
     """Writes a text as it is, and waits until it is on the disk."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8", newline="")
+    sync(path)

@@ -11,8 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from convert.keymap import listed
-from convert.tensors import SUFFIXES, SourceError, Tensor, Tensors, open_file, open_index, read_index
+from convert.tensors import SUFFIXES, SourceError, Tensor, Tensors, open_file, open_index, read_index, some
 
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 """Name of a sharded checkpoint's index, with or without a variant: `x.index.json`, `x.index.fp16.json`."""
@@ -81,7 +80,7 @@ def groups(folder: Path, deep: bool = False) -> tuple[list[Group], list[str]]:
     alone = [file for file in files if file.suffix.lower() in SUFFIXES and file not in known]
     lost = [file for file in alone if SHARD.search(file.name)]
     if lost:
-        names = listed([file.name for file in lost], 5, ", ")
+        names = some([file.name for file in lost], 5)
         text = f"{lost[0].parent}: {names} are shards without their index.json; download it too"
         if not deep:
             raise SourceError(text)
@@ -168,7 +167,7 @@ def best(folder: Path, slot: str, found: Sequence[tuple[Group, Tensors]], one_mo
     (first, tensors), *others = found
     for group, other in others:
         if tensors.shapes != other.shapes or not (one_model or _named_alike(first, group) or copies(tensors, other)):
-            names = listed([str(group.path.relative_to(folder)) for group, _ in found], 8, ", ")
+            names = some([str(group.path.relative_to(folder)) for group, _ in found], 8)
             raise SourceError(f"{folder}: {names} are each a {slot}; choose one with --{slot} FILE")
 
     def rank(k: int) -> tuple[float, bool]:
@@ -176,6 +175,6 @@ def best(folder: Path, slot: str, found: Sequence[tuple[Group, Tensors]], one_mo
         return exactness(tensors), tensors.files[0].suffix.lower() == ".safetensors"
 
     taken = max(range(len(found)), key=rank)
-    names = listed([str(group.path.relative_to(folder)) for group, _ in found], 8, ", ")
+    names = some([str(group.path.relative_to(folder)) for group, _ in found], 8)
     path = found[taken][0].path.relative_to(folder)
     return taken, [f"{folder}: {names} are copies of one {slot}; {path} is taken, the best of them"]

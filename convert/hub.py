@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from convert.choose import choose, one_file
-from convert.keymap import listed
-from convert.notes import tell
-from convert.tensors import SourceError, read_index
+from convert.tensors import SourceError, read_index, some
 from wanjax.writing import absolute
 
 HUB = "hf://"
@@ -67,7 +65,7 @@ def parse(text: str) -> Address:
     return Address(match["repository"], revision, "/".join(steps))
 
 
-def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
+def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[str], Any]) -> Path:
     """A source's file or folder on this machine, as an absolute path; what lies on the hub is fetched.
 
     Args:
@@ -81,7 +79,7 @@ def place(path: str | os.PathLike[str], only: Sequence[str], noted: Callable[[st
     return fetch(parse(str(path)), only, noted) if str(path).startswith(HUB) else absolute(path)
 
 
-def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any] = tell) -> Path:
+def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) -> Path:
     """The address's file or folder in the hub's cache, with all that will be read in it.
 
     Raises:
@@ -118,9 +116,7 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
         prefix = f"{address.path}/" if address.path else ""
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         if not inside:
-            raise SourceError(
-                f"{address}: no such file or folder in it; it holds {listed(_tops(address, names), 12, ', ')}"
-            )
+            raise SourceError(f"{address}: no such file or folder in it; it holds {some(_tops(address, names), 12)}")
         choice = choose(inside, only, str(address)).under(prefix)
     wanted = [*choice.small, *choice.indexes]
     places = {name: get(name) for name in wanted}
@@ -130,7 +126,7 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
     wanted += choice.weights
     absent = [name for name in wanted if name not in names]
     if absent:
-        raise SourceError(f"{address}: {listed(absent, 4, ', ')} missing; it is incomplete there, or in the cache")
+        raise SourceError(f"{address}: {some(absent, 4)} missing; it is incomplete there, or in the cache")
     for name in wanted:
         places[name] = places.get(name) or get(name)
     if not places:

@@ -32,12 +32,14 @@ def describe(path: str | Path | None, files: Mapping[str, str | Path] = sources.
     absent = [name for name in families.SLOTS if name not in source.parts]
     lines.append(f"  tokenizer: {source.tokenizer or 'none'}")
     lines.append(f"  absent: {', '.join(absent) or 'nothing'}")
+    notes = source.notes
     try:
         planned = write.plan(source)
+        notes = planned.notes
         lines.append(f"  {planned.config.name}: {', '.join(source.parts)} complete, every tensor of the right shape")
     except SourceError as error:
         lines.append(f"  not usable: {error}")
-    lines += [f"  note: {note}" for note in source.notes]
+    lines += [f"  note: {note}" for note in notes]
     return "\n".join(lines)
 
 

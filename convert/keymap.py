@@ -13,18 +13,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from wanjax import compare
+
 Shape = tuple[int, ...]
-
-
-SHOWN = 20
-"""Lines of a list in a message; the rest is counted."""
-
-
-def listed(lines: Iterable[str], shown: int = SHOWN, between: str = "\n  ") -> str:
-    """Lines in one text, cut after some with "and N more"."""
-    lines = list(lines)
-    more = [f"and {len(lines) - shown} more"] if len(lines) > shown else []
-    return between.join([*lines[:shown], *more])
 
 
 class ConversionError(ValueError):
@@ -96,6 +87,11 @@ class Rule:
     def stacked(self) -> bool:
         return "{i}" in self.theirs
 
+    def names(self, shape: Sequence[int]) -> list[str]:
+        """The foreign names, in order, that fill our array of this shape."""
+        layers = range(shape[0]) if self.stacked else range(1)
+        return [self.theirs.replace("{i}", str(i)) for i in layers]
+
     def foreign_shape(self, shape: Shape) -> Shape:
         """Shape of the whole foreign tensor (of one layer) for our shape (of one layer)."""
         first, *rest = self.transform.foreign_shape(shape)
@@ -138,18 +134,19 @@ def check(rules: Sequence[Rule], expected: Any, shapes: Mapping[str, Shape], ign
         odd = sorted(set(table) ^ set(ours)) or sorted({p for p in table if table.count(p) > 1})
         raise ConversionError(f"table and model disagree on {', '.join(odd)}")
     _check_parts(rules)
-    wanted: dict[str, Shape] = {}
+    wanted = {}
     for rule in rules:
-        wanted |= _foreign_names(rule, ours[rule.ours])
-    missing = sorted(set(wanted) - set(shapes))
-    extra = sorted(set(shapes) - set(wanted) - set(ignore))
-    wrong = sorted(
-        f"{name}: file has {list(shapes[name])}, model wants {list(shape)}"
-        for name, shape in wanted.items()
-        if name in shapes and tuple(shapes[name]) != shape
-    )
-    groups = (("missing", missing), ("extra", extra), ("wrong shape", wrong))
-    text = [f"{label} ({len(names)}):\n  " + listed(names) for label, names in groups if names]
+        shape = ours[rule.ours]
+        wanted |= dict.fromkeys(rule.names(shape), rule.foreign_shape(shape[1:] if rule.stacked else shape))
+    ignored = set(ignore) - wanted.keys()
+    groups: dict[str, list[str]] = {"missing": [], "extra": [], "wrong shape": []}
+    found = {name: tuple(shape) for name, shape in shapes.items() if name not in ignored}
+    for name, (own, asked) in compare.differences(found, wanted).items():
+        if own is None or asked is None:
+            groups["missing" if own is None else "extra"].append(name)
+        else:
+            groups["wrong shape"].append(f"{name}: file has {list(own)}, model wants {list(asked)}")
+    text = [f"{label} ({len(names)}):{compare.listed(names)}" for label, names in groups.items() if names]
     if text:
         raise ConversionError("the file does not hold this model\n" + "\n".join(text))
 
@@ -162,13 +159,6 @@ def _check_parts(rules: Sequence[Rule]) -> None:
     odd = [name for name, found in parts.items() if sorted(found) != [(k, found[0][1]) for k in range(found[0][1])]]
     if odd:
         raise ConversionError(f"table does not use every part of {', '.join(odd)} exactly once")
-
-
-def _foreign_names(rule: Rule, shape: Shape) -> dict[str, Shape]:
-    if not rule.stacked:
-        return {rule.theirs: rule.foreign_shape(shape)}
-    one = rule.foreign_shape(shape[1:])
-    return {rule.theirs.replace("{i}", str(i)): one for i in range(shape[0])}
 
 
 def convert(
@@ -191,16 +181,15 @@ def convert(
     """
     check(rules, expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, ignore)
     leaves = flatten_dict(expected, sep="/")
-    return unflatten_dict({rule.ours: _fill(rule, leaves[rule.ours], tensors) for rule in rules}, sep="/")
+    arrays = {rule.ours: fill(rule, leaves[rule.ours], lambda n, r=rule: r.take(tensors[n])) for rule in rules}
+    return unflatten_dict(arrays, sep="/")
 
 
-def _fill(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+def fill(rule: Rule, leaf: jax.ShapeDtypeStruct, layer: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Our whole array from its layers; `layer` gives one in our layout by its foreign name."""
     out = np.empty(leaf.shape, leaf.dtype)
-    if not rule.stacked:
-        out[...] = rule.take(tensors[rule.theirs])
-        return out
-    for i in range(leaf.shape[0]):
-        out[i] = rule.take(tensors[rule.theirs.replace("{i}", str(i))])
+    for i, name in enumerate(rule.names(leaf.shape)):
+        out[i if rule.stacked else ...] = layer(name)
     return out
 
 

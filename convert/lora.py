@@ -22,9 +22,10 @@ import numpy as np
 from convert import lorasettings
 from convert.hub import HUB
 from convert.keymap import Shape
-from convert.loranames import Targets, listed, parse, refuse_others
+from convert.loranames import Targets, parse, refuse_others
 from convert.sources import Part, Source
 from convert.tensors import SourceError, Tensor, Tensors, open_file
+from wanjax.compare import listed
 
 IN_FOLDER = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
              "pytorch_lora_weights.bin")  # fmt: skip
@@ -166,7 +167,7 @@ def _of_file(
         except _Misfit as error:
             wrong.append(str(error))
     if wrong:
-        raise SourceError(f"{path}: {len(wrong)} updates do not fit (made for another model?):{listed(wrong)}")
+        raise SourceError(f"{path}: {len(wrong)} updates do not fit (made for another model?):{listed(sorted(wrong))}")
     return changes
 
 
@@ -191,7 +192,9 @@ def _grouped(path: Path, targets: Targets) -> dict[str, dict[str, Held]]:
             raise SourceError(f"{path}: {target} has two {role} matrices in different spellings; keep one")
         found[target][role] = Held(f"{path}: {name}", key.target, tensor)
     if odd:
-        raise SourceError(f"{path}: {len(odd)} keys fit no linear, norm or table of the transformer:{listed(odd)}")
+        raise SourceError(
+            f"{path}: {len(odd)} keys fit no linear, norm or table of the transformer:{listed(sorted(odd))}"
+        )
     if not found:
         raise SourceError(f"{path}: holds no LoRA")
     return found

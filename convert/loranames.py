@@ -11,10 +11,7 @@ from pathlib import Path
 
 from convert import dit
 from convert.sources import Part
-from convert.tensors import SourceError
-
-LISTED = 20
-"""Lines that an error lists before it says how many more there are."""
+from convert.tensors import SourceError, some
 
 _PREFIX = re.compile(
     r"(?:base_model[._]model|(?:model[._])?diffusion[._]model|transformer|lora[._](?:unet|transformer)|lycoris"
@@ -124,23 +121,11 @@ def refuse_others(path: Path, keys: Iterable[str]) -> None:
     keys = list(keys)
     for kind, pattern in _OTHER_KINDS.items():
         if found := [key for key in keys if re.search(pattern, key)]:
-            raise SourceError(f"{path}: a {kind} ({some(found)}), which is not low-rank addition and cannot be merged "
-                              "here; merge it with the program that trained it and convert the result")  # fmt: skip
+            raise SourceError(f"{path}: a {kind} ({some(found, 1)}), which is not low-rank addition and cannot be "
+                              "merged here; merge it with the program that trained it and convert that")  # fmt: skip
     if found := [key for key in keys if _TEXT.match(key) or _TEXT.match(bare(key))]:
-        raise SourceError(f"{path}: changes a text encoder too ({some(found)}), and --lora merges into the transformer "
-                          "alone; give a file without those keys")  # fmt: skip
+        raise SourceError(f"{path}: changes a text encoder too ({some(found, 1)}), and --lora merges into the "
+                          "transformer alone; give a file without those keys")  # fmt: skip
     adapters = {parsed.adapter for key in keys if (parsed := parse(key)) is not None} - {None}
     if len(adapters) > 1:
         raise SourceError(f"{path}: holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one alone")
-
-
-def some(keys: list[str]) -> str:
-    """The first of some keys, and how many more there are."""
-    return keys[0] + (f" and {len(keys) - 1} more keys" if len(keys) > 1 else "")
-
-
-def listed(lines: Iterable[str]) -> str:
-    """Sorted lines for the end of a message, cut after `LISTED`."""
-    lines = sorted(lines)
-    rest = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return "".join(f"\n  {line}" for line in lines[:LISTED] + rest)

@@ -31,7 +31,7 @@ class Plan:
       config: of the whole model; parts that the source lacks are the published ones.
       shapes: of every parameter, by part of the source.
       tokenizer: the folder's, None where the source has none that can be read.
-      notes: lines on what the user should know of it.
+      notes: the source's, and more lines that the user should see.
     """
 
     source: Source
@@ -69,7 +69,7 @@ def plan(source: Source, dtype: str = "keep", model: str = "auto") -> Plan:
     for name, part in source.parts.items():
         part.check(own[name])
     vocabulary, notes = tokenizer.find(source, config.umt5.vocab_size)
-    return Plan(source, config, own, vocabulary, notes)
+    return Plan(source, config, own, vocabulary, (*source.notes, *notes))
 
 
 def _whole(source: Source, model: str) -> ModelConfig:
@@ -148,7 +148,7 @@ def _own_precision(part: Part) -> Precision:
 
 
 def lacking(planned: Plan, only: Sequence[str] | None = None) -> list[str]:
-    """Lines on what a folder made of this will not have.
+    """The plan's notes, and on what a folder made of it will not have.
 
     Args:
       only: the parts that were asked for; None for a whole model.
@@ -164,7 +164,7 @@ def lacking(planned: Plan, only: Sequence[str] | None = None) -> list[str]:
     notes = [f"the folder will hold {', '.join(only)} alone and cannot be run by itself"] if only else []
     if planned.tokenizer is None and "umt5" in wanted:
         notes.append(f"no tokenizer in the source; put umt5-xxl's {checkpoint.TOKENIZER} into the folder")
-    return [*notes, *planned.notes]
+    return [*planned.notes, *notes]
 
 
 def work(planned: Plan) -> int:

@@ -21,8 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.keymap import listed
-from convert.tensors import DTYPES, SourceError, Tensor, Tensors
+from convert.tensors import DTYPES, SourceError, Tensor, Tensors, some
 
 FLOAT8: MappingProxyType[str, np.dtype] = MappingProxyType(
     {"float8_e4m3fn": DTYPES["F8_E4M3"], "float8_e5m2": DTYPES["F8_E5M2"]}
@@ -120,7 +119,7 @@ def refuse_others(tensors: Tensors, ignore: Iterable[str]) -> None:
            if tensor.dtype not in WEIGHTS and name not in ignore]  # fmt: skip
     if odd:
         raise SourceError(
-            f"{tensors.files[0]}: {listed(odd, 3, ', ')}: not weights without a scale whose meaning is known; "
+            f"{tensors.files[0]}: {some(odd, 3)}: not weights without a scale whose meaning is known; "
             "get bf16 or fp8_scaled ones"
         )
 

@@ -1,25 +1,17 @@
 """A planned source's tensors as our arrays: one layer at a time, or all of them in memory."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.keymap import Rule
+from convert.keymap import Rule, fill
 from convert.plan import Plan
 from convert.sources import Part
 from convert.tensors import SourceError, Tensor
 from wanjax import store
 
 CHECKED = 8192  # rows looked at for NaN at once, to bound the memory
-
-
-def layers_of(part: Part, rule: Rule, shape: Sequence[int]) -> list[str]:
-    """Foreign names that fill one of our arrays, in order."""
-    if not rule.stacked:
-        return [rule.theirs]
-    return [rule.theirs.replace("{i}", str(i)) for i in range(shape[0])]
 
 
 def read_layer(part: Part, rule: Rule, name: str, dtype: np.dtype) -> np.ndarray:
@@ -50,10 +42,8 @@ def load(planned: Plan) -> dict[str, Any]:
         arrays = {}
         for rule in part.family.rules(part.config):
             leaf = leaves[rule.ours]
-            names = layers_of(part, rule, leaf.shape)
-            out = np.empty(leaf.shape, leaf.dtype)
-            for i, foreign in enumerate(names):
-                out[i if rule.stacked else ...] = read_layer(part, rule, foreign, leaf.dtype)
-            arrays[rule.ours] = out
+            arrays[rule.ours] = fill(
+                rule, leaf, lambda foreign, p=part, r=rule, d=leaf.dtype: read_layer(p, r, foreign, d)
+            )
         params[name] = unflatten_dict(arrays, sep="/")
     return params

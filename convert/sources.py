@@ -15,33 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 from convert import families, folders, hub, quantised, split, strangers, wanjaxfolder
+from convert.choose import DIFFUSERS, ROOTS, SCHEDULER, TOKENIZERS, TREE
 from convert.families import Config, Family
 from convert.folders import Group
-from convert.keymap import ConversionError, check, listed
-from convert.tensors import SUFFIXES, SourceError, Tensors, open_file, open_index, read_json
+from convert.keymap import ConversionError, check
+from convert.tensors import SUFFIXES, SourceError, Tensors, open_file, open_index, read_json, some
 from wanjax import checkpoint
 from wanjax.config import DiTConfig
-
-SUBFOLDERS = {"transformer": "dit", "vae": "vae", "text_encoder": "umt5", "image_encoder": "clip"}
-"""diffusers' folders."""
-
-TREE = MappingProxyType(
-    {
-        "dit": ("diffusion_models", "unet"),
-        "vae": ("vae",),
-        "umt5": ("text_encoders", "clip"),
-        "clip": ("clip_vision",),
-    }
-)
-"""ComfyUI's folders, each of many models."""
-
-ROOTS = (".", "models", "split_files")
-"""Where they lie: in what is given, in ComfyUI's own folder, in its repositories on the hub."""
-
-TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
-"""Where a tokenizer may lie in a source, the likeliest first."""
-
-SCHEDULER = "scheduler/scheduler_config.json"
 
 NOTHING: Mapping[str, Path] = MappingProxyType({})
 
@@ -83,7 +63,7 @@ class Source:
       tokenizer: its tokenizer.json, None where there is none.
       loras: what was merged into the transformer, as asked for.
       shift: timestep shift that a diffusers folder's scheduler has, None where none is told.
-      notes: lines on what was chosen or left out.
+      notes: lines on how it was got, and what was chosen or left out.
     """
 
     path: Path
@@ -124,14 +104,15 @@ def find(
     parts: dict[str, Part] = {}
     notes: list[str] = []
     for slot, file in files.items():
-        where = _place(file, (slot,))
+        where = _place(file, (slot,), notes)
         found, told = _parts(where, (slot,))
         if slot not in found:
             raise SourceError(f"--{slot} {file}: holds no {slot}; {_held(where)}")
         parts[slot] = found[slot]
         notes += told
     rest = tuple(slot for slot in only if slot not in files)
-    place = _place(next(iter(files.values())), tuple(files)[:1]) if path is None else _place(path, rest)
+    where, wanted = (path, rest) if path is not None else (next(iter(files.values())), tuple(files)[:1])
+    place = _place(where, wanted, notes)
     if path is not None and rest:
         found, told = _parts(place, rest)
         parts |= found
@@ -146,9 +127,9 @@ def find(
     return Source(place, _with_tokens(parts, place, path), tokenizer, (), shift, tuple(dict.fromkeys(notes)))
 
 
-def _place(path: str | Path, only: Sequence[str]) -> Path:
+def _place(path: str | Path, only: Sequence[str], notes: list[str]) -> Path:
     """The file or folder that is meant, which is there; of the hub, with the parts that are wanted."""
-    place = hub.place(path, only)
+    place = hub.place(path, only, notes.append)
     if place.exists():
         return place
     address = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(/.*)?", str(path))
@@ -169,7 +150,7 @@ def _parts(path: Path, only: tuple[str, ...]) -> Found:
     if _is_diffusers(path):
         return _diffusers(path, only)
     for root in ROOTS:
-        if any((path / root / name).is_dir() for names in TREE.values() for name in names):
+        if any((path / root / name).is_dir() for name in TREE):
             return _tree(path / root, only)
     return _side_by_side(path, only)
 
@@ -226,7 +207,7 @@ def _stated(folder: Path) -> dict[str, Any]:
 
 def _is_diffusers(path: Path) -> bool:
     """ComfyUI's tree has a `vae` too, but no config.json in it."""
-    own = [name for name in SUBFOLDERS if (path / name).is_dir()]
+    own = [name for name in DIFFUSERS if (path / name).is_dir()]
     stated = any((path / name / "config.json").is_file() for name in own)
     return bool(own) and (own != ["vae"] or stated or (path / "model_index.json").is_file())
 
@@ -234,7 +215,7 @@ def _is_diffusers(path: Path) -> bool:
 def _diffusers(path: Path, only: tuple[str, ...]) -> Found:
     parts: dict[str, Part] = {}
     notes: list[str] = []
-    for name, slot in SUBFOLDERS.items():
+    for name, slot in DIFFUSERS.items():
         folder = path / name
         if slot not in only or not folder.is_dir():
             continue
@@ -275,7 +256,8 @@ def _tree(path: Path, only: tuple[str, ...]) -> Found:
     notes: list[str] = []
     for slot in only:
         left: list[str] = []
-        for folder in (path / name for name in TREE[slot] if (path / name).is_dir()):
+        names = [name for name, own in TREE.items() if own == slot]
+        for folder in (path / name for name in names if (path / name).is_dir()):
             groups, told = folders.groups(folder, deep=True)
             left += told
             for group in groups:
@@ -290,7 +272,7 @@ def _tree(path: Path, only: tuple[str, ...]) -> Found:
         if left and slot in candidates:
             notes.append(f"{path}: {len(left)} files beside the {slot} are left out, as they are no {slot} of Wan2.1")
         elif left:
-            notes.append(f"{path}: no {slot} of Wan2.1 in {' or '.join(TREE[slot])}: {listed(left, 3, '; ')}")
+            notes.append(f"{path}: no {slot} of Wan2.1 in {' or '.join(names)}: {some(left, 3, '; ')}")
     return _each_best(path, candidates, notes)
 
 
@@ -323,7 +305,7 @@ def _held(path: Path) -> str:
 
 
 def _reasons(notes: Sequence[str]) -> str:
-    return f" ({listed(notes, 3, '; ')})" if notes else ""
+    return f" ({some(notes, 3, '; ')})" if notes else ""
 
 
 def _with_tokens(parts: dict[str, Part], place: Path, path: str | Path | None) -> dict[str, Part]:

@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from convert import families, quantised, strangers
 from convert.families import FAMILIES, SLOTS, Family
-from convert.keymap import listed
-from convert.tensors import SourceError, Tensors
+from convert.tensors import SourceError, Tensors, some
 
 BESIDE = ("logit_scale", "text_projection", "spiece_model", "scaled_fp8")
 """Last words of names that stand beside a model's prefix in files of several models."""
@@ -40,7 +39,7 @@ def models(tensors: Tensors) -> tuple[list[tuple[Family, Tensors]], list[str]]:
         return [(family, own)], notes
     odd = sorted(name for name in rest if not _beside(name))
     if odd:
-        raise SourceError(f"{tensors.files[0]}: tensors of no model that is known: {listed(odd, 5, ', ')}")
+        raise SourceError(f"{tensors.files[0]}: tensors of no model that is known: {some(odd, 5)}")
     return [(family, _with_pieces(tensors, own) if family.part == "umt5" else own) for family, own in whole], notes
 
 
@@ -73,7 +72,7 @@ def _chosen(tensors: Tensors, found: Mapping[str, Family]) -> tuple[dict[str, Fa
         if len(own) < 2:
             continue
         averages = [prefix for prefix in own if "ema" in re.split(r"[._]", prefix)]
-        where = listed(sorted(repr(prefix) for prefix in own), 5, ", ")
+        where = some(sorted(repr(prefix) for prefix in own), 5)
         if len(averages) != 1:
             raise SourceError(f"{tensors.files[0]}: holds several of {part}, under {where}; save the one that is meant")
         chosen = {prefix: family for prefix, family in chosen.items() if prefix not in own or prefix in averages}
@@ -113,9 +112,8 @@ def _unknown(tensors: Tensors) -> str:
         family, prefix = near
         missing = [prefix + mark for mark in family.marks if prefix + mark not in names]
         what = families.title(family)
-        return f"{what} in the {family.layout} layout without {listed(missing, 5, ', ')}; incomplete, get it again"
-    some = ", ".join(sorted(names)[:3]) or "no tensors"
-    return f"not a model that Wan2.1 uses (it holds {some}, ...)"
+        return f"{what} in the {family.layout} layout without {some(missing, 5)}; incomplete, get it again"
+    return f"not a model that Wan2.1 uses (it holds {some(sorted(names), 3) or 'no tensors'})"
 
 
 def _nearest(names: Iterable[str]) -> tuple[Family, str] | None:

@@ -15,8 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert import torchfile, torchlegacy
-from convert.keymap import Shape, listed
+from convert.keymap import Shape
 from convert.torchpickle import TorchFileError
+from wanjax import compare
 
 DTYPES: MappingProxyType[str, np.dtype] = MappingProxyType(
     {
@@ -53,6 +54,11 @@ LONGEST = 300
 
 class SourceError(ValueError):
     """A source that cannot be used; the message is one line naming it and the mend."""
+
+
+def some(names: Iterable[str], limit: int, between: str = ", ") -> str:
+    """The first of some names inside a message's line, cut with "and N more"."""
+    return between.join(compare.listed(names, limit).split("\n  ")[1:])
 
 
 @dataclass(frozen=True)
@@ -177,14 +183,14 @@ def open_index(path: Path) -> Tensors:
     shards = sorted(set(where.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
-        raise SourceError(f"{path}: shard {listed(missing, 5, ', ')} missing; download it too")
+        raise SourceError(f"{path}: shard {some(missing, 5)} missing; download it too")
     named: dict[str, Tensor] = {}
     formats: dict[str, Any] = {}
     for shard in shards:
         found = _open(path.parent / shard)
         wanted = {name for name, file in where.items() if file == shard}
         if wanted != set(found.named):
-            odd = listed(sorted(wanted ^ set(found.named)), 5, ", ")
+            odd = some(sorted(wanted ^ set(found.named)), 5)
             raise SourceError(f"{path.parent / shard}: does not hold what the index says ({odd}); get both again")
         named |= found.named
         formats |= found.formats

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +23,13 @@ from flax.traverse_util import flatten_dict
 from convert.families import SLOTS
 from convert.finish import JOB, PROGRESS, finish, write_synced
 from convert.keymap import Rule
-from convert.notes import tell
 from convert.plan import DTYPES, Plan, lacking, plan, work
-from convert.read import layers_of, load, read_layer
+from convert.read import load, read_layer
 from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
 from wanjax import config as configs
-from wanjax.writing import OutputError, absolute, locked, terminate_as_interrupt
+from wanjax.writing import OutputError, Target, absolute, check_parent, locked
 
 __all__ = ["DTYPES", "OutputError", "Plan", "check_target", "lacking", "load", "plan", "work", "write"]
 
@@ -43,7 +41,7 @@ def write(
     target: Path,
     dtype: str,
     told: Callable[[int], Any] = lambda size: None,
-    noted: Callable[[str], Any] = tell,
+    noted: Callable[[str], Any] = lambda note: None,
 ) -> store.Manifest:
     """Writes the folder.
 
@@ -63,7 +61,7 @@ def write(
     target = absolute(target)
     check_target(target)
     lock, busy = target.parent / f".{target.name}.lock", "another conversion is writing it; wait or choose another name"
-    with terminate_as_interrupt(), locked(lock, f"{target}: {busy}"):
+    with locked(lock, f"{target}: {busy}"):
         folder = check_target(target)  # another run may have ended meanwhile
         source, files = planned.source, planned.files
         before = _stats(files)
@@ -99,16 +97,16 @@ def check_target(target: Path) -> Path:
         raise OutputError(f"{given}: names no folder to make")
     if os.path.lexists(target):
         raise OutputError(f"{target}: exists; choose another name or remove it")
-    if not target.parent.is_dir():
-        raise OutputError(f"{target}: no folder {target.parent}; create it with mkdir -p {target.parent}")
+    check_parent(Target(target, folder=True))
     hidden = target.parent / f".{target.name}.part"
-    if os.path.lexists(hidden) and not _ours(hidden):
-        raise OutputError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=hidden.name) as probe:  # a name of its length, too
-            probe.write(b"probe")
-    except OSError as error:
-        raise OutputError(f"{target}: cannot write in {target.parent} ({error.strerror}); choose another") from error
+        hidden.lstat()
+    except FileNotFoundError:
+        return hidden
+    except OSError as error:  # its name is longer than the target's
+        raise OutputError(f"{target}: not a usable name ({error.strerror}); choose another") from error
+    if not _ours(hidden):
+        raise OutputError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
     return hidden
 
 
@@ -202,7 +200,7 @@ def _write_array(
     shutil.rmtree(path, ignore_errors=True)  # the skeleton's, or what an interruption left
     array = store.create(path, leaf.shape, leaf.dtype, rule.stacked)
     digest = hashlib.sha256()
-    for i, name in enumerate(layers_of(part, rule, leaf.shape)):
+    for i, name in enumerate(rule.names(leaf.shape)):
         layer = read_layer(part, rule, name, leaf.dtype)
         try:
             array[i if rule.stacked else ...].write(layer).result()

@@ -135,7 +135,7 @@ def test_gguf_files_are_copies_by_their_names():
 
 def test_many_candidates_are_cut():
     names = [f"wan-{word}.safetensors" for word in "abcdefghijklmnop"]
-    with pytest.raises(SourceError, match="wan-h.safetensors and 8 more are each a dit"):
+    with pytest.raises(SourceError, match="wan-h.safetensors, and 8 more are each a dit"):
         chosen(names)
 
 

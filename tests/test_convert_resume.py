@@ -22,7 +22,7 @@ from wanjax import checkpoint, store
 def test_targets_that_cannot_be_written(source, made, tmp_path, capsys):
     assert "exists; choose another name" in refused(capsys, source, made)
     assert "no folder" in refused(capsys, source, tmp_path / "no" / "m")
-    assert "cannot write in /proc" in refused(capsys, source, "/proc/m")
+    assert "cannot write in folder /proc" in refused(capsys, source, "/proc/m")
     with open(tmp_path / ".m.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another conversion is writing it" in refused(capsys, source, tmp_path / "m")

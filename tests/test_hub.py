@@ -27,10 +27,12 @@ TOKENIZER = "google/umt5-xxl/tokenizer.json"
 PLACES = """
 import sys
 from convert import hub
+def noted(text):
+    print(f"note: {text}", file=sys.stderr)
 for line in sys.argv[1:]:
     address, *only = line.split()
     try:
-        print(hub.place(address, only or ("dit", "vae", "umt5", "clip")))
+        print(hub.place(address, only or ("dit", "vae", "umt5", "clip"), noted))
     except ValueError as error:
         print(f"error: {error}")
 """
@@ -175,7 +177,7 @@ def fake(source, tmp_path, monkeypatch):
 
 
 def test_shards_come_by_the_index(fake):
-    assert hub.place("hf://a/b@v2", ["dit"]) == fake.snapshot
+    assert hub.place("hf://a/b@v2", ["dit"], pytest.fail) == fake.snapshot
     assert set(fake.fetched) == {INDEX, TOKENIZER, *SHARDS} and len(fake.fetched) == 4
     assert fake.fetched.index(INDEX) < min(map(fake.fetched.index, SHARDS))
     assert fake.revisions == {"v2"}
@@ -201,7 +203,7 @@ def test_what_is_picked_elsewhere_is_not_fetched(fake, source):
 def test_an_index_that_names_what_is_not_there(fake):
     fake.names.remove(SHARD)
     with pytest.raises(SourceError, match=f"hf://a/b: {SHARD} missing; it is incomplete there"):
-        hub.place("hf://a/b", SLOTS)
+        hub.place("hf://a/b", SLOTS, pytest.fail)
     assert SHARD not in fake.fetched
 
 
@@ -217,7 +219,7 @@ def test_an_index_that_is_none(fake, monkeypatch, content):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(SourceError, match=f"{INDEX}: (not a readable index|names '../../secret')"):
-        hub.place("hf://a/b", ["dit"])
+        hub.place("hf://a/b", ["dit"], pytest.fail)
 
 
 def test_a_repository_that_changes_meanwhile_is_noticed(fake, monkeypatch):
@@ -230,7 +232,7 @@ def test_a_repository_that_changes_meanwhile_is_noticed(fake, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(SourceError, match="hf://a/b: changed on the hub while it was fetched; run it again"):
-        hub.place("hf://a/b", SLOTS)
+        hub.place("hf://a/b", SLOTS, pytest.fail)
 
 
 @pytest.mark.parametrize("error, message", [

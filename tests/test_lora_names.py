@@ -12,9 +12,10 @@ from test_lora_forms import normal, tensors
 from test_sources import imagined
 
 from convert import families, lora, sources
-from convert.loranames import LISTED, Key, Targets, bare, parse
+from convert.loranames import Key, Targets, bare, parse
 from convert.sources import Part
 from convert.tensors import SourceError
+from wanjax.compare import LISTED
 from wanjax.config import preset
 
 NAME, OTHER, RANK = "blocks.1.self_attn.o", "blocks.1.attn1.to_out.0", 3
