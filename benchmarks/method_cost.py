@@ -89,12 +89,12 @@ class Steps:
 
     def __init__(self, model: ModelConfig, shape: Shape) -> None:
         random = steps.RandomModel(model.dit, shape.latent_grid(model.vae), shape.batch)
-        step, common, methods = steps.part(model.dit), random.arguments, inputs(model, shape)
+        step, common, methods = jax.jit(steps.part(model.dit)), random.arguments, inputs(model, shape)
         self._before, (self._table, _) = random.carry, methods["wan"]
         bare = (self._table.replace(strength=None), random.plain())
         plain, plain_report = measure.compile_timed(step, *common, *bare)
         method, method_report = measure.compile_timed(step, *common, *methods["wan"])
-        texts = {name: jax.jit(step).lower(*common, *own).as_text() for name, own in methods.items()}
+        texts = {name: step.lower(*common, *own).as_text() for name, own in methods.items()}
         if len(set(texts.values())) != 1:
             raise AssertionError(f"arms {', '.join(texts)}: not one program")
         digest = hashlib.sha256(texts["wan"].encode()).hexdigest()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nano import NANO
 
 from benchmarks import attention as attention_benchmark
 from benchmarks import (
@@ -25,10 +26,8 @@ from benchmarks import (
     vs_diffusers,
 )
 from samplers import pipeline, sample
-from samplers.pipeline import Encoded
 from samplers.plan import Plan, Settings
 from wanjax import shapes
-from wanjax.checkpoint import load
 from wanjax.config import BFLOAT16, PRESETS, preset
 from wanjax.dit import check_conditions
 
@@ -189,18 +188,24 @@ def test_guided_step_is_two_passes():
         assert measure.relative_error(step(mode, 5), wanted) < 1e-4
 
 
-def test_a_step_is_the_pipelines():
-    """To the bit, what a run of one row more adds to the latents; with all methods on."""
-    model = load("tiny")
-    plan = Plan.of(model.config, Settings.of(model.config, frames=9, size=(16, 16), steps=5, method="paper"))
-    _, conditions, negative = random_model.inputs(plan.config.dit, plan.latent_shape[:3], 1, 0)
-    noise = jax.random.normal(jax.random.key(0), (1, *plan.latent_shape))
-    encoded = Encoded(conditions, negative)
-    wanted = pipeline.denoise(model, plan, encoded, noise, until=2)
-    run, carry = jax.jit(steps.part(plan.config.dit)), sample.start(noise)
-    for first in range(2):
-        carry = run(model.part("dit"), conditions, negative, carry, np.int32(first), plan.table, plan.method)
-    np.testing.assert_array_equal(carry.sample, wanted)
+@pytest.mark.parametrize(("mode", "rows"), [("sequential", 1), ("batched", 3)])
+def test_a_step_is_the_pipelines(mode, rows):
+    """Operation by operation."""
+    plan = Plan.of(NANO, Settings.of(NANO, method="paper"))
+    config = plan.config.dit
+    noise, conditions, negative = random_model.inputs(config, plan.latent_shape[:3], 1, 0)
+    arguments = (shapes.dit(config), conditions, negative, sample.start(jnp.asarray(noise)), steps.STEP, plan.table,
+                 plan.method)  # fmt: skip
+
+    def wanted(params, conditions, negative, carry, first, table, method):
+        return pipeline._denoise.__wrapped__(config, params, carry, table, first, conditions, negative, method, None,
+                                             n=rows, guidance_mode=mode)  # fmt: skip
+
+    def program(function):
+        return str(jax.make_jaxpr(function)(*arguments))
+
+    assert program(steps.part(config, mode, rows)) == program(wanted)
+    assert program(steps.part(config, mode, rows + 1)) != program(wanted)
 
 
 def test_attention_agreement_notices_a_wrong_implementation(monkeypatch):
