@@ -129,7 +129,7 @@ def test_all_that_is_wrong_comes_together(folder):
     (folder / "noise.mkv").write_bytes(b"\x13" * 500)
     (folder / "empty.mov").touch()
     whole = (folder / "b.mp4").read_bytes()
-    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.mp4").write_bytes(whole[:300])
     video.write(folder / "c.mp4", clip(7), 8)  # beside c.gif
     with av.open(str(folder / "sound.avi"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.tgi.arms import ARMS, BASELINE
 from benchmarks.tgi.compare import PRIMARY
+from wanjax import marks
 
 CURVES = ("wan", "paper", "release", "kab", "retro", "trf", "vibid", "cross-fade", "vae")
 TICKS = (-20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5, 10, 20)  # dB
@@ -35,7 +36,7 @@ def draw(report: Mapping[str, Any], length: str, folder: Path) -> list[Path]:
         FigureCanvasAgg(figure)
         fill(figure, found, names, length)
         file = folder / f"{length}-{kind}.png"
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, metadata={"Software": marks.mark()})
         files.append(file)
     return files
 
