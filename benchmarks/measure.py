@@ -263,7 +263,7 @@ def guarded(line: argparse.ArgumentParser, run: Callable[[], bool]) -> int:
         with writing.terminate_as_interrupt():
             return 0 if run() else FAILED
     except KeyboardInterrupt:
-        print(f"{line.prog}: interrupted; what was measured before is in the output", file=sys.stderr)
+        print(f"{line.prog}: interrupted; a report, if asked for, has what was measured before", file=sys.stderr)
         return INTERRUPTED
     except (FloatingPointError, MemoryError, OSError, writing.OutputError, jax.errors.JaxRuntimeError) as error:
         print(f"{line.prog}: error: {first_line(error)}", file=sys.stderr)

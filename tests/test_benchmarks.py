@@ -45,7 +45,7 @@ def run_suite(folder: Path, python: str, dry: bool = True) -> tuple[int, dict[st
     environment = os.environ | {"DRY_RUN": str(int(dry)), "PYTHON": python}
     done = subprocess.run(
         [ROOT / "benchmarks" / "gpu_suite.sh", folder], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=550,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1750,
     )  # fmt: skip
     lines = map(json.loads, (folder / "suite.jsonl").read_text().splitlines())
     return done.returncode, {line["part"]: line["status"] for line in lines}, done.stdout
