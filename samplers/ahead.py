@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from samplers import pipeline, sample
+from samplers import pipeline
 from samplers.plan import Plan
 from wanjax import checkpoint
 from wanjax.types import Conditions
@@ -70,8 +70,7 @@ def _lower_denoise(plan: Plan, chunk: int) -> Any:
     images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=_lower_images(plan, chunk).out_info[0].dtype)
     latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels,
                      dtype=_lower_keyframes(plan, chunk).out_info[0].dtype)  # fmt: skip
-    keys = None if plan.table.step.renoise is None else jax.random.split(jax.random.key(0), 1)
-    carry = jax.eval_shape(sample.start, _struct(1, *plan.latent_shape), keys=keys)
+    carry = jax.eval_shape(lambda noise: pipeline.start(plan, noise), _struct(1, *plan.latent_shape))
     table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
     return pipeline._denoise.lower(
         d, checkpoint.param_shapes(plan.config)["dit"], carry, table, _struct(dtype=np.int32),

@@ -249,7 +249,7 @@ def _retro_numbers(plan: Plan) -> dict[str, Any]:
     """Scale and rotary position of every latent frame; positions are angles of the fastest pair, in radians."""
     own, frames = plan.settings.method.retro, plan.grid[0]
     index = np.arange(frames, dtype=np.float64)
-    scale = np.ones(frames) if own is None else retro.scale_vector(own, plan.settings.frames, frames)
+    scale = np.ones(frames) if own is None else retro.scale_vector(own, plan.settings.frames, frames, plan.anchors)
     mode = None if own is None else own.mode
     position = {"frequency": index * scale, "position": rope.warped(scale)}.get(mode, index)
     return {"mode": mode, "scale": _floats(scale), "position": _floats(position)}

@@ -37,7 +37,7 @@ class Job:
 
     Attributes:
       model: "tiny" or a path, as it was given; folder: what it is; config: of it, under the policy asked for.
-      first, last: RGB images of any size; paths: where they came from.
+      inputs: both keyframes as the models take them; paths: where they came from.
       plan: what to make; dtype: policy, None for the model's own.
       outputs: where to write; fps, scale: of the video file, scale a whole factor.
       mesh: axis -> devices, empty for one device.
@@ -48,8 +48,7 @@ class Job:
     model: str
     folder: checkpoint.Folder
     config: ModelConfig
-    first: Image.Image
-    last: Image.Image
+    inputs: Inputs
     paths: tuple[str, str]
     plan: Plan
     dtype: str | None
@@ -117,21 +116,21 @@ def prepare(
         given["size"] = size
     chosen = Settings.of(config, preset, **given)
     check_settings(config, chosen)
-    memory.check(config, chosen, mesh)
-    plan = Plan.of(config, chosen)  # before the images are read, so that a mistyped number costs nothing
     images, notes = _read_keyframes((first, last), chosen.matte)
     notes += folder.notes
     if size == "auto":
         area = config.sampling.size[0] * config.sampling.size[1]
         fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
-        plan = Plan.of(config, dataclasses.replace(chosen, size=fitting))
-    chosen = plan.settings
+        chosen = dataclasses.replace(chosen, size=fitting)
+    memory.check(config, chosen, mesh)
+    plan = Plan.of(config, chosen)
+    inputs = Inputs.prepare([images], plan)
     for name, image in zip(("first", "last"), images, strict=True):
         if (image.height, image.width) != chosen.size:
             notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
                          f"{chosen.size[0]}x{chosen.size[1]} by {chosen.fit}")  # fmt: skip
     notes += _about_prompts(folder.tokenizer, chosen, config)
-    notes += hints.about(folder.path, chosen.prompt, pipeline.fitted(images, chosen))
+    notes += hints.about(folder.path, chosen.prompt, list(inputs.pixels[0]))
     fps = config.sampling.fps if fps is None else fps
     video.check_fps(fps)
     scale = video.enlarge_factor(*chosen.size) if scale is None else scale
@@ -147,7 +146,7 @@ def prepare(
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
     paths = str(first), str(last)
-    return Job(str(model), folder, config, *images, paths, plan, dtype, outputs, fps, scale, mesh or {}, tuple(notes),
+    return Job(str(model), folder, config, inputs, paths, plan, dtype, outputs, fps, scale, mesh or {}, tuple(notes),
                looked_at)  # fmt: skip
 
 
@@ -199,9 +198,7 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
         begun = time.perf_counter()
         frames = result.video[0]
         video.write(outputs.video, frames, job.fps, job.scale)
-        video.write_png(
-            outputs.sheet, video.contact_sheet(frames, pipeline.fitted((job.first, job.last), job.settings))
-        )
+        video.write_png(outputs.sheet, video.contact_sheet(frames, list(job.inputs.pixels[0])))
         seconds["write"] = time.perf_counter() - begun
         for folder in plots:
             begun = time.perf_counter()
@@ -229,8 +226,7 @@ def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Resul
                 if job.explain is not None and done == job.explain[1]:
                     seen.append(carry.sample)
 
-            inputs = Inputs.prepare([(job.first, job.last)], plan)
-            batch = Batch(inputs, [job.settings.prompt], [job.settings.seed])
+            batch = Batch(job.inputs, [job.settings.prompt], [job.settings.seed])
             (result,) = pipeline.make(model, plan, [batch], mesh=mesh, ready=ready, on_step=on_step)
     return model, result, seen[0] if seen else None, {"load": loaded, **result.seconds}
 

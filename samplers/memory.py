@@ -41,6 +41,13 @@ class Estimate:
         """With all parts resident."""
         return sum(self.weights.values()) + max(self.temporary.values())
 
+    @property
+    def staged(self) -> int:
+        """With one part at a time."""
+        stages = {"encode": ("umt5", "clip", "vae"), "denoise": ("dit",), "decode": ("vae",)}
+        return max(max(self.weights.get(part, 0) for part in parts) + self.temporary[stage]
+                   for stage, parts in stages.items())  # fmt: skip
+
 
 def estimate(config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None) -> Estimate:
     """What one clip takes; on a mesh, of one device: the weights split over fsdp and tensor, the tokens over
@@ -59,7 +66,7 @@ def estimate(config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | 
     return Estimate(size, {"encode": ENCODE * pixels, "denoise": int(tokens), "decode": DECODE * pixels})
 
 
-def available(platform: str | None = None) -> int | None:
+def available() -> int | None:
     """Bytes of the first device, or of the host where that computes; None where nobody tells."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
@@ -70,11 +77,16 @@ def available(platform: str | None = None) -> int | None:
 
 
 def check(
-    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None, memory: int | None = None
+    config: ModelConfig,
+    settings: Settings,
+    mesh: Mapping[str, int] | None = None,
+    staged: bool = False,
+    memory: int | None = None,
 ) -> None:
     """Refuses a run that cannot fit, before anything of its size is made.
 
     Args:
+      staged: one part of the model is in memory at a time.
       memory: bytes that there are; None asks `available`.
 
     Raises:
@@ -82,28 +94,30 @@ def check(
     """
     memory = available() if memory is None else memory
     found = estimate(config, settings, mesh)
-    if memory is None or found.peak * MARGIN <= memory:
+    peak = found.staged if staged else found.peak
+    if memory is None or peak * MARGIN <= memory:
         return
-    weights = sum(found.weights.values())
+    weights = max(found.weights.values()) if staged else sum(found.weights.values())
     if weights * MARGIN > memory:
         raise ValueError(
             f"model {config.name}: its weights alone are {weights / GIB:.1f} GiB, there are {memory / GIB:.1f}; "
             "use bfloat16 or a larger device"
         )
-    (height, width), fitting = settings.size, _largest(config, settings, mesh, memory)
+    (height, width), fitting = settings.size, _largest(config, settings, mesh, staged, memory)
     mend = "use fewer frames" if fitting is None else f"the largest size of this shape is {fitting[0]}x{fitting[1]}"
-    raise ValueError(f"size {height}x{width}, {settings.frames} frames: takes about {found.peak / GIB:.1f} GiB "
+    raise ValueError(f"size {height}x{width}, {settings.frames} frames: takes about {peak / GIB:.1f} GiB "
                      f"(estimated), there are {memory / GIB:.1f}; {mend}")  # fmt: skip
 
 
 def _largest(
-    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, memory: int
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, staged: bool, memory: int
 ) -> tuple[int, int] | None:
     """The largest (height, width) of this aspect that fits; None where not even the smallest does."""
     low, high = 0, math.prod(settings.size)  # an area that fits, and one that does not
     while high - low > config.size_multiple**2:
         area = (low + high) // 2
         size = keyframes.area_size(settings.size, area, config.size_multiple)
-        fits = estimate(config, replace(settings, size=size), mesh).peak * MARGIN <= memory
+        found = estimate(config, replace(settings, size=size), mesh)
+        fits = (found.staged if staged else found.peak) * MARGIN <= memory
         low, high = (area, high) if fits else (low, area)
     return keyframes.area_size(settings.size, low, config.size_multiple) if low else None

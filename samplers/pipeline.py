@@ -21,7 +21,7 @@ from PIL import Image
 
 from samplers import memory, sample
 from samplers import run as host
-from samplers.plan import Plan, Settings, check_seed, check_settings
+from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
 from samplers.sample import Carry, Row
 from wanjax import conditioning, keyframes, sharding, vae
 from wanjax.checkpoint import Model
@@ -30,6 +30,7 @@ from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wanjax.dit import WanDiT, check_cross
 from wanjax.guidance import GuidanceMode, guided
 from wanjax.method import MethodArrays
+from wanjax.residency import Parts
 from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
 
@@ -176,11 +177,15 @@ def inbetween(
       FloatingPointError: NaN or inf; names the stage, and of denoising the step.
     """
     settings = Settings.of(model.config, **overrides) if settings is None else replace(settings, **overrides)
-    given = {0: first, -1: last} | dict(keyframes or {})
-    given = {at: images for at, images in given.items() if images is not None}
+    more = dict(keyframes or {})
+    given = {at: images for at, images in ((0, first), (-1, last)) if images is not None and at not in more} | more
+    if len(given) < (first is not None) + (last is not None) + len(more):
+        raise ValueError("keyframes: one of them is the first or the last, which is given too; give it once")
     check_settings(model.config, settings)
+    pixel_places(list(given), settings.frames)
     order = sorted(given, key=lambda at: at % settings.frames)
-    memory.check(model.config, settings, None if mesh is None else dict(mesh.shape))
+    staged = isinstance(model.params, Parts) and model.params.stage
+    memory.check(model.config, settings, None if mesh is None else dict(mesh.shape), staged)
     plan = Plan.of(model.config, settings, order)
     prompt = settings.prompt if prompt is None else prompt
     seeds = settings.seed if seeds is None else seeds
@@ -342,12 +347,17 @@ def denoise(
         return _denoise(plan.config.dit, params, carry, table, first, encoded.conditions, encoded.negative, plan.method,
                         cross_bias, n=n, guidance_mode=plan.settings.guidance_mode)  # fmt: skip
 
+    steps = plan.settings.steps if until is None else until
+    carry = host.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
+    return carry.sample
+
+
+def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> Carry:
+    """The carry before a run's first step, of B clips and their seeds; None takes that of the settings for all."""
     keys = None
     if plan.table.step.renoise is not None:
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds or [plan.settings.seed] * batch])
-    steps = plan.settings.steps if until is None else until
-    carry = host.run(part, sample.start(noise, keys=keys), plan.table, steps, chunk=chunk, on_step=on_step)
-    return carry.sample
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds or [plan.settings.seed] * noise.shape[0]])
+    return sample.start(noise, keys=keys)
 
 
 def decode(model: Model, plan: Plan, latents: jax.Array) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -18,14 +18,14 @@ import numpy as np
 from samplers import sample, schedule, solvers
 from samplers.sample import Row
 from wanjax import keyframes
-from wanjax import method as methods
+from wanjax.attention import KERNELS
 from wanjax.config import ModelConfig
 from wanjax.guidance import MODES, GuidanceMode
-from wanjax.method import Method, MethodArrays
+from wanjax.method import METHODS, Method, MethodArrays, arrays, named
 
-FITS = ("stretch", "crop", "pad")
-CLIP_FITS = ("stretch", "crop")
-RESAMPLES = ("bicubic", "lanczos")
+FITS: tuple[str, ...] = get_args(keyframes.Fit)
+CLIP_FITS: tuple[str, ...] = get_args(keyframes.ClipFit)
+RESAMPLES: tuple[str, ...] = get_args(keyframes.Resample)
 
 PRESETS: MappingProxyType[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -82,7 +82,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
-            object.__setattr__(self, "method", methods.named(self.method))
+            object.__setattr__(self, "method", named(self.method))
 
     @classmethod
     def of(cls, config: ModelConfig, preset: str | None = None, **overrides: Any) -> "Settings":
@@ -144,10 +144,10 @@ class Plan:
         """
         check_settings(config, settings)
         s = settings
-        places = _places(at, s.frames)
+        places = pixel_places(at, s.frames)
         config = config.for_platform(jax.default_backend() if platform is None else platform)
         levels = schedule.sigmas(s.grid, s.steps, s.shift)
-        method = methods.arrays(s.method, config, s.frames, s.size, s.steps, places)
+        method = arrays(s.method, config, s.frames, s.size, s.steps, places)
         step = solvers.table(s.solver, levels, s.timesteps)
         table = sample.rows(step, guidance=_guidance(s), strength=method.strength, extra=extra)
         stride = config.vae.spatial_stride
@@ -159,6 +159,11 @@ class Plan:
     def strength(self) -> np.ndarray:
         """KAB's strength, float32 [steps, L, F]."""
         return self.table.strength[: self.settings.steps]
+
+    @cached_property
+    def anchors(self) -> tuple[int, ...]:
+        """Token frames of the keyframes, ascending, each once: where KAB anchors and ReTRo has its edges."""
+        return tuple(int(place) for place in self.method.control.at)
 
     @property
     def kab_steps(self) -> np.ndarray:
@@ -178,8 +183,12 @@ def _guidance(settings: Settings) -> np.ndarray:
     return np.where((share >= low) & (share < high), settings.guidance, 1).astype(np.float32)
 
 
-def _places(at: Sequence[int], frames: int) -> tuple[int, ...]:
-    """Keyframes' pixel frames, ascending. ValueError: outside the clip, twice, or none."""
+def pixel_places(at: Sequence[int], frames: int) -> tuple[int, ...]:
+    """Keyframes' pixel frames, ascending, negative ones counted from the end.
+
+    Raises:
+      ValueError: outside the clip, twice, or none.
+    """
     places = [_whole("keyframe at", place, -frames, frames - 1) for place in at]
     places = sorted(place % frames for place in places)
     if not places:
@@ -198,22 +207,23 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
         )
     frames = _whole("frames", s.frames, 1, 10**6)
     keyframes.check_frames(frames, config.vae.temporal_stride)
-    if len(s.size) != 2:
-        raise ValueError(f"size {s.size}: give (height, width) in pixels")
-    sides = [_whole("size", side, 1, 10**5) for side in s.size]
+    sides = [_whole("size", side, 1, 10**5) for side in _several("size", s.size, 2, "(height, width) in pixels")]
     keyframes.check_size(*sides, config.size_multiple)
     _number("guidance", s.guidance, 0, 1e6, "; 1 switches it off")
     check_seed(s.seed)
-    low, high = (_number("guidance interval", share, 0, 1) for share in s.guidance_interval)
+    shares = _several("guidance interval", s.guidance_interval, 2, "two shares of the run")
+    low, high = (_number("guidance interval", share, 0, 1) for share in shares)
     if low > high:
         raise ValueError(f"guidance interval {low:g}-{high:g}: give two shares of the run, low before high")
-    if len(s.matte) != 3 or not all(0 <= value <= 255 for value in s.matte):
-        raise ValueError(f"matte {s.matte}: give red, green, blue, each from 0 to 255")
+    for value in _several("matte", s.matte, 3, "red, green, blue, each from 0 to 255"):
+        _whole("matte", value, 0, 255)
+    if config.dit.attention not in ("auto", *KERNELS):
+        raise ValueError(f"attention kernel {config.dit.attention!r}: choose auto, {', '.join(KERNELS)}")
     for name in ("prompt", "negative_prompt"):
         if not isinstance(getattr(s, name), str):
             raise ValueError(f"{name} {getattr(s, name)!r}: give a text")
     if not isinstance(s.method, Method):
-        raise ValueError(f"method {s.method!r}: give a wanjax.Method or one of {', '.join(methods.METHODS)}")
+        raise ValueError(f"method {s.method!r}: give a wanjax.Method or one of {', '.join(METHODS)}")
     choices = (("solver", s.solver, solvers.SOLVERS), ("fit", s.fit, FITS), ("clip fit", s.clip_fit, CLIP_FITS),
                ("resample", s.resample, RESAMPLES), ("guidance mode", s.guidance_mode, MODES))  # fmt: skip
     for name, value, allowed in choices:
@@ -237,10 +247,17 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def _several(name: str, values: Any, count: int, wanted: str) -> Sequence[Any]:
+    """A sequence of so many. ValueError else."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or len(values) != count:
+        raise ValueError(f"{name} {values}: give {wanted}")
+    return values
+
+
 def _number(name: str, value: Any, low: float, high: float, remark: str = "") -> float:
     """A finite number in a range. ValueError else."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not low <= number <= high:

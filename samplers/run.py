@@ -37,7 +37,8 @@ def run(
       FloatingPointError: NaN or inf in the latents; names the step.
     """
     # Rows from `steps` on are passed over, and the last part may reach beyond the table: so every call is one program.
-    table = jax.tree.map(lambda leaf: _padded(leaf, chunk), table.replace(live=np.arange(len(table.live)) < steps))
+    table = table.replace(live=table.live & (np.arange(len(table.live)) < steps))
+    table = jax.tree.map(lambda leaf: _padded(leaf, chunk), table)
     if on_step is not None:
         on_step(first, carry)
     for begin in range(first, steps, chunk):

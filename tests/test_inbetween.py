@@ -267,7 +267,7 @@ def test_matte_shows_around_padded_keyframes(job, tmp_path):
     extra = ["--fit", "pad", "--matte", "255,0,0", "--size", "16x40", "--steps", 1]
     prepared = files.prepare(job["--first"], job["--last"], job["--out"], model=job["--model"],
                              fit="pad", matte=(255, 0, 0), size=(16, 40))  # fmt: skip
-    first = pipeline.fitted([prepared.first], prepared.settings)[0]
+    first = prepared.inputs.pixels[0, 0]
     assert (first[:, :8] == [255, 0, 0]).all() and not (first[:, 8:32] == [255, 0, 0]).all()
     assert command.main(arguments(job, *extra)) == 0
     assert json.loads(job["--out"].with_suffix(".json").read_text())["settings"]["matte"] == [255, 0, 0]

@@ -21,8 +21,8 @@ Rules = Sequence[tuple[str, P]]
 
 RULES: Rules = (
     # Column-parallel products: their outputs (heads, ffn) are split over `tensor`.
-    (r"blocks/(.*/)?(q|k|v|k_image|v_image|ffn_in|ffn_gate)/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/(.*/)?(q|k|v|k_image|v_image|ffn_in|ffn_gate)/bias$", P(None, "tensor")),
+    (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/bias$", P(None, "tensor")),
     # Row-parallel products: their inputs are split over `tensor`, outputs are summed.
     (r"blocks/(.*/)?(o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
     (r"token_embed$", P("fsdp", None)),
