@@ -250,8 +250,11 @@ def backend(line: argparse.ArgumentParser) -> str:
     """JAX's platform; ends the program as for a bad argument where JAX_PLATFORMS asks for what is not there."""
     try:
         return jax.default_backend()
-    except RuntimeError as error:
-        line.error(f"devices: {first_line(error)}; install JAX for them, or unset JAX_PLATFORMS")
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's where it knows no such platform
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        line.error(
+            f"devices: JAX has none of JAX_PLATFORMS={asked} ({first_line(error)}); install JAX for them or unset it"
+        )
 
 
 def guarded(line: argparse.ArgumentParser, run: Callable[[], bool]) -> int:

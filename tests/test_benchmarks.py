@@ -324,16 +324,19 @@ def test_help(name, capsys):
     assert f"python -m benchmarks.{name}" in capsys.readouterr().out
 
 
-def test_a_platform_that_is_not_there(monkeypatch, capsys):
+@pytest.mark.parametrize("raised", [RuntimeError("Unable to initialize backend 'tpu'\nmore"), AssertionError()])
+def test_a_platform_that_is_not_there(raised, monkeypatch, capsys):
     def backend():
-        raise RuntimeError("Unable to initialize backend 'tpu'\nmore")
+        raise raised
 
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     monkeypatch.setattr(jax, "default_backend", backend)
     for program in (throughput, attention_benchmark, gpu_parity, method_cost, load_time):
         with pytest.raises(SystemExit) as stop:
             program.main([])
         assert stop.value.code == 2
-        assert "Unable to initialize backend 'tpu'; install" in capsys.readouterr().err
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "JAX_PLATFORMS=tpu (" in error and "install JAX" in error
 
 
 @pytest.mark.parametrize(
