@@ -11,6 +11,7 @@ import pytest
 from reference import listing
 
 from benchmarks import load_time
+from wanjax import shapes
 
 
 def test_it_runs_and_reports(tmp_path, capsys):
@@ -25,7 +26,7 @@ def test_it_runs_and_reports(tmp_path, capsys):
 
 def test_it_notices_other_numbers(tmp_path):
     config = load_time.preset("tiny").dit
-    params = jax.device_get(load_time.random_model.params(load_time.random_model.dit_shapes(config)))
+    params = jax.device_get(load_time.random_model.params(shapes.dit(config)))
     tensors = load_time.invert(load_time.table.original(config), params)
     load_time._same(params, tensors, config)
     tensors["head.head.bias"] = tensors["head.head.bias"] + 1
