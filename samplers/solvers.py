@@ -34,11 +34,11 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 
 @flax.struct.dataclass
 class StepTable:
-    """One solver on one sigma grid, float32. A pytree: another table of as many steps is no recompilation.
+    """One solver on one sigma grid, float32. A pytree: another table of the same shape is no recompilation.
 
     Attributes:
       sigma: [steps] noise level at the start of each step.
-      timestep: [steps] ``1000 * sigma``, what the model is given; never rounded.
+      timestep: [steps] what the model is given: ``1000 * sigma``, see `schedule.timesteps`.
       corrector: [steps, 5] weights of (x_i, corrected_{i-1}, m_i, m_{i-1}, m_{i-2}).
       predictor: [steps, 3] weights of (corrected_i, m_i, m_{i-1}).
       renoise: [steps] standard deviation of noise that is added after the predictor; None for solvers of the ODE.

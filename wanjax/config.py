@@ -11,6 +11,7 @@ import dacite
 from jax import lax
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_PRODUCTS = ("auto", "float32", "compute")
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Precision:
       compute: inputs of matrix products and convolutions.
       residual: the stream that blocks add to.
       softmax: attention logits and probabilities.
-      product: what matrix products of half-precision inputs return before it is cast, "float32" or "compute" (the
-        compute dtype; on CPUs an order of magnitude slower). They are summed in float32 either way.
+      product: what matrix products of half-precision inputs return before it is cast: "float32", "compute" (the compute
+        dtype; on CPUs an order of magnitude slower) or "auto", which `ModelConfig.for_platform` resolves and which is
+        "float32" where it is not resolved. They are summed in float32 either way.
     Time embedding, modulation, norms, head (their parameters too) and solver arithmetic are float32 under every
     policy.
     """
@@ -32,11 +34,11 @@ class Precision:
     compute: str = "float32"
     residual: str = "float32"
     softmax: str = "float32"
-    product: str = "float32"
+    product: str = "auto"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, names = getattr(self, field.name), ("float32", "compute") if field.name == "product" else _DTYPES
+            value, names = getattr(self, field.name), _PRODUCTS if field.name == "product" else _DTYPES
             if value not in names:
                 raise ValueError(f"precision: {field.name}={value!r} is not one of {', '.join(names)}")
 
@@ -287,22 +289,33 @@ class ModelConfig:
         """
         if platform not in _PLATFORMS:
             raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
-        found = {}
-        for (part, field), name in zip(_AUTO, _PLATFORMS[platform], strict=True):
-            config = getattr(self, part)
-            found[part] = dataclasses.replace(config, **{field: name}) if getattr(config, field) == "auto" else config
-        return dataclasses.replace(self, **found)
+        attention, conv3d, product = _PLATFORMS[platform]
+
+        def resolved(config: Any, **choices: str) -> Any:
+            own = {field: name for field, name in choices.items() if getattr(config, field) == "auto"}
+            return dataclasses.replace(config, **own)
+
+        def part(config: Any, **choices: str) -> Any:
+            precision = resolved(config.precision, product=product)
+            return dataclasses.replace(resolved(config, **choices), precision=precision)
+
+        return dataclasses.replace(
+            self,
+            dit=part(self.dit, attention=attention),
+            vae=part(self.vae, conv3d=conv3d),
+            umt5=part(self.umt5),
+            clip=None if self.clip is None else part(self.clip),
+        )
 
 
-_AUTO = (("dit", "attention"), ("vae", "conv3d"))
-_PLATFORMS: Mapping[str, tuple[str, str]] = {
-    "cpu": ("xla", "taps"),
-    "gpu": ("cudnn", "taps"),
-    "cuda": ("cudnn", "taps"),
-    "rocm": ("xla", "taps"),
-    "tpu": ("xla", "conv3d"),
+_PLATFORMS: Mapping[str, tuple[str, str, str]] = {
+    "cpu": ("xla", "taps", "float32"),
+    "gpu": ("cudnn", "taps", "compute"),
+    "cuda": ("cudnn", "taps", "compute"),
+    "rocm": ("xla", "taps", "compute"),
+    "tpu": ("xla", "conv3d", "compute"),
 }
-"""What "auto" means for the fields in _AUTO."""
+"""What "auto" means for attention, 3D convolutions and matrix products."""
 
 
 def _flf2v_14b() -> ModelConfig:

@@ -199,7 +199,7 @@ class WanDiT(nn.Module):
 
         Args:
           latents: [B, F, h, w, out_channels] noisy latents.
-          timestep: [B] float32 in 0..1000 (1000 * sigma); never rounded.
+          timestep: [B] float32 in 0..1000 (1000 * sigma).
           conditions: see `Conditions`; text is [B, text_length, text_dim]. A model of two images has learnt which is
             first and which is last and takes those two; a model of one takes any number M >= 1.
           table: rotary factors of the token grid (F, h/2, w/2), from `rope.table`.

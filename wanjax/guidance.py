@@ -1,6 +1,6 @@
 """Classifier-free guidance: velocity = unconditional + scale * (conditional - unconditional).
 
-The two passes differ in the text, and in the attention biases, which the conditional pass alone gets (METHOD: KAB);
+The two passes differ in the text, and in the attention biases, which the conditional pass alone gets (docs/method.md);
 keyframes, isolation and the rotary table are the same for both. Axis letters as in `types`.
 """
 
@@ -30,7 +30,7 @@ def guided(
     control: CrossControl | None = None,
     cross_bias: CrossBias | None = None,
 ) -> Callable[..., jax.Array]:
-    """The model with guidance, as the sampler wants it: (latents, timestep [], strength) -> velocity float32.
+    """The model with guidance: (latents, timestep [], strength) -> velocity float32, a part of the sampler's denoise.
 
     Args:
       model: the conditional model.

@@ -18,7 +18,7 @@ Initializer = Callable[..., jax.Array]
 def dot(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     """x [..., I] @ kernel [I, O] -> [..., O] in the compute dtype."""
     dtype = jnp.dtype(precision.compute)
-    out = jnp.float32 if precision.product == "float32" else None
+    out = None if precision.product == "compute" else jnp.float32
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = lax.dot_general(
         x.astype(dtype), kernel.astype(dtype), dims, precision=precision.matmul, preferred_element_type=out

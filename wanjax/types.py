@@ -42,7 +42,7 @@ class Branches:
 class CrossBias:
     """Additive bias on the scaled logits of cross-attention, one number per latent frame and key.
 
-    The same for all heads and all queries of a frame (METHOD: KAB); -inf hides a key. Leaves are text [B, F, K] and
+    The same for all heads and all queries of a frame (docs/method.md); -inf hides a key. Leaves are text [B, F, K] and
     images [B, F, M, K] where one layer is meant, with L in front where the whole model is; None adds nothing.
     """
 
@@ -52,7 +52,7 @@ class CrossBias:
 
 @struct.dataclass
 class CrossControl:
-    """How one evaluation of the model changes its cross-attention (METHOD: KAB, isolation). All leaves are
+    """How one evaluation of the model changes its cross-attention (docs/method.md). All leaves are
     traced: other values, or zeros, do not recompile. `wanjax.method.arrays(...).at(step)` makes it.
 
     Attributes:
