@@ -32,7 +32,8 @@ PRESETS: MappingProxyType[str, Mapping[str, Any]] = MappingProxyType(
         "lightx2v-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "euler"},
         "lcm-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "lcm"},
         "diffusers": {
-            "grid": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop", "resample": "lanczos",
+            "solver": "unipc", "grid": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop",
+            "resample": "lanczos",
         },
     }
 )  # fmt: skip
