@@ -8,7 +8,6 @@ the text first.
 
 import functools
 import math
-from collections.abc import Iterable
 
 import chex
 import jax
@@ -71,20 +70,18 @@ def cross_attention(
     dtype = jnp.dtype(precision.compute)
     q, control = jnp.asarray(q, dtype), jax.tree.map(jnp.asarray, control)  # q is cast before it travels
     k, v = ([x.astype(dtype) for x in _parts(branches, 1)] for branches in (keys, values))
-    added = _parts(bias or CrossBias(), 2)
-    added += [None] * (len(k) - len(added))
+    own = bias or CrossBias()
 
     def biased() -> tuple[jax.Array, CrossReport | None]:
-        return _by_frame(q, k, v, added, control, precision, inspect)
+        return _by_frame(q, k, v, own, control, precision, inspect)
 
     def plain() -> tuple[jax.Array, None]:
-        pairs = zip(k, v, strict=True)
-        found = [attention(q, *pair, precision=precision, kernel=kernel, residual=True) for pair in pairs]
-        _, weights = _shares([residual for _, residual in found], control)
+        found = [attention(q, *kv, precision=precision, kernel=kernel, residual=True) for kv in zip(k, v, strict=True)]
+        weights = [weight for _, weight in _shares([residual for _, residual in found], control)]
         out = sum(jnp.expand_dims(w, -1) * x.astype(jnp.float32) for w, (x, _) in zip(weights, found, strict=True))
         return constrain(out.astype(dtype), "data", "sequence", "tensor", None), None
 
-    if inspect or any(x is not None for x in added):
+    if inspect or own.text is not None or own.images is not None:
         return biased()
     if control is None:
         return plain()
@@ -92,32 +89,26 @@ def cross_attention(
     return lax.cond(jnp.any(control.strength != 0), biased, plain)
 
 
-def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array | None]:
+def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array]:
     """[text, image 1, ... image M]; M is an `axis` of the images."""
-    text = None if of.text is None else jnp.asarray(of.text)
-    return [text, *([] if of.images is None else jnp.unstack(of.images, axis=axis))]
+    return [jnp.asarray(of.text), *([] if of.images is None else jnp.unstack(of.images, axis=axis))]
 
 
-def _shares(residuals: list[Residual], control: CrossControl | None) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What a branch's own softmax counts for, a list over c of arrays like its residual or []: in frame attention,
-    where isolated branches count whole, and in the output, where they have weights.
+def _shares(residuals: list[Residual], control: CrossControl | None) -> list[tuple[jax.Array, jax.Array]]:
+    """What the softmax of each branch counts for (in frame attention, in the output): like its residual, or [].
 
-    Shares of a joint softmax are taken from differences of maxima; a branch that is hidden whole has none.
+    Isolated branches count whole in frame attention and by their weights in the output. Shares of a joint softmax come
+    from differences of maxima, which are exact where the maxima are large; an image that is hidden whole has none.
     """
-    images = residuals[1:]
-    top = functools.reduce(jnp.maximum, [m for m, _ in images], jnp.float32(-jnp.inf))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    masses = [jnp.exp((m - top) + s) for m, s in images]
-    total = sum(masses, jnp.float32(0))
-    total = jnp.where(total == 0, 1, total)
-    joint = [jnp.float32(1), *(mass / total for mass in masses)]
+    one, images = jnp.float32(1), residuals[1:]
+    top = functools.reduce(jnp.maximum, [m for m, _ in images], -jnp.inf * one)
+    masses = [jnp.exp((m - jnp.where(top == -jnp.inf, 0, top)) + s) for m, s in images]
+    total = sum(masses, 0 * one)
+    joint = [one, *(mass / jnp.where(total == 0, 1, total) for mass in masses)]
     if control is None or len(images) < 2:
-        return joint, joint
-
-    def chosen(weights: Iterable[jax.Array]) -> list[jax.Array]:
-        return [jnp.where(control.isolated, w, share) for w, share in zip(weights, joint, strict=True)]
-
-    return chosen(joint[:1] * len(joint)), chosen(control.weights)
+        return [(share, share) for share in joint]
+    choose = functools.partial(jnp.where, control.isolated)
+    return [(choose(one, share), choose(weight, share)) for share, weight in zip(joint, control.weights, strict=True)]
 
 
 def by_frame(q: jax.Array, frames: int) -> jax.Array:
@@ -131,53 +122,52 @@ def by_frame(q: jax.Array, frames: int) -> jax.Array:
     return constrain(q, None, "data", "sequence", "tensor", None)
 
 
-def _by_frame(q, keys, values, added, control, precision, inspect) -> tuple[jax.Array, CrossReport | None]:
-    """Attention with KAB's bias and the caller's [B, F, K], a frame at a time: neither the probabilities nor the bias
-    of every query exist all at once. A frame's logits serve its frame attention and its output.
+def _by_frame(q, keys, values, own, control, precision, inspect) -> tuple[jax.Array, CrossReport | None]:
+    """Attention with KAB's bias and the caller's, a frame at a time: neither the probabilities nor the bias of every
+    query exist all at once. A frame's logits serve its frame attention and its output.
 
     The anchors come first, to fill the carry with their frame attention; what they put out then is written again.
     """
-    own = next((x for x in added if x is not None), None)
-    frames = own.shape[1] if control is None else control.strength.shape[1]
-    q = by_frame(q, frames)
-    scale = 1 / math.sqrt(q.shape[-1])
-    count = 0 if control is None else control.at.shape[0]
-    order = jnp.arange(frames) if control is None else jnp.concatenate([control.at, jnp.arange(frames)])
+    rows = control.strength if control is not None else own.images if own.text is None else own.text
+    frames, nothing = rows.shape[1], jnp.zeros((*rows.shape[:2], 1), jnp.float32)
+    added = _parts(own.replace(text=nothing if own.text is None else own.text), 2)
+    added += [nothing] * (len(keys) - len(added))
+    q, scale = by_frame(q, frames), 1 / math.sqrt(q.shape[-1])
+    first = jnp.zeros(0, jnp.int32) if control is None else control.at
+    order = jnp.concatenate([first, jnp.arange(frames)])
 
     def attend(scores: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Logits -> (frame attention [B, K], probabilities in the output [B, N, Q, K]), lists over c."""
-        found = [xla.softmax(x) for x in scores]
-        looked, weighed = [], []
-        for (p, _), share, weight in zip(found, *_shares([residual for _, residual in found], control), strict=True):
+        found, looked, weighed = [xla.softmax(x) for x in scores], [], []
+        for (p, _), (share, weight) in zip(found, _shares([residual for _, residual in found], control), strict=True):
             looked.append((p * jnp.expand_dims(share, -1)).astype(jnp.float32).mean((1, 2)))
             weighed.append(p * jnp.expand_dims(weight, -1))
         return looked, weighed
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
         (anchors, out), (index, frame) = carry, step
-        scores = [xla.logits(q[frame], k, scale, precision) for k in keys]
-        total = [None if x is None else x[:, frame] for x in added]
+        scores, plain = [xla.logits(q[frame], k, scale, precision) for k in keys], None
+        bias = [x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores)
-            place = (jnp.arange(count) == index)[:, None, None]
+            place, share = (jnp.arange(len(first)) == index)[:, None, None], control.share[frame][:, None, None]
             anchors = [jnp.where(place, row, x) for x, row in zip(anchors, plain, strict=True)]
-            share = control.share[frame][:, None, None]
-            made = [kab.anchor_bias(row, (share * x).sum(0), control.strength[:, frame], control.floor)
-                    for x, row in zip(anchors, plain, strict=True)]  # fmt: skip
-            total = [a if b is None else a + b for a, b in zip(made, total, strict=True)]
-        scores = [x if b is None else x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, total, strict=True)]
+            targets = [(share * x).sum(0) for x in anchors]
+            bias = [kab.anchor_bias(row, target, control.strength[:, frame], control.floor) + x
+                    for row, target, x in zip(plain, targets, bias, strict=True)]  # fmt: skip
+        scores = [x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, bias, strict=True)]
         biased, probabilities = attend(scores)
         mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
         out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)
-        return (anchors, out), (plain, biased, total) if inspect else None
+        return (anchors, out), (plain, biased, bias) if inspect else None
 
-    anchors = [jnp.zeros((count, k.shape[0], k.shape[1]), jnp.float32) for k in keys if control is not None]
+    anchors = [jnp.zeros((len(first), k.shape[0], k.shape[1]), jnp.float32) for k in keys]
     (_, out), seen = lax.scan(turn, (anchors, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
     out = constrain(rearrange(out, "F B Q N d -> B (F Q) N d"), "data", "sequence", "tensor", None)
     if not inspect:
         return out, None
-    plain, biased, total = ([jnp.moveaxis(x[count:], 0, 1) for x in part] for part in seen)
-    return out, CrossReport(_join(Branches, plain), _join(Branches, biased), _join(CrossBias, total))
+    seen = [[jnp.moveaxis(x[len(first) :], 0, 1) for x in part] for part in seen]
+    return out, CrossReport(*map(_join, (Branches, Branches, CrossBias), seen))
 
 
 def _join(kind: type, parts: list[jax.Array]) -> Branches | CrossBias:

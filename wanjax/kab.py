@@ -4,9 +4,9 @@ Source: "Anchoring and Rescaling Attention for Semantically Coherent Inbetweenin
 constants of its released code. The strength beta[step, layer, frame] and the anchors are known before a run; the bias
 is made of each layer's own queries and keys (`cross`), and then added to the logits of cross-attention.
 
-The paper has two anchors, the first and the last frame. Here there may be any number: between two neighbours all is as
-in a clip of its own; before the first and after the last anchor that anchor alone is the target, and the strength falls
-off towards the end of the clip. Axis letters as in `types`.
+The paper's anchors are the first and the last frame. Here there may be any number: between two neighbours all is as in
+a clip of its own; before the first and after the last anchor that one alone is the target, and the strength falls off
+towards the end of the clip. Axis letters as in `types`.
 """
 
 import operator
