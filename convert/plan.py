@@ -41,11 +41,6 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def size(self) -> int:
-        """Bytes of the source's tensors."""
-        return sum(part.tensors.size for part in self.source.parts.values())
-
-    @property
     def files(self) -> list[Path]:
         """Every file that is read."""
         files = [file for part in self.source.parts.values() for file in part.tensors.files]

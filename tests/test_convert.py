@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 from conversion import CONFIG, VAE_FILE, equal, plain_params, refused
+from foreign import copy_of
 from reference import relative_error
 from safetensors.numpy import load_file, save_file
-from test_sources import copy_of
 
 import convert
 from convert import __main__ as command
