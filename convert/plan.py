@@ -72,7 +72,8 @@ def _whole(source: Source, model: str) -> ModelConfig:
     parts = {name: part.config for name, part in source.parts.items()}
     dit, clip = parts.get("dit"), parts.get("clip")
     base = preset(model if model != "auto" else _nearest(dit))
-    if checkpoint.is_folder(source.path) and model == "auto":
+    stored = all(part.family.layout == "wanjax" for part in source.parts.values())
+    if model == "auto" and stored and checkpoint.is_folder(source.path):
         return checkpoint.read_config(source.path, whole=False)[1]
     if model != "auto" and dit is not None and _size(dit) != _size(base.dit):
         raise SourceError(f"{source.path}: holds a {describe(dit)}, not {model}; leave --model away")

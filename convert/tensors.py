@@ -168,6 +168,8 @@ def _open(path: Path) -> Tensors:
 
 def _head(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise SourceError(f"{path}: not a file; give a file of weights")
         with open(path, "rb") as file:
             return file.read(64)
     except OSError as error:
