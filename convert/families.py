@@ -6,7 +6,7 @@ there is one, else from the published models. The two are compared where both sp
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +18,6 @@ from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 
 HEAD_DIM = 128
 """Width of a DiT head in every published Wan2.1 model."""
-
-PREFIX = "model.diffusion_model."
-"""What some single files put before every name of the transformer."""
 
 Config = DiTConfig | VAEConfig | UMT5Config | CLIPConfig
 
@@ -184,21 +181,18 @@ def _dit_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> Di
 
 
 def _vae(
-    shapes: Mapping[str, Shape],
-    stated: Mapping[str, Any],
-    first: str,
-    latent: str,
-    blocks: Sequence[str | None],
-    times: Sequence[bool],
+    shapes: Mapping[str, Shape], stated: Mapping[str, Any], first: str, latent: str, layers: str, conv: str
 ) -> VAEConfig:
-    """From the encoder's list: `blocks` names each residual block's first convolution, None a resampler."""
+    """From the encoder's list of layers, `layers` and a number: what has no `conv` is a resampler."""
     base = _shape(shapes, first, 5)[0]
     levels: list[list[int]] = [[]]
-    for name in blocks:
-        if name is None:
-            levels.append([])
+    times = []
+    for i in range(_count(shapes, rf"{re.escape(layers)}(\d+)\.")):
+        if f"{layers}{i}.{conv}" in shapes:
+            levels[-1].append(_shape(shapes, f"{layers}{i}.{conv}", 5)[0] // base)
         else:
-            levels[-1].append(_shape(shapes, name, 5)[0] // base)
+            levels.append([])
+            times.append(f"{layers}{i}.time_conv.weight" in shapes)
     counts = {len(level) for level in levels}
     if len(counts) != 1 or any(len(set(level)) != 1 for level in levels):
         raise SourceError("autoencoder: its levels differ in depth or change width inside; not a Wan2.1 VAE")
@@ -217,25 +211,13 @@ def _vae(
 
 
 def _vae_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VAEConfig:
-    layer = "encoder.downsamples.{}"
-    blocks, times = [], []
-    for i in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
-        name = f"{layer.format(i)}.residual.2.weight"
-        blocks.append(name if name in shapes else None)
-        if blocks[-1] is None:
-            times.append(f"{layer.format(i)}.time_conv.weight" in shapes)
-    return _vae(shapes, stated, "encoder.conv1.weight", "conv2.weight", blocks, times)
+    layers = "encoder.downsamples."
+    return _vae(shapes, stated, "encoder.conv1.weight", "conv2.weight", layers, "residual.2.weight")
 
 
 def _vae_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VAEConfig:
-    layer = "encoder.down_blocks.{}"
-    blocks, times = [], []
-    for i in range(_count(shapes, r"encoder\.down_blocks\.(\d+)\.")):
-        name = f"{layer.format(i)}.conv1.weight"
-        blocks.append(name if name in shapes else None)
-        if blocks[-1] is None:
-            times.append(f"{layer.format(i)}.time_conv.weight" in shapes)
-    return _vae(shapes, stated, "encoder.conv_in.weight", "post_quant_conv.weight", blocks, times)
+    layers = "encoder.down_blocks."
+    return _vae(shapes, stated, "encoder.conv_in.weight", "post_quant_conv.weight", layers, "conv1.weight")
 
 
 def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, block: str, bias: str, q: str,

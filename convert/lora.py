@@ -26,6 +26,7 @@ from convert.loranames import Targets, parse, refuse_others
 from convert.sources import Part, Source
 from convert.tensors import SourceError, Tensor, Tensors, open_file
 from wanjax.compare import listed
+from wanjax.writing import absolute
 
 IN_FOLDER = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
              "pytorch_lora_weights.bin")  # fmt: skip
@@ -133,10 +134,7 @@ def parse_request(text: str) -> tuple[Path, float]:
 
 def _file(path: Path) -> Path:
     """The file of a LoRA that may be given as the folder it was saved to."""
-    try:
-        path = path.expanduser()
-    except RuntimeError as error:
-        raise SourceError(f"{path}: no such user; give the whole path") from error
+    path = absolute(path)
     if not path.is_dir():
         return path
     usual = [path / name for name in IN_FOLDER if (path / name).is_file()]

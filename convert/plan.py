@@ -41,11 +41,6 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def size(self) -> int:
-        """Bytes of the source's tensors."""
-        return sum(part.tensors.size for part in self.source.parts.values())
-
-    @property
     def files(self) -> list[Path]:
         """Every file that is read."""
         files = [file for part in self.source.parts.values() for file in part.tensors.files]
@@ -77,7 +72,8 @@ def _whole(source: Source, model: str) -> ModelConfig:
     parts = {name: part.config for name, part in source.parts.items()}
     dit, clip = parts.get("dit"), parts.get("clip")
     base = preset(model if model != "auto" else _nearest(dit))
-    if checkpoint.is_folder(source.path) and model == "auto":
+    stored = all(part.family.layout == "wanjax" for part in source.parts.values())
+    if model == "auto" and stored and checkpoint.is_folder(source.path):
         return checkpoint.read_config(source.path, whole=False)[1]
     if model != "auto" and dit is not None and _size(dit) != _size(base.dit):
         raise SourceError(f"{source.path}: holds a {describe(dit)}, not {model}; leave --model away")

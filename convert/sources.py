@@ -130,8 +130,10 @@ def find(
 def _place(path: str | Path, only: Sequence[str], notes: list[str]) -> Path:
     """The file or folder that is meant, which is there; of the hub, with the parts that are wanted."""
     place = hub.place(path, only, notes.append)
-    if place.exists():
+    if place.is_file() or place.is_dir():
         return place
+    if place.exists():
+        raise SourceError(f"{path}: neither a file nor a folder; give a model file or the folder that holds one")
     address = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(/.*)?", str(path))
     if address and not Path(path).parent.exists():
         raise SourceError(f"{path}: no such file or folder; did you mean {hub.HUB}{path}?")
@@ -142,7 +144,7 @@ def _parts(path: Path, only: tuple[str, ...]) -> Found:
     """The wanted parts that a file or folder holds."""
     if path.is_file():
         return _of_file(path, only)
-    if _is_wanjax(path):
+    if (path / checkpoint.CONFIG).is_file() and checkpoint.is_folder(path):  # a pipe of that name is not read
         return {slot: Part(*found) for slot, found in wanjaxfolder.parts(path, only).items()}, []
     stranger = strangers.by_folder(file.name for file in path.iterdir()) if "dit" in only else None
     if stranger:
@@ -153,13 +155,6 @@ def _parts(path: Path, only: tuple[str, ...]) -> Found:
         if any((path / root / name).is_dir() for name in TREE):
             return _tree(path / root, only)
     return _side_by_side(path, only)
-
-
-def _is_wanjax(path: Path) -> bool:
-    try:
-        return checkpoint.is_folder(path)
-    except RecursionError:  # JSON nested too deeply, which is told where it is read
-        return False
 
 
 def _part(family: Family, tensors: Tensors, stated: Mapping[str, Any]) -> Part:

@@ -162,11 +162,14 @@ def _open(path: Path) -> Tensors:
         arrays = torchfile.read(path)
     except TorchFileError as error:
         raise SourceError(str(error)) from error
-    return Tensors((path,), {name: _of_array(array) for name, array in arrays.items()})
+    named = {name: Tensor(array.shape, array.dtype, lambda a=array: a) for name, array in arrays.items()}
+    return Tensors((path,), named)
 
 
 def _head(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise SourceError(f"{path}: not a file; give a file of weights")
         with open(path, "rb") as file:
             return file.read(64)
     except OSError as error:
@@ -228,13 +231,9 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
         raise SourceError(f"{path}: not a readable index (no weight_map of files by tensor); get it again")
     for shard in set(where.values()):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
             raise SourceError(f"{path}: names {shard!r}, which is not a file beside it")
     return where
-
-
-def _of_array(array: np.ndarray) -> Tensor:
-    return Tensor(array.shape, array.dtype, lambda: array)
 
 
 def _open_safetensors(path: Path) -> Tensors:
@@ -283,10 +282,8 @@ def _check_looks(path: Path) -> None:
     head = _head(path)
     if not head:
         raise SourceError(f"{path}: empty; get it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise SourceError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise SourceError(f"{path}: a web page, not weights; download the file itself")
+    if what := torchfile.mistaken(head):
+        raise SourceError(f"{path}: {what}")
 
 
 def sha256(paths: Iterable[Path], told: Callable[[int], Any] = lambda size: None) -> dict[str, str]:

@@ -56,11 +56,16 @@ def _check_magic(path: Path, head: bytes) -> None:
         raise TorchFileError(
             f"{path}: in the tar format of the first versions of torch; load and save it again with a newer torch"
         )
+    raise TorchFileError(f"{path}: {mistaken(head) or 'not a torch file'}")
+
+
+def mistaken(head: bytes) -> str | None:
+    """What a file that begins so is, of what is often found in the place of weights; and the mend."""
     if head.startswith(b"version https://git-lfs"):
-        raise TorchFileError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
-    if head.lstrip()[:1] == b"<":
-        raise TorchFileError(f"{path}: a web page, not weights; download the file itself")
-    raise TorchFileError(f"{path}: not a torch file")
+        return "a Git LFS pointer, not the weights; run git lfs pull"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights; download the file itself"
+    return None
 
 
 def _structure(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> Any:

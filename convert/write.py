@@ -103,8 +103,9 @@ def check_target(target: Path) -> Path:
         hidden.lstat()
     except FileNotFoundError:
         return hidden
-    except OSError as error:  # its name is longer than the target's
-        raise OutputError(f"{target}: not a usable name ({error.strerror}); choose another") from error
+    except (OSError, ValueError) as error:  # its name is longer than the target's; a NUL in it
+        reason = getattr(error, "strerror", error)
+        raise OutputError(f"{str(target)!r}: not a usable name ({reason}); choose another") from error
     if not _ours(hidden):
         raise OutputError(f"{target}: {hidden} is in the way and no conversion's; move it away or choose another name")
     return hidden

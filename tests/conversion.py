@@ -1,33 +1,22 @@
 """What the tests of conversion share: one small model in the original repository's form, and converted once."""
 
-import dataclasses
-import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from nano import NANO, random_params, write_tokenizer
-from test_sources import DIT, write_original
+from foreign import CONFIG, plain_params, write_original
 
 from convert import __main__ as command
 
-CONFIG = dataclasses.replace(NANO, dit=DIT, clip=dataclasses.replace(NANO.clip, num_heads=16))
 VAE_FILE = "Wan2.1_VAE.pth"
-
-
-@functools.cache
-def plain_params():
-    """What the source is made of; not to be changed."""
-    return random_params(CONFIG)
 
 
 def write_source(folder: Path) -> Path:
     """The original repository's form of a small model, with a tokenizer."""
     folder.mkdir()
     write_original(folder, CONFIG, plain_params())
-    write_tokenizer(folder / "google" / "umt5-xxl" / "tokenizer.json")
     return folder
 
 

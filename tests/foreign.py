@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nano import NANO, random_params
+from nano import NANO, random_params, write_tokenizer
 from safetensors.numpy import save_file
 
 from convert import clip, dit, umt5, vae
@@ -60,7 +60,7 @@ def write_original(path, config, params):
         state = original(part, getattr(config, part), params[part])
         torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, path / file)
     (path / "google" / "umt5-xxl").mkdir(parents=True)
-    (path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
+    write_tokenizer(path / "google" / "umt5-xxl" / "tokenizer.json")
 
 
 def imagined(shapes, dtype=np.float32):

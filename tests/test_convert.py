@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 from conversion import CONFIG, VAE_FILE, equal, plain_params, refused
+from foreign import copy_of
 from reference import relative_error
 from safetensors.numpy import load_file, save_file
-from test_sources import copy_of
 
 import convert
 from convert import __main__ as command
@@ -112,6 +112,26 @@ def test_inspect_says_what_there_is(source, made, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "absent: dit, umt5, clip" in text
     assert command.main(["inspect", str(tmp_path)]) == 2
+
+
+HOSTILE = {
+    "pipe": lambda file: os.mkfifo(file), "device": lambda file: file.symlink_to("/dev/zero"),
+    "dangling": lambda file: file.symlink_to("nowhere"), "loop": lambda file: file.symlink_to(file.name),
+    "empty": lambda file: file.write_bytes(b""), "deep": lambda file: file.write_bytes(b"[" * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_is_no_file_of_weights_is_one_line_and_never_waited_for(source, tmp_path, capsys, kind):
+    """As SRC, as a picked file, as a LoRA, and as the config.json of a folder."""
+    file, folder = tmp_path / "x.safetensors", tmp_path / "folder"
+    folder.mkdir()
+    HOSTILE[kind](file)
+    HOSTILE[kind](folder / "config.json")
+    for arguments in ([file], [source, "--dit", file], [source, "--lora", file], [folder]):
+        error = refused(capsys, *arguments[:1], tmp_path / "m", *arguments[1:])
+        assert "\n" not in error and (str(file) in error or str(folder) in error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.safetensors"]
 
 
 def test_a_part_that_is_not_there_is_said(source, tmp_path, capsys):

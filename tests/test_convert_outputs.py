@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert import clip, dit, umt5, vae
-from convert.families import PREFIX
 from convert.keymap import invert
 from wanjax import vae as vae_model
 from wanjax.dit import WanDiT
 
 TABLES = {"dit": dit, "vae": vae, "umt5": umt5, "clip": clip}
+PREFIX = "model.diffusion_model."
 FOLDERS = {"dit": "transformer", "vae": "vae", "umt5": "text_encoder", "clip": "image_encoder"}
 CLIP = test_clip.small(32, 8)
 LIMITS = {"dit": 1e-5, "vae": 1e-4, "umt5": 1e-5, "clip": 1e-5}

@@ -64,7 +64,7 @@ def test_a_user_that_is_not_there_is_one_line(source, places, monkeypatch, capsy
 def test_targets(source, places, monkeypatch, kind):
     folder, name, wanted = NAMES[kind]
     monkeypatch.chdir(places / folder)
-    assert command.main([str(source), name, "--only", "vae", "--dtype", "f32"]) == 0
+    assert command.main([str(source), name, "--only", "clip", "--dtype", "f32"]) == 0
     manifest = store.read_manifest(places / wanted)
     store.verify(places / wanted, manifest.arrays)
     assert not list(places.rglob(".*"))  # neither lock nor hidden folder anywhere
@@ -94,14 +94,14 @@ def test_the_manifest_names_sources_the_same_from_everywhere(source, places, mon
     for folder, name in (("here", "../original"), (".", "original"), ("here/deeper", "../../original")):
         monkeypatch.chdir(places / folder)
         target = places / f"m{len(names)}"
-        planned = write.plan(sources.find(name, ["vae"]))
+        planned = write.plan(sources.find(name, ["clip"]))
         names.append(set(write.write(planned, target, "keep").sources))
     assert (
         names[0]
         == names[1]
         == names[2]
         == {
-            os.path.join("original", "Wan2.1_VAE.pth"),
+            os.path.join("original", "models_clip.pth"),
             os.path.join("original", "google", "umt5-xxl", "tokenizer.json"),
         }
     )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import spiece_model
 from conversion import CONFIG, plain_params, refused
+from foreign import copy_of, original, write_original
 from nano import random_params, write_tokenizer
 from safetensors.numpy import load_file, save_file
-from test_sources import copy_of, original, write_original
 
 from convert import __main__ as command
 from convert import plan, sources, umt5, write

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversion import equal, plain_params, refused, started
+from foreign import SHARD, copy_of
 from safetensors.numpy import load_file, save_file
-from test_sources import SHARD, copy_of
 
 import convert
 from convert import __main__ as command
@@ -31,7 +31,7 @@ def test_targets_that_cannot_be_written(source, made, tmp_path, capsys):
 
 def test_two_writers_never_hold_the_lock_together(source, tmp_path, monkeypatch):
     """One that opened the lock before its holder removed it must not think that it has it."""
-    planned, plain, tried = plan.plan(sources.find(source, ["vae"])), write._write_array, []
+    planned, plain, tried = plan.plan(sources.find(source, ["clip"])), write._write_array, []
     late = os.open(tmp_path / ".m.lock", os.O_CREAT | os.O_RDWR)
     os.unlink(tmp_path / ".m.lock")
 
@@ -77,7 +77,7 @@ def test_nan_and_inf_are_named(source, tmp_path, capsys, value):
     name = sorted(name for name in tensors if tensors[name].ndim == 2)[0]
     tensors[name][1, 1] = value
     save_file(tensors, path / SHARD)
-    error = refused(capsys, path, tmp_path / "m")
+    error = refused(capsys, path, tmp_path / "m", "--only", "dit")
     assert f"{name} holds NaN or inf" in error
     assert [file.name for file in tmp_path.iterdir()] == ["copy"]  # nothing could go on from what was written
 
@@ -98,7 +98,7 @@ sys.exit(main(sys.argv[1:]))
 def interrupted(source, target, number):
     """A run stopped by a signal once a few arrays are finished; their names."""
     progress = target.parent / f".{target.name}.part" / finish.PROGRESS
-    process = started(source, target, code=SLOW)
+    process = started(source, target, "--only", "dit", code=SLOW)
     deadline = time.monotonic() + 120
     while not (progress.is_file() and len(progress.read_text().splitlines()) > 8):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -119,35 +119,51 @@ def test_an_interrupted_run_goes_on_where_it_was(source, tmp_path, number):
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(part)
     stamps = {name: (store.place(part, name) / "zarr.json").stat().st_mtime_ns for name in done}
-    assert command.main([str(source), str(target)]) == 0
+    assert command.main([str(source), str(target), "--only", "dit"]) == 0
     for name, stamp in stamps.items():
         assert (store.place(target, name) / "zarr.json").stat().st_mtime_ns == stamp, f"{name} was written again"
-    equal(checkpoint.load(target, fast=False).params, plain_params())
+    wanted = plain_params()["dit"]
+    equal(store.restore(target, "dit", wanted, None), wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def left(source, target, monkeypatch):
+    """What Ctrl-C leaves once a few arrays are finished, without a process of its own."""
+    plain, count = write._write_array, iter(range(100))
+
+    def stopped(*arguments):
+        if next(count) == 8:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_array", stopped)
+        assert command.main([str(source), str(target), "--only", "dit"]) == 130
+    assert len((target.parent / f".{target.name}.part" / finish.PROGRESS).read_text().splitlines()) == 8
 
 
 LEFT = "left by a conversion of another source or with other settings; removed"
 
 
-def test_a_changed_source_starts_over(source, tmp_path, capsys):
+def test_a_changed_source_starts_over(source, tmp_path, capsys, monkeypatch):
     path, target = copy_of(source, tmp_path / "copy"), tmp_path / "m"
-    interrupted(path, target, signal.SIGKILL)
+    left(path, target, monkeypatch)
     tensors = load_file(path / SHARD)
     tensors = {name: tensor + np.float32(1) for name, tensor in tensors.items()}
     save_file(tensors, path / SHARD)
-    assert command.main([str(path), str(target)]) == 0
+    assert command.main([str(path), str(target), "--only", "dit"]) == 0
     assert f"note: {tmp_path / '.m.part'}: {LEFT}" in capsys.readouterr().err
-    _, wanted = convert.load(path)
-    equal(checkpoint.load(target).params, wanted)
+    _, wanted = convert.load(path, only=["dit"])
+    equal(store.restore(target, "dit", wanted["dit"], None), wanted["dit"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["copy", "m"]
 
 
-def test_other_parts_start_over(source, tmp_path, capsys):
+def test_other_parts_start_over(source, tmp_path, capsys, monkeypatch):
     """What was finished for another job is not taken for this one's."""
     target = tmp_path / "m"
-    interrupted(source, target, signal.SIGKILL)
-    assert command.main([str(source), str(target), "--only", "vae"]) == 0
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json", "tokenizer.json", "vae"]
+    left(source, target, monkeypatch)
+    assert command.main([str(source), str(target), "--only", "clip"]) == 0
+    assert sorted(path.name for path in target.iterdir()) == ["clip", "config.json", "manifest.json", "tokenizer.json"]
     assert LEFT in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -160,7 +176,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(source, tmp_path, capsys, mo
         return plain(*arguments)
 
     monkeypatch.setattr(write, "_write_arrays", changing)
-    assert "its files changed during the conversion" in refused(capsys, path, tmp_path / "m")
+    assert "its files changed during the conversion" in refused(capsys, path, tmp_path / "m", "--only", "dit")
     assert [file.name for file in tmp_path.iterdir()] == ["copy"]
 
 
@@ -205,7 +221,7 @@ ENDS = {
 @pytest.mark.parametrize("kind", ENDS)
 def test_what_is_left_can_be_gone_on_with(source, tmp_path, monkeypatch, kind, finished):
     """A hidden folder stays only if the same command goes on from it, and something in it is finished."""
-    planned = plan.plan(sources.find(source, ["vae"]))
+    planned = plan.plan(sources.find(source, ["clip"]))
     error, resumable = ENDS[kind]
     plain, count = write._write_array, iter(range(100))
 
@@ -227,8 +243,8 @@ def test_what_is_left_can_be_gone_on_with(source, tmp_path, monkeypatch, kind, f
 
 def test_a_folder_of_a_run_that_died_early_is_begun_anew(source, tmp_path):
     """Killed before the job was written: there is nothing to go on from, and nobody's file to keep."""
-    planned, notes = plan.plan(sources.find(source, ["vae"])), []
-    (tmp_path / ".m.part" / "vae").mkdir(parents=True)
+    planned, notes = plan.plan(sources.find(source, ["clip"])), []
+    (tmp_path / ".m.part" / "clip").mkdir(parents=True)
     (tmp_path / ".m.part" / "umt5.orbax-checkpoint-tmp").mkdir()
     write.write(planned, tmp_path / "m", "keep", noted=notes.append)
     assert notes == [f"{tmp_path / '.m.part'}: {LEFT}"]
@@ -255,7 +271,7 @@ def test_what_is_no_conversions_is_not_removed(source, tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_appears_meanwhile_is_not_replaced(source, tmp_path, monkeypatch, kind):
-    planned, target = plan.plan(sources.find(source, ["vae"])), tmp_path / "m"
+    planned, target = plan.plan(sources.find(source, ["clip"])), tmp_path / "m"
     plain = finish.write_synced
 
     def appearing(path, text):

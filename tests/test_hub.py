@@ -12,7 +12,7 @@ import hub_server
 import huggingface_hub
 import pytest
 from conversion import equal, plain_params, refused, started
-from test_sources import SHARD, copy_of
+from foreign import SHARD, copy_of
 
 from convert import hub
 from convert.families import SLOTS

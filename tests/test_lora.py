@@ -5,12 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from nano import random_params
+from foreign import CONFIG, original, plain_params
 from safetensors.numpy import load_file, save_file
-from test_convert import CONFIG, command
-from test_sources import original, write_original
 
 import convert
+from convert import __main__ as command
 from convert import lora, sources
 from convert.tensors import SourceError
 from wanjax import checkpoint
@@ -33,25 +32,12 @@ SPELLINGS = {
 
 
 @functools.cache
-def plain_params():
-    """Without any update; not to be changed."""
-    return random_params(CONFIG)
-
-
-@functools.cache
-def foreign():
+def transformer():
     return original("dit", CONFIG.dit, plain_params()["dit"])
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora_source")
-    write_original(folder, CONFIG, plain_params())
-    return folder
-
-
 def shape_of(name):
-    return foreign()[f"{name}.weight"].shape
+    return transformer()[f"{name}.weight"].shape
 
 
 def write_lora(path, spelling, names=LINEARS, alpha=6.0, seed=0):

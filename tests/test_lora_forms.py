@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from foreign import CONFIG
 from nano import random_params
 from reference import relative_error
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
-from test_convert import CONFIG
 
 import convert
 from convert import dit, lora, sources

@@ -5,18 +5,19 @@ import os
 
 import numpy as np
 import pytest
+from foreign import imagined
 from reference import listing, relative_error
 from safetensors.numpy import save_file
-from test_convert import command
 from test_lora_forms import normal, tensors
-from test_sources import imagined
 
+from convert import __main__ as command
 from convert import families, lora, sources
 from convert.loranames import Key, Targets, bare, parse
 from convert.sources import Part
 from convert.tensors import SourceError
 from wanjax.compare import LISTED
 from wanjax.config import preset
+from wanjax.writing import absolute
 
 NAME, OTHER, RANK = "blocks.1.self_attn.o", "blocks.1.attn1.to_out.0", 3
 OUT, WIDTH = 128, 128
@@ -240,7 +241,7 @@ def test_harmless_settings(source, tmp_path):
 def test_files_and_scales(monkeypatch, text, path, scale):
     monkeypatch.setenv("HOME", "/some/home")
     found, number = lora.parse_request(text)
-    assert (str(found), number) == (path.replace("HOME", "/some/home"), scale)
+    assert (found, number) == (absolute(path.replace("HOME", "/some/home")), scale)
 
 
 def test_a_colon_in_a_files_name(source, tmp_path):
@@ -252,12 +253,12 @@ def test_a_colon_in_a_files_name(source, tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("x:", "'' is not a scale"), ("x:big", "'big' is not a scale"), ("x:inf", "must be finite"),
-    ("x:nan", "must be finite"), ("~no_such_user/x:1", ""),
+    ("x:nan", "must be finite"), ("~no_such_user/x:1", None),
     ("x:0.8x", "is not a scale"), ("hf://owner/name/x.safetensors", "must be a file on this machine"),
     ("hf://owner/name:0.8", "must be a file on this machine"), ("C:\\x.safetensors:big", "'big' is not a scale"),
 ])  # fmt: skip
 def test_requests_that_are_refused(source, text, message):
-    with pytest.raises(SourceError, match=f"--lora .*{message}" if message else "no such user; give the whole path"):
+    with pytest.raises(SourceError, match=f"--lora .*{message}" if message else "~no_such_user/x: cannot be read"):
         lora.merge(source, [text])
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from foreign import DIT
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from reference import numpy_state, relative_error
 from safetensors.torch import load_file, save_file
 from test_dit import reference_model
-from test_sources import DIT
 
 from convert import lora, sources
 

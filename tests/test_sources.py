@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from foreign import CONFIG, SHARD, copy_of, imagined, original, plain_params, write_original
-from foreign import DIT as DIT  # other tests take it from here
 from reference import listing, numpy_state
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -86,6 +85,8 @@ def test_diffusers_folder(tmp_path, nano):
     assert set(sources.find(tmp_path, only=["vae"]).parts) == {"vae"}
 
 
+PREFIX = "model.diffusion_model."  # of some single files
+
 PUBLISHED = {
     "official_dit_flf2v_14b.txt": ("flf2v_14b", "dit"), "official_dit_i2v_14b.txt": ("i2v_14b", "dit"),
     "official_dit_t2v_1_3b.txt": ("t2v_1_3b", "dit"), "official_umt5.txt": ("flf2v_14b", "umt5"),
@@ -96,7 +97,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("file", PUBLISHED)
-@pytest.mark.parametrize("prefix", ["", families.PREFIX])
+@pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_published_files_give_the_presets(file, prefix):
     """From names and shapes alone, no config.json: family, layout and every size."""
     name, part = PUBLISHED[file]
@@ -111,13 +112,13 @@ def test_published_files_give_the_presets(file, prefix):
 def test_single_file_of_another_dtype(tmp_path, nano, dtype):
     """ComfyUI's form: every name prefixed, any of its dtypes."""
     config, params = nano
-    tensors = {families.PREFIX + name: torch.from_numpy(np.array(tensor)).to(getattr(torch, np.dtype(dtype).name))
+    tensors = {PREFIX + name: torch.from_numpy(np.array(tensor)).to(getattr(torch, np.dtype(dtype).name))
                for name, tensor in original("dit", config.dit, params["dit"]).items()}  # fmt: skip
     save_torch(tensors, tmp_path / "wan.safetensors")
     part = sources.find(tmp_path / "wan.safetensors").parts["dit"]
     assert part.config == config.dit
     for name, tensor in part.tensors.named.items():
-        wanted = tensors[families.PREFIX + name].float().numpy()
+        wanted = tensors[PREFIX + name].float().numpy()
         np.testing.assert_array_equal(tensor.read().astype(np.float32), wanted)
 
 
