@@ -92,7 +92,9 @@ class Batch:
 
     def first_frame_latent(self, model: Model, frame: np.ndarray) -> jax.Array:
         """Condition channels [B, F, h, w, s + 16] of frames uint8 [B, H, W, 3] as the first and only keyframe."""
-        return _encode_first(model.config.vae, model.part("vae"), keyframes.to_unit(frame), frames=self.settings.frames)
+        return _encode_first(
+            _vae_config(model), model.part("vae"), keyframes.to_unit(frame), frames=self.settings.frames
+        )
 
     @cached_property
     def one_way(self) -> tuple[Model, Conditions, Conditions, jax.Array]:
@@ -237,7 +239,7 @@ def _two_way(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 
 
 def _latent_interpolation(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
-    truth, config, params = batch.clips.truth, batch.model.config.vae, batch.model.part("vae")
+    truth, config, params = batch.clips.truth, batch.plan.config.vae, batch.model.part("vae")
     still = [np.repeat(truth[:, [end]], truth.shape[1], 1) for end in (0, -1)]
     first, last = (_encode(config, params, keyframes.to_unit(video)) for video in still)
     share = np.linspace(0, 1, first.shape[1], dtype=np.float32)[None, :, None, None, None]
@@ -246,7 +248,7 @@ def _latent_interpolation(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
 
 def _vae(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     model = batch.model
-    return batch.decode(_encode(model.config.vae, model.part("vae"), keyframes.to_unit(batch.clips.truth)))
+    return batch.decode(_encode(batch.plan.config.vae, model.part("vae"), keyframes.to_unit(batch.clips.truth)))
 
 
 def _truth(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
@@ -279,6 +281,11 @@ _MAKERS: Mapping[str, Callable[[Arm, Batch, int], np.ndarray]] = MappingProxyTyp
     }
 )
 KINDS = tuple(_MAKERS)
+
+
+def _vae_config(model: Model) -> VAEConfig:
+    """With its kernels chosen for the device that computes."""
+    return model.config.for_platform(jax.default_backend()).vae
 
 
 @partial(jax.jit, static_argnums=1)

@@ -64,7 +64,7 @@ def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
 
 def reconstruct(model: Model, truth: np.ndarray) -> np.ndarray:
     """The clips through the VAE and back: the best that any latents of its encoder could give."""
-    config, params = model.config.vae, model.part("vae")
+    config, params = model.config.for_platform(jax.default_backend()).vae, model.part("vae")
     parts = [truth[i : i + BATCH] for i in range(0, len(truth), BATCH)]
     latents = [_encode(config, params, keyframes.to_unit(part)) for part in parts]
     return np.concatenate([keyframes.from_unit(_decode(config, params, one)) for one in latents])
