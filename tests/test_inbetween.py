@@ -256,6 +256,7 @@ def test_files_to_files_from_python(job, tmp_path):
     assert report["settings"]["prompt"] == "a circle"
 
 
+@pytest.mark.slow
 def test_mesh_from_the_command_line(job, monkeypatch):
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two)

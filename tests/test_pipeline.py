@@ -62,6 +62,7 @@ def encoded_of(model, pairs, prompts, chosen):
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
 def test_values_do_not_recompile(model, mode):
+    jax.clear_caches()  # of tests that came before
     base = settings(guidance_mode=mode)
     with count_compilations() as compiled:
         plain = inbetween(model, images(), base)
@@ -125,19 +126,23 @@ def test_more_keyframes_by_the_call_alone(model):
     """One, two or three keyframes anywhere; each reaches the latents, in any order, by any spelling of its place."""
     first, last = images(0)
     middle = images(1)[0]
-    plain = inbetween(model, (first, last), settings(frames=9))
-    three = inbetween(model, (first, last), settings(frames=9), keyframes={4: middle})
-    same = inbetween(model, (None, None), settings(frames=9), keyframes={-1: last, -5: middle, 0: first})
-    alone = inbetween(model, (first, None), settings(frames=9))
+    plain = inbetween(model, (first, last), settings())
+    three = inbetween(model, (first, last), settings(), keyframes={2: middle})
+    same = inbetween(model, (None, None), settings(), keyframes={-1: last, -3: middle, 0: first})
+    alone = inbetween(model, (first, None), settings())
     assert np.array_equal(three.latents, same.latents)
     assert relative_error(three.latents, plain.latents) > 1e-3
     assert relative_error(alone.latents, plain.latents) > 1e-3
-    with pytest.raises(ValueError, match="keyframes at 0, 4, 4, 8: two at one frame"):
-        inbetween(model, (first, last), settings(frames=9), keyframes={4: middle, -5: middle})
-    with pytest.raises(ValueError, match="keyframe at 9: give a whole number from -9 to 8"):
-        inbetween(model, (first, last), settings(frames=9), keyframes={9: middle})
+    with pytest.raises(ValueError, match="keyframes at 0, 2, 2, 4: two at one frame"):
+        inbetween(model, (first, last), settings(), keyframes={2: middle, -3: middle})
+    with pytest.raises(ValueError, match="keyframe at 5: give a whole number from -5 to 4"):
+        inbetween(model, (first, last), settings(), keyframes={5: middle})
+    with pytest.raises(ValueError, match="keyframe at '2': give a whole number"):
+        inbetween(model, (first, last), settings(), keyframes={"2": middle})
+    with pytest.raises(ValueError, match="given too; give it once"):
+        inbetween(model, (first, last), settings(), keyframes={-1: middle})
     with pytest.raises(ValueError, match="none given"):
-        inbetween(model, (None, None), settings(frames=9))
+        inbetween(model, (None, None), settings())
 
 
 def test_guidance_modes_agree_and_scale_one_ignores_the_negative_prompt(model):
@@ -203,8 +208,8 @@ def sharded(model, sizes, devices=8):
 
 
 CASES = [
-    ({"data": 2, "sequence": 4}, "sequential"),
-    ({"data": 2, "sequence": 4}, "batched"),
+    pytest.param({"data": 2, "sequence": 4}, "sequential", marks=pytest.mark.slow),
+    pytest.param({"data": 2, "sequence": 4}, "batched", marks=pytest.mark.slow),
     ({"sequence": 8}, "sequential"),
     ({"fsdp": 2, "sequence": 2, "tensor": 2}, "sequential"),
 ]
@@ -347,7 +352,8 @@ def test_parts_of_any_size_and_what_the_host_sees(model):
 
 def test_programs_compiled_ahead_are_those_of_the_run(model):
     """Nothing is compiled or traced again in the stages they are for."""
-    chosen = settings(frames=13, seed=9)  # a length of its own, so that nothing is compiled yet
+    jax.clear_caches()
+    chosen = settings(seed=9)
     plan = Plan.of(NANO, chosen)
     batch = Batch(Inputs.prepare([images()], plan), [chosen.prompt], [chosen.seed])
     with compile_ahead(plan) as ready:
