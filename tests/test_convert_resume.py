@@ -87,7 +87,7 @@ import sys, time
 from convert import write
 plain = write._write_array
 def slow(*arguments):
-    time.sleep(0.02)
+    time.sleep(0.2)
     return plain(*arguments)
 write._write_array = slow
 from convert.__main__ import main

@@ -289,7 +289,7 @@ def test_json_of_the_wrong_kind_is_one_line(tmp_path, capsys, file, kind):
 
 @pytest.mark.parametrize("where", [
     {}, [], "x", {"a": 1}, {"a": ["x"]}, {"a": {"b": "c"}}, {"a": None}, {"a": "../x"}, {"a": "/etc/x"}, {"a": "x/y"},
-    {"a": ""}, {"a": "no.safetensors"},
+    {"a": ""}, {"a": ".."}, {"a": "a\\b"}, {"a": "no.safetensors"},
 ])  # fmt: skip
 def test_weight_maps_of_the_wrong_kind(tmp_path, capsys, where):
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
