@@ -97,19 +97,20 @@ def draw_strength(numbers: dict[str, Any]) -> Any:
 
 
 def draw_attention(numbers: dict[str, Any]) -> Any:
-    """Columns: text, first, last keyframe. Rows: without bias, with it, difference."""
+    """Columns: text and the keyframes that the model sees. Rows: without bias, with it, difference."""
     from matplotlib.colors import FuncNorm, LogNorm
     from matplotlib.ticker import LogLocator
 
     branches = numbers["attention"]
     frames = len(branches["text"]["plain"])
     image_width = min(max(4.5, 0.025 * len(branches["first"]["labels"])), 8)
-    widths = [min(max(3.5, 0.24 * len(branches["text"]["labels"])), 30), image_width, image_width]
+    known = {"text": "prompt", "first": "first keyframe", "last": "last keyframe"}
+    columns = {branch: name for branch, name in known.items() if branch in branches}
+    widths = [min(max(3.5, 0.24 * len(branches["text"]["labels"])), 30), *[image_width] * (len(columns) - 1)]
     height = min(max(1.8, 0.16 * frames), 5)
     figure = _figure(sum(widths) + 4, 3 * height + 2.6)
     figure.suptitle(_attention_title(numbers), fontsize=11, parse_math=False)
-    grid = figure.subplots(3, 3, width_ratios=widths, squeeze=False)
-    columns = {"text": "prompt", "first": "first keyframe", "last": "last keyframe"}
+    grid = figure.subplots(3, len(columns), width_ratios=widths, squeeze=False)
     names = {
         (True, True): "KAB and own bias",
         (True, False): "KAB",

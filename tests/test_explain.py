@@ -200,6 +200,13 @@ def test_titles_say_where_nothing_is_done(model, observed):
     assert "prompt, with own bias" in [ax.get_title() for ax in axes]
 
 
+def test_a_model_of_one_image_has_one_column_less(model, observed):
+    numbers = explain._numbers(model, plan(), 0, 1, observed, False)
+    del numbers["attention"]["last"]
+    titles = [ax.get_title() for ax in plots.draw_attention(numbers).axes]
+    assert "first keyframe, difference" in titles and not [title for title in titles if "last" in title]
+
+
 def test_labels_of_any_prompt(model, observed, monkeypatch):
     """Cut prompts, no padding, characters that no font has, and text that would be a formula."""
     words = ["a", "▁red", "▁", "一只", "🐈", "$x_1$", "▁over", "▁under", "▁up"]
