@@ -229,6 +229,8 @@ def make(
       others: as `inbetween`.
     """
     timings = Timings()
+    for batch in batches:
+        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias, None)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("compile"):
             ready("encode")

@@ -38,7 +38,7 @@ def run(
     """
     # Rows from `steps` on are passed over, and the last part may reach beyond the table: so every call is one program.
     table = table.replace(live=table.live & (np.arange(len(table.live)) < steps))
-    table = jax.tree.map(lambda leaf: _padded(leaf, chunk), table)
+    table = jax.tree.map(lambda leaf: _padded(leaf, chunk - 1), table)
     if on_step is not None:
         on_step(first, carry)
     for begin in range(first, steps, chunk):
@@ -49,8 +49,8 @@ def run(
     return carry
 
 
-def _padded(leaf: np.ndarray, multiple: int) -> np.ndarray:
-    return np.concatenate([leaf, np.zeros((-len(leaf) % multiple, *leaf.shape[1:]), leaf.dtype)])
+def _padded(leaf: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([leaf, np.zeros((rows, *leaf.shape[1:]), leaf.dtype)])
 
 
 def check(carry: Carry) -> None:

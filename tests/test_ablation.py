@@ -157,7 +157,7 @@ def test_the_documented_example_moves_attention_between_words():
     assert names["result"].video.shape == (1, 25, 32, 32, 3)
     model, pair, bias = names["model"], (names["first"], names["last"]), CrossBias(text=names["bias"])
     plan = Plan.of(model.config, names["settings"])
-    encoded = pipeline.encode(model, plan, [Inputs.prepare([pair], plan)], [names["settings"].prompt])[0]
+    encoded = pipeline.encode(model, plan, [Inputs.prepare([pair], plan)], [[names["settings"].prompt]])[0]
     noise = pipeline.noise(plan, [names["settings"].seed])
     latents = pipeline.denoise(model, plan, encoded, noise, cross_bias=bias, until=1)
     seen = explain.observe(model, plan, encoded, latents, 2, 1, bias)

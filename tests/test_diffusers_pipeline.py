@@ -199,7 +199,7 @@ def test_from_files(tmp_path, folder, model):
         image.save(tmp_path / f"{name}.png")
     job = files.prepare(tmp_path / "first.png", tmp_path / "last.png", tmp_path / "clip.mp4", model=folder / "ours",
                         preset="diffusers", frames=wan.FRAMES, size=wan.SIZE, prompt=PROMPT)  # fmt: skip
-    made = Inputs.prepare([[job.first, job.last]], job.plan)
+    made = job.inputs
     wanted = [image.resize(wan.SIZE[::-1], Image.Resampling.LANCZOS) for image in (FIRST, LAST)]
     assert np.array_equal(made.pixels[0], np.stack([np.asarray(image) for image in wanted]))
     processor = wan.image_processor()
