@@ -18,7 +18,6 @@ from reference import relative_error
 
 from convert.__main__ import main as convert
 from samplers import command, files, load, schedule, solvers
-from samplers.pipeline import Inputs
 from samplers.plan import PRESETS, Plan, Settings
 from wanjax import config, keyframes
 from wanjax.tokenizer import PromptCut
