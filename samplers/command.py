@@ -140,11 +140,17 @@ def _add_model_and_output(p: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")
     model.add_argument(
+        "--devices",
+        type=_devices,
+        metavar="N",
+        help="how many devices share the work, or 'all' (default: one)",
+    )
+    model.add_argument(
         "--mesh",
         type=_mesh,
         default={},
         metavar="AXIS=N,...",
-        help="devices along data, fsdp, sequence, tensor (default: one device)",
+        help="instead of --devices, by hand: devices along data, fsdp, sequence, tensor",
     )
 
     output = p.add_argument_group("output")
@@ -317,4 +323,13 @@ def _mesh(text: str) -> dict[str, int]:
     try:
         return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,..., such as fsdp=4,sequence=2") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,..., such as data=2,sequence=4") from error
+
+
+def _devices(text: str) -> int | str:
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or 'all'") from error

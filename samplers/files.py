@@ -4,6 +4,7 @@ Everything that can be wrong is found in `prepare`, before any computing; `make`
 """
 
 import dataclasses
+import math
 import sys
 import time
 import warnings
@@ -67,7 +68,7 @@ class Job:
     @cached_property
     def devices(self) -> Mesh | None:
         """The mesh; None for one device."""
-        return sharding.make_mesh(self.mesh) if self.mesh else None
+        return sharding.make_mesh(self.mesh, jax.devices()[: math.prod(self.mesh.values())]) if self.mesh else None
 
 
 def prepare(
@@ -80,6 +81,7 @@ def prepare(
     fps: float | None = None,
     scale: int | None = None,
     overwrite: bool = False,
+    devices: int | str | None = None,
     mesh: dict[str, int] | None = None,
     size: tuple[int, int] | str | None = None,
     preset: str | None = None,
@@ -97,7 +99,8 @@ def prepare(
       dtype: "float32", "bfloat16", or None for the model's own.
       fps, scale: of the file; default the model's, and what brings the shorter side to 256 pixels.
       overwrite: whether existing outputs of wanjax may be replaced.
-      mesh: axis -> number of devices.
+      devices: how many share the work, or "all"; the mesh is then `sharding.choose_mesh`'s.
+      mesh: by hand, axis -> number of devices.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
       preset: a name in `plan.PRESETS`.
       explain: folder for plots of the method, see `samplers.explain`.
@@ -122,6 +125,7 @@ def prepare(
         area = config.sampling.size[0] * config.sampling.size[1]
         fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
         chosen = dataclasses.replace(chosen, size=fitting)
+    mesh = _mesh(devices, mesh or {}, config.dit.num_heads)
     memory.check(config, chosen, mesh)
     plan = Plan.of(config, chosen)
     inputs = Inputs.prepare([images], plan)
@@ -136,9 +140,10 @@ def prepare(
     scale = video.enlarge_factor(*chosen.size) if scale is None else scale
     if scale < 1:
         raise ValueError(f"scale {scale}: give a whole number of at least 1")
-    if mesh:
-        sharding.make_mesh(mesh)
-        sharding.check_mesh(mesh, config.dit.num_heads, plan.tokens)
+    passes = 2 if chosen.guidance_mode == "batched" and chosen.guidance != 1 else 1
+    if (copies := sharding.repeats(mesh, passes)) > 1:
+        notes.append(f"mesh data={copies}: {copies} times the same work, for there is {passes} clip or pass to divide; "
+                     + ("use --guidance-mode batched or --devices" if passes == 1 else "use --devices"))  # fmt: skip
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
     also = [] if explain is None else [explaining.target(explain)]
@@ -146,8 +151,24 @@ def prepare(
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
     paths = str(first), str(last)
-    return Job(str(model), folder, config, inputs, paths, plan, dtype, outputs, fps, scale, mesh or {}, tuple(notes),
+    return Job(str(model), folder, config, inputs, paths, plan, dtype, outputs, fps, scale, mesh, tuple(notes),
                looked_at)  # fmt: skip
+
+
+def _mesh(devices: int | str | None, mesh: dict[str, int], heads: int) -> dict[str, int]:
+    """Axis sizes. ValueError for devices that are not there, and for a mesh that does not divide the heads."""
+    if devices is None:
+        if mesh:
+            sharding.make_mesh(mesh)
+            sharding.check_mesh(mesh, heads)
+        return mesh
+    if mesh:
+        raise ValueError("devices and mesh: a mesh says already how many devices; give one of them")
+    there = len(jax.devices())
+    count = there if devices == "all" else devices
+    if not 1 <= count <= there:
+        raise ValueError(f"devices {devices}: there are {there}; give a number from 1 to {there}, or all")
+    return {} if count == 1 else sharding.choose_mesh(count, heads)
 
 
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:

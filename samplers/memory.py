@@ -50,18 +50,18 @@ class Estimate:
 
 
 def estimate(config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None) -> Estimate:
-    """What one clip takes; on a mesh, of one device: the weights split over fsdp and tensor, the tokens over
-    sequence and tensor."""
+    """What one clip takes; on a mesh, of one device: the weights and the tokens split over fsdp, sequence
+    and tensor."""
     mesh = mesh or {}
     shapes = checkpoint.param_shapes(config)
     size = {part: sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
             for part, tree in shapes.items()}  # fmt: skip
-    split = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+    split = mesh.get("fsdp", 1) * mesh.get("sequence", 1) * mesh.get("tensor", 1)
     size = {part: n // split if part != "vae" else n for part, n in size.items()}
     area = math.prod(settings.size)
     frames = config.vae.latent_frames(settings.frames) // config.dit.patch_size[0]
     tokens = frames * area // (config.vae.spatial_stride**2 * math.prod(config.dit.patch_size[1:]))
-    tokens = tokens * config.dit.dim * DENOISE / (mesh.get("sequence", 1) * mesh.get("tensor", 1))
+    tokens = tokens * config.dit.dim * DENOISE / split
     pixels = area * config.vae.base_dim
     return Estimate(size, {"encode": ENCODE * pixels, "denoise": int(tokens), "decode": DECODE * pixels})
 

@@ -6,7 +6,7 @@ result is finite.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
@@ -256,7 +256,7 @@ def noise(plan: Plan, seeds: Sequence[int], mesh: Mesh | None = None) -> jax.Arr
     """Standard normal latents float32 [B, F, h, w, C], each clip's from its own seed alone."""
     drawn = [_noise((1, *plan.latent_shape), np.uint32(seed)) for seed in seeds]
     whole = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
-    return whole if mesh is None else sharding.shard_video(whole, mesh)
+    return whole if mesh is None else sharding.shard_batch(whole, mesh)
 
 
 def encode(model: Model, plan: Plan, inputs: Sequence[Inputs], prompts: Sequence[Sequence[str]]) -> list[Encoded]:
@@ -270,10 +270,11 @@ def encode(model: Model, plan: Plan, inputs: Sequence[Inputs], prompts: Sequence
     tokens = [encode_images(model, plan, own.vision) for own in inputs]
     params = model.part("vae")
     latents = []
-    for own in inputs:
-        pixels = keyframes.to_unit(own.pixels)
-        latent = _encode_keyframes(config.vae, params, pixels, at=plan.at, frames=plan.settings.frames)
-        latents.append(_finite("keyframe latent", *latent))
+    with _picture_mesh(plan):
+        for own in inputs:
+            pixels = keyframes.to_unit(own.pixels)
+            latent = _encode_keyframes(config.vae, params, pixels, at=plan.at, frames=plan.settings.frames)
+            latents.append(_finite("keyframe latent", *latent))
     return [
         Encoded(Conditions(text, images, latent), negative)
         for (text, negative), images, latent in zip(texts, tokens, latents, strict=True)
@@ -364,7 +365,15 @@ def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> C
 
 def decode(model: Model, plan: Plan, latents: jax.Array) -> np.ndarray:
     """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]. FloatingPointError on NaN or inf."""
-    return keyframes.from_unit(_finite("decoded video", *_decode(plan.config.vae, model.part("vae"), latents)))
+    with _picture_mesh(plan):
+        video = _decode(plan.config.vae, model.part("vae"), latents)
+    return keyframes.from_unit(_finite("decoded video", *video))
+
+
+def _picture_mesh(plan: Plan) -> AbstractContextManager:
+    """For the autoencoder the devices of the present mesh lie in rows and columns."""
+    mesh = jax.sharding.get_mesh()
+    return nullcontext() if mesh.empty else jax.set_mesh(sharding.picture_mesh(mesh, plan.latent_shape[1:3]))
 
 
 def _finite(stage: str, value: jax.Array, finite: jax.Array) -> jax.Array:
@@ -374,13 +383,10 @@ def _finite(stage: str, value: jax.Array, finite: jax.Array) -> jax.Array:
 
 
 def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
-    """Puts encoded conditions on the mesh: the latent as `sharding.shard_video`, the rest on every device."""
+    """Puts encoded conditions on the mesh, as `sharding.shard_batch`."""
     if mesh is None:
         return encoded
-    conditions = encoded.conditions
-    latent = sharding.shard_video(conditions.latent, mesh)
-    rest, negative = sharding.replicate((conditions.replace(latent=None), encoded.negative), mesh)
-    return Encoded(rest.replace(latent=latent), negative)
+    return Encoded(*sharding.shard_batch((encoded.conditions, encoded.negative), mesh))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))

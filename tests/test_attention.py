@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from reference import relative_error
 
-from wanjax.attention import KERNELS, attention, cudnn, xla
+from wanjax.attention import KERNELS, attention, cudnn, splash, xla
 from wanjax.config import BFLOAT16, FLOAT32, Precision
 from wanjax.sharding import make_mesh
 
@@ -174,7 +175,7 @@ def test_gradient_of_the_residual(kernel):
 
 def test_auto_is_the_portable_kernel():
     np.testing.assert_array_equal(attention(*arrays(), kernel="auto"), attention(*arrays(), kernel="xla"))
-    assert {"xla", "chunked", "cudnn"} <= set(KERNELS)
+    assert {"xla", "chunked", "cudnn", "splash"} <= set(KERNELS)
 
 
 CASES = {
@@ -185,7 +186,7 @@ CASES = {
     "wide heads": ({}, 136, {}, False),
     "odd heads": ({}, 12, {}, False),
     "tensor parallel": ({}, 64, {"tensor": 8}, True),
-    "sequence parallel": ({}, 64, {"sequence": 8}, False),
+    "padded": ({"valid": np.arange(16) != 3}, 64, {}, True),
 }
 
 
@@ -202,6 +203,38 @@ def test_cudnn_leaves_what_it_cannot_do_to_xla(monkeypatch, options, width, mesh
     with jax.set_mesh(make_mesh(mesh or {"data": 1}, None if mesh else jax.devices()[:1])):
         out = attention(q, k, k, kernel="cudnn", **({"precision": BFLOAT16} | options))
     assert asked == ["cudnn"] * fused and out.shape == q.shape
+
+
+@pytest.mark.parametrize("queries, keys, width, holes", [(300, 257, 128, False), (130, 200, 64, True),
+                                                         (1100, 1030, 128, True)])  # fmt: skip
+def test_splash(queries, keys, width, holes):
+    """In Pallas' interpreter: lengths that its blocks do not divide, several blocks, two clips, both head widths, keys
+    that do not count; the log-sum-exp in float32."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, width)), jnp.bfloat16) for n in (queries, keys, keys))
+    valid = rng.random(keys) < 0.7 if holes else None
+    hidden = None if valid is None else np.where(valid, 0, -np.inf)
+    with pltpu.force_tpu_interpret_mode():
+        out, (top, log_sum) = attention(q, k, v, precision=BFLOAT16, kernel="splash", valid=valid, residual=True)
+        alone = attention(q, k, v, precision=BFLOAT16, kernel="splash", valid=valid)
+    assert out.shape == q.shape and out.dtype == jnp.bfloat16
+    same, (same_top, same_sum) = attention(q, k, v, hidden, precision=BFLOAT16, kernel="xla", residual=True)
+    assert relative_error(out, same) <= 2e-3 and relative_error(alone, out) <= 2e-3
+    assert relative_error(top + log_sum, same_top + same_sum) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "length, wanted", [(34816, 1024), (75776, 1024), (4352, 896), (512, 512), (257, 384), (1, 128)]
+)
+def test_splash_blocks(length, wanted):
+    assert splash.block(length) == wanted
+
+
+def test_keys_that_do_not_count(kernel):
+    q, k, v = arrays()
+    valid = np.arange(K) % 3 != 1
+    wanted = attention(q, k[:, valid], v[:, valid], kernel=kernel)
+    assert relative_error(attention(q, k, v, valid=valid, kernel=kernel), wanted) <= 1e-6
 
 
 def test_cudnn_residual_is_not_differentiated():

@@ -357,7 +357,7 @@ def test_on_a_mesh(model, run):
     mesh = sharding.make_mesh({"sequence": 2}, jax.devices()[:2])
     params = {name: sharding.shard_params(tree, mesh) for name, tree in model.params.items()}
     spread = dataclasses.replace(model, params=params)
-    seen = explain.observe(spread, a_plan, pipeline.place(encoded, mesh), sharding.shard_video(latents, mesh), 0, 1,
+    seen = explain.observe(spread, a_plan, pipeline.place(encoded, mesh), sharding.shard_batch(latents, mesh), 0, 1,
                            mesh=mesh)  # fmt: skip
     for i, name in enumerate(("first", "last")):
         branch = run[2]["attention"][name]

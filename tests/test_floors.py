@@ -8,7 +8,7 @@ PACKAGES = ("wanjax", "convert", "samplers", "benchmarks")
 
 FLOORS = (
     {"types", "config", "settings", "environment", "compare", "marks", "publishing", "rooms", "writing"},
-    {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding"},
+    {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding", "layout"},
     {"dit", "vae", "umt5", "clip", "tokenizer", "shapes"},
     {"keyframes", "colour", "frames", "conditioning", "guidance", "manifest", "store", "residency", "checkpoint"},
 )

@@ -176,7 +176,12 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--mesh", "rows=8"], "mesh axis rows"),
         (["--mesh", "data=3"], "3 places for"),
         (["--mesh", "tensor=8"], "mesh tensor=8: does not divide the 2 heads; give one of 1, 2"),
-        (["--mesh", "sequence=8"], "mesh sequence=8: does not divide the 12 video tokens; give one of 1, 2, 3, 4"),
+        (
+            ["--mesh", "sequence=8"],
+            "mesh sequence=8: does not divide the 2 heads; give one of 1, 2 and the rest to fsdp",
+        ),
+        (["--devices", "9"], "devices 9: there are 8; give a number from 1 to 8, or all"),
+        (["--devices", "2", "--mesh", "fsdp=8"], "a mesh says already how many devices"),
         (["--size", "65536x65536"], "largest size of this shape is"),
         (["--beta-end", 0.5], "beta_end 0.5: kab is off; switch it on (--kab, or --method paper)"),
         (["--no-retro", "--s-mid", 0.9, "--method", "paper"], "s_mid 0.9: retro is off"),
@@ -209,7 +214,7 @@ def test_bad_settings(job, capsys, no_compute, extra, message):
 
 SYNTAX = [
     ["--preset", "turbo"], ["--timesteps", "rounded"], ["--clip-fit", "pad"], ["--guidance-interval", "0.5"],
-    ["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"], ["--method", "ours"],
+    ["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"], ["--devices", "few"], ["--method", "ours"],
     ["--retro-mode", "twist"], ["--kab-layers", "5"], ["--kab-steps", "a-b"], ["--branch-weights", "1,x,1"],
     ["--anchor-curve", "0,x"],
 ]  # fmt: skip

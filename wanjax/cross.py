@@ -12,14 +12,13 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import struct
 from jax import lax
 
 from wanjax import kab
-from wanjax.attention import Residual, attention, xla
+from wanjax.attention import Residual, attention, parallel, xla
 from wanjax.config import FLOAT32, Precision
-from wanjax.layers import constrain
+from wanjax.layout import TokenLayout
 from wanjax.types import Branches, CrossBias, CrossControl
 
 
@@ -48,17 +47,19 @@ def cross_attention(
     precision: Precision = FLOAT32,
     kernel: str = "xla",
     inspect: bool = False,
+    layout: TokenLayout | None = None,
 ) -> tuple[jax.Array, CrossReport | None]:
     """One softmax over the text and one over all images together, summed; or as `control` says.
 
     Args:
-      q: [B, S, N, d].
+      q: [B, S, N, d], as `layout` lays the tokens of F frames.
       keys, values: text [B, K, N, d], images [B, M, K, N, d].
-      bias: a caller's, of one layer; S is a multiple of F. KAB's is added to it.
+      bias: a caller's, of one layer. KAB's is added to it.
       control: of one layer (strength [B, F]); None is plain Wan2.1.
       precision: policy of the model.
       kernel: of attention without a bias.
       inspect: report too, at the cost of the path with a bias; needs a control.
+      layout: of the tokens; None is frame by frame, S a multiple of F, whatever the mesh.
 
     Returns:
       ([B, S, N, d] in the compute dtype, the report or None).
@@ -67,26 +68,44 @@ def cross_attention(
       ValueError: queries that are not F frames of equal size.
     """
     chex.assert_rank([q, keys.text, values.text], 4)
-    dtype = jnp.dtype(precision.compute)
-    q, control = jnp.asarray(q, dtype), jax.tree.map(jnp.asarray, control)  # q is cast before it travels
-    k, v = ([x.astype(dtype) for x in _parts(branches, 1)] for branches in (keys, values))
-    own = bias or CrossBias()
+    dtype, own = jnp.dtype(precision.compute), bias or CrossBias()
+    if layout is None:
+        rows = [x for x in (own.text, own.images, None if control is None else control.strength) if x is not None]
+        frames = rows[0].shape[1] if rows else 1
+        if q.shape[1] % frames:
+            raise ValueError(f"{q.shape[1]} queries are not {frames} frames of equal size")
+        layout = parallel.layout(frames, q.shape[1] // frames, kernel)
+        out, seen = cross_attention(layout.lay(q), keys, values, bias, control, precision, kernel, inspect, layout)
+        return layout.restore(out), seen
+    strength = None if control is None else jnp.asarray(control.strength)
+    rest = None if control is None else jax.tree.map(jnp.asarray, control.replace(strength=None))
+    asked = inspect or own.text is not None or own.images is not None
 
-    def biased() -> tuple[jax.Array, CrossReport | None]:
-        return _by_frame(q, k, v, own, control, precision, inspect)
+    def run(q, keys, values, rows, rest, part, axes) -> tuple[jax.Array, CrossReport | None]:
+        """What one device does, or all of it."""
+        strength, own = rows
+        control = None if rest is None else rest.replace(strength=strength)
+        k, v = _parts(keys, 1), _parts(values, 1)
 
-    def plain() -> tuple[jax.Array, None]:
-        found = [attention(q, *kv, precision=precision, kernel=kernel, residual=True) for kv in zip(k, v, strict=True)]
-        weights = [weight for _, weight in _shares([residual for _, residual in found], control)]
-        out = sum(jnp.expand_dims(w, -1) * x.astype(jnp.float32) for w, (x, _) in zip(weights, found, strict=True))
-        return constrain(out.astype(dtype), "data", "sequence", "tensor", None), None
+        def biased() -> tuple[jax.Array, CrossReport | None]:
+            return _by_frame(q, k, v, own, control, precision, inspect, layout, part, axes)
 
-    if inspect or own.text is not None or own.images is not None:
-        return biased()
-    if control is None:
-        return plain()
-    # A layer or step outside KAB's window must cost nothing.
-    return lax.cond(jnp.any(control.strength != 0), biased, plain)
+        def plain() -> tuple[jax.Array, None]:
+            found = [attention(q, *kv, precision=precision, kernel=kernel, residual=True)
+                     for kv in zip(k, v, strict=True)]  # fmt: skip
+            weights = [weight for _, weight in _shares([residual for _, residual in found], control)]
+            out = sum(jnp.expand_dims(w, -1) * x.astype(jnp.float32) for w, (x, _) in zip(weights, found, strict=True))
+            return out.astype(dtype), None
+
+        if asked:
+            return biased()
+        if control is None:
+            return plain()
+        # A layer or step outside KAB's window must cost nothing.
+        return lax.cond(jnp.any(strength != 0), biased, plain)
+
+    cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731  before it travels
+    return parallel.cross_attention(run, cast(q), cast(keys), cast(values), (strength, own), rest)
 
 
 def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array]:
@@ -111,59 +130,55 @@ def _shares(residuals: list[Residual], control: CrossControl | None) -> list[tup
     return [(choose(one, share), choose(weight, share)) for share, weight in zip(joint, control.weights, strict=True)]
 
 
-def by_frame(q: jax.Array, frames: int) -> jax.Array:
-    """Queries [B, S, N, d], S a multiple of F, as [F, B, Q, N, d].
-
-    Under sequence parallelism frames straddle devices; here each frame's queries are split over all of them.
-    """
-    if q.shape[1] % frames:
-        raise ValueError(f"{q.shape[1]} queries are not {frames} frames of equal size")
-    q = rearrange(q, "B (F Q) N d -> F B Q N d", F=frames)
-    return constrain(q, None, "data", "sequence", "tensor", None)
-
-
-def _by_frame(q, keys, values, own, control, precision, inspect) -> tuple[jax.Array, CrossReport | None]:
+def _by_frame(
+    q, keys, values, own, control, precision, inspect, layout: TokenLayout, part, axes
+) -> tuple[jax.Array, CrossReport | None]:
     """Attention with KAB's bias and the caller's, a frame at a time: neither the probabilities nor the bias of every
     query exist all at once. A frame's logits serve its frame attention and its output.
 
     The anchors come first, to fill the carry with their frame attention; what they put out then is written again.
+    Of several devices each has its `part` of every frame; the mean over a frame is a sum over `axes`.
     """
-    rows = control.strength if control is not None else own.images if own.text is None else own.text
-    frames, nothing = rows.shape[1], jnp.zeros((*rows.shape[:2], 1), jnp.float32)
+    frames, nothing = layout.frames, jnp.zeros((q.shape[0], layout.frames, 1), jnp.float32)
     added = _parts(own.replace(text=nothing if own.text is None else own.text), 2)
     added += [nothing] * (len(keys) - len(added))
-    q, scale = by_frame(q, frames), 1 / math.sqrt(q.shape[-1])
+    q, scale = layout.split(q), 1 / math.sqrt(q.shape[-1])
+    counted, count = layout.counted(part), layout.queries * lax.psum(q.shape[3], [a for a in axes if a == "tensor"])
     first = jnp.zeros(0, jnp.int32) if control is None else control.at
     order = jnp.concatenate([first, jnp.arange(frames)])
 
-    def attend(scores: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Logits -> (frame attention [B, K], probabilities in the output [B, N, Q, K]), lists over c."""
-        found, looked, weighed = [xla.softmax(x) for x in scores], [], []
-        for (p, _), (share, weight) in zip(found, _shares([residual for _, residual in found], control), strict=True):
-            looked.append((p * jnp.expand_dims(share, -1)).astype(jnp.float32).mean((1, 2)))
-            weighed.append(p * jnp.expand_dims(weight, -1))
-        return looked, weighed
+    def attend(scores: list[jax.Array], look: bool) -> tuple[list[jax.Array] | None, list[jax.Array]]:
+        """Logits -> (frame attention [B, K] or None, probabilities in the output [B, N, Q, K]), lists over c."""
+        found = [xla.softmax(x) for x in scores]
+        shares = _shares([residual for _, residual in found], control)
+        weighed = [p * jnp.expand_dims(weight, -1) for (p, _), (_, weight) in zip(found, shares, strict=True)]
+        if not look:
+            return None, weighed
+        looked = [(p * jnp.expand_dims(share, -1)).astype(jnp.float32) for (p, _), (share, _) in
+                  zip(found, shares, strict=True)]  # fmt: skip
+        looked = looked if counted is None else [x * counted[:, None] for x in looked]
+        return [x / count for x in lax.psum([x.sum((1, 2)) for x in looked], axes)], weighed
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
         (anchors, out), (index, frame) = carry, step
         scores, plain = [xla.logits(q[frame], k, scale, precision) for k in keys], None
         bias = [x[:, frame] for x in added]
         if control is not None:
-            plain, _ = attend(scores)
+            plain, _ = attend(scores, True)
             place, share = (jnp.arange(len(first)) == index)[:, None, None], control.share[frame][:, None, None]
             anchors = [jnp.where(place, row, x) for x, row in zip(anchors, plain, strict=True)]
             targets = [(share * x).sum(0) for x in anchors]
             bias = [kab.anchor_bias(row, target, control.strength[:, frame], control.floor) + x
                     for row, target, x in zip(plain, targets, bias, strict=True)]  # fmt: skip
         scores = [x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, bias, strict=True)]
-        biased, probabilities = attend(scores)
+        biased, probabilities = attend(scores, inspect)
         mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
         out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)
         return (anchors, out), (plain, biased, bias) if inspect else None
 
     anchors = [jnp.zeros((len(first), k.shape[0], k.shape[1]), jnp.float32) for k in keys]
     (_, out), seen = lax.scan(turn, (anchors, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
-    out = constrain(rearrange(out, "F B Q N d -> B (F Q) N d"), "data", "sequence", "tensor", None)
+    out = layout.join(out)
     if not inspect:
         return out, None
     seen = [[jnp.moveaxis(x[len(first) :], 0, 1) for x in part] for part in seen]

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from wanjax import rope
-from wanjax.attention import attention
+from wanjax import rope, sharding
+from wanjax.attention import parallel
 from wanjax.config import DiTConfig, Precision
 from wanjax.cross import CrossReport, cross_attention
-from wanjax.layers import Dense, LayerNorm, RMSNorm, constrain, layer_norm
+from wanjax.layers import TOKENS, Dense, LayerNorm, RMSNorm, constrain, layer_norm
+from wanjax.layout import TokenLayout
 from wanjax.types import Branches, Conditions, CrossBias, CrossControl, RopeTable
 
 IMAGE_EPS = 1e-5
@@ -71,17 +72,14 @@ class SelfAttention(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: RopeTable) -> jax.Array:
+    def __call__(self, x: jax.Array, table: RopeTable, layout: TokenLayout) -> jax.Array:
         c, p = self.config, self.config.precision
         q = RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x))
         k = RMSNorm(c.eps, name="norm_k")(Dense(c.dim, p, name="k")(x))
         v = Dense(c.dim, p, name="v")(x)
         q, k, v = (rearrange(a, "B S (N D) -> B S N D", N=c.num_heads) for a in (q, k, v))
-        # Under sequence parallelism queries stay where they are; keys and values are gathered.
-        q = constrain(rope.apply(q, table), "data", "sequence", "tensor", None)
-        k = constrain(rope.apply(k, table), "data", None, "tensor", None)
-        v = constrain(v, "data", None, "tensor", None)
-        out = attention(q, k, v, precision=p, kernel=c.attention)
+        q, k = rope.apply(q, table), rope.apply(k, table)
+        out = parallel.self_attention(q, k, v, layout.valid(), p, c.attention)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
 
 
@@ -93,7 +91,12 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: Branches, bias: CrossBias | None, control: CrossControl | None
+        self,
+        x: jax.Array,
+        context: Branches,
+        bias: CrossBias | None,
+        control: CrossControl | None,
+        layout: TokenLayout,
     ) -> tuple[jax.Array, CrossReport | None]:
         c, p = self.config, self.config.precision
 
@@ -111,7 +114,7 @@ class CrossAttention(nn.Module):
         if context.images is not None:
             k = k.replace(images=keys(context.images, "_image"))
             v = v.replace(images=values(context.images, "_image"))
-        out, seen = cross_attention(q, k, v, bias, control, p, c.attention, self.inspect)
+        out, seen = cross_attention(q, k, v, bias, control, p, c.attention, self.inspect, layout)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)")), seen
 
 
@@ -119,6 +122,7 @@ class Block(nn.Module):
     """One transformer block, in the form that `nn.scan` wants: (carry, inputs...) -> (carry, report or None)."""
 
     config: DiTConfig
+    layout: TokenLayout
     inspect: bool = False
 
     @nn.compact
@@ -142,12 +146,12 @@ class Block(nn.Module):
 
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
             x = (x.astype(jnp.float32) + y).astype(jnp.dtype(p.residual))
-            return constrain(x, "data", "sequence", None)
+            return constrain(x, "data", TOKENS, None)
 
         y = layer_norm(x, c.eps) * (1 + scale1) + shift1
-        x = add(x, gate1 * SelfAttention(c, name="self_attn")(y, table).astype(jnp.float32))
+        x = add(x, gate1 * SelfAttention(c, name="self_attn")(y, table, self.layout).astype(jnp.float32))
         y = LayerNorm(c.eps, name="cross_norm")(x)
-        y, seen = CrossAttention(c, self.inspect, name="cross_attn")(y, context, bias, control)
+        y, seen = CrossAttention(c, self.inspect, name="cross_attn")(y, context, bias, control, self.layout)
         x = add(x, y.astype(jnp.float32))
         y = layer_norm(x, c.eps) * (1 + scale2) + shift2
         y = nn.gelu(Dense(c.ffn_dim, p, name="ffn_in")(y), approximate=True)
@@ -223,12 +227,17 @@ class WanDiT(nn.Module):
             raise ValueError("inspect: give a control too, such as wanjax.method.arrays(...).at(step)")
         if conditions.latent is not None:
             latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
-        x = Dense(c.dim, p, name="patch_embed")(patchify(latents, c.patch_size))
-        x = constrain(x.astype(jnp.dtype(p.residual)), "data", "sequence", None)
+        layout = parallel.layout(grid[0], math.prod(grid[1:]), c.attention)
+        patches = constrain(layout.lay(patchify(latents, c.patch_size)), "data", TOKENS, None)
+        x = Dense(c.dim, p, name="patch_embed")(patches)
+        x = constrain(x.astype(jnp.dtype(p.residual)), "data", TOKENS, None)
+        table = jax.tree.map(lambda rows: constrain(layout.lay(rows[None])[0], TOKENS, None), table)
         embedding, modulation = self._embed_time(timestep)
         context = self._embed_conditions(conditions)
 
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        if not jax.sharding.get_abstract_mesh().empty:
+            block = nn.map_variables(block, "params", sharding.whole, init=self.is_initializing())
         axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
         strength = None
         if control is not None:
@@ -236,7 +245,9 @@ class WanDiT(nn.Module):
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
         )
-        x, seen = scan(c, self.inspect, name="blocks")(x, cross_bias, strength, modulation, context, table, control)
+        x, seen = scan(c, layout, self.inspect, name="blocks")(
+            x, cross_bias, strength, modulation, context, table, control
+        )
 
         init = nn.initializers.normal(1 / math.sqrt(c.dim))
         own = self.param("head_modulation", init, (2, c.dim), jnp.float32)
@@ -244,6 +255,7 @@ class WanDiT(nn.Module):
         x = layer_norm(x, c.eps) * (1 + scale) + shift
         features = math.prod(c.patch_size) * c.out_channels
         x = Dense(features, _float32(p), kernel_init=nn.initializers.zeros, name="head")(x)
+        x = layout.restore(constrain(x, "data", None, None))
         velocity = unpatchify(x, grid, c.patch_size)
         return (velocity, seen) if self.inspect else velocity
 

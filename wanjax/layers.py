@@ -3,7 +3,9 @@
 Axis letters as in `types`. Every norm computes in float32 and returns float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -132,7 +134,11 @@ def _conv3d_by_taps(
     return total.reshape(batch, frames, *total.shape[1:])
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+TOKENS = ("fsdp", "sequence")
+"""Mesh axes over which video tokens, rows of pixels and weights are split: all devices of both."""
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Asks for x to be sharded over named mesh axes; does nothing outside `jax.set_mesh`.
 
     Axes that the present mesh lacks, or that are longer than the dimension, are left out, so that models can
@@ -141,6 +147,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    present = [axis if axis in sizes and sizes[axis] <= n else None for n, axis in zip(x.shape, axes, strict=True)]
+    present = [mesh_axes(mesh, axis, n, uneven=True) for n, axis in zip(x.shape, axes, strict=True)]
     return lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*present))
+
+
+def mesh_axes(mesh: Any, axes: str | tuple[str, ...] | None, n: int, uneven: bool = False) -> Any:
+    """`axes` as an entry of a PartitionSpec for a dimension of n, or None where the mesh lacks or n does not allow it.
+
+    Args:
+      mesh: `jax.sharding.Mesh` or an abstract one.
+      uneven: n need not be a multiple of the devices, only as many.
+    """
+    if axes is None:
+        return None
+    sizes = dict(mesh.shape)
+    present = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if sizes.get(axis, 1) > 1)
+    devices = math.prod(sizes[axis] for axis in present)
+    if not present or devices > n or (n % devices and not uneven):
+        return None
+    return present[0] if len(present) == 1 else present

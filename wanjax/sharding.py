@@ -1,7 +1,9 @@
 """Where arrays live: the mesh, and ordered rules from parameter paths to PartitionSpecs.
 
-Mesh axes: `data` (batch and guidance passes), `fsdp` (weights, gathered as they are used), `sequence` (video
-tokens), `tensor` (heads and ffn). XLA's partitioner does the rest: models only name axes (`layers.constrain`).
+Mesh axes: `data` (batch and guidance passes), `fsdp` and `sequence` (together `TOKENS`: video tokens, and weights, whole
+only inside the block that uses them), `tensor` (heads and ffn). In self-attention `sequence` splits heads, and `fsdp`
+gathers keys and values (`attention.parallel`). XLA's partitioner does the rest: models only name axes
+(`layers.constrain`).
 """
 
 import math
@@ -10,23 +12,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from wanjax.layers import TOKENS, mesh_axes
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Sequence[tuple[str, P]]
 
 RULES: Rules = (
+    # Of the few tokens of text and images every device computes some columns, for all of them; no weight travels.
+    (r"blocks/cross_attn/[kv](_image)?/kernel$", P(None, None, ("tensor", *TOKENS))),
     # Column-parallel products: their outputs (heads, ffn) are split over `tensor`.
-    (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/kernel$", P(None, TOKENS, "tensor")),
     (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/bias$", P(None, "tensor")),
     # Row-parallel products: their inputs are split over `tensor`, outputs are summed.
-    (r"blocks/(.*/)?(o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
-    (r"token_embed$", P("fsdp", None)),
-    (r"(time|text|image).*/kernel$", P("fsdp", None)),
+    (r"blocks/(.*/)?(o|ffn_out)/kernel$", P(None, "tensor", TOKENS)),
+    (r"token_embed$", P(TOKENS, None)),
+    (r"(time|text|image).*/kernel$", P(TOKENS, None)),
     (r".*", P()),
 )
 """First match wins. Block parameters carry the layer axis in front."""
@@ -50,23 +56,60 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if min(shape) < 1 or math.prod(shape) != len(devices):
         text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise ValueError(f"mesh {text} has {math.prod(shape)} places for {len(devices)} devices")
-    array = np.asarray(devices).reshape(shape)
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(sizes: Mapping[str, int], heads: int, tokens: int) -> None:
-    """Raises ValueError, with the valid numbers, for a mesh that does not divide what it splits.
+def check_mesh(sizes: Mapping[str, int], heads: int) -> None:
+    """Raises ValueError, with the valid numbers, for a mesh that does not divide the heads.
 
     Args:
       sizes: axis name -> number of devices along it.
-      heads: of the transformer, split over `tensor`.
-      tokens: video tokens of a clip, split over `sequence`.
+      heads: of the transformer, split over `tensor` always, and over `sequence` inside self-attention.
     """
-    for axis, what, number in (("tensor", "heads", heads), ("sequence", "video tokens", tokens)):
+    number = heads
+    for axis in ("tensor", "sequence"):
         size = sizes.get(axis, 1)
         if number % size:
             valid = ", ".join(str(n) for n in range(1, min(number, 2 * size) + 1) if number % n == 0)
-            raise ValueError(f"mesh {axis}={size}: does not divide the {number} {what}; give one of {valid}")
+            held = "" if number == heads else " that `tensor` leaves"
+            raise ValueError(f"mesh {axis}={size}: does not divide the {number} heads{held}; give one of {valid}"
+                             + (" and the rest to fsdp" if axis == "sequence" else ""))  # fmt: skip
+        number //= size
+
+
+def choose_mesh(devices: int, heads: int) -> dict[str, int]:
+    """Axis sizes of a mesh of so many devices for one clip after the other.
+
+    All of them share tokens and weights. As many as divide the heads swap tokens for heads (`sequence`), which moves
+    least; the rest gather keys and values (`fsdp`).
+    """
+    split = math.gcd(devices, heads)
+    return {"fsdp": devices // split, "sequence": split}
+
+
+def split_picture(grid: tuple[int, int], devices: int) -> tuple[int, int]:
+    """Over how many (rows, columns) of devices a latent picture (h, w) is split: the most of them that divide evenly,
+    in parts as square as they come, for neighbours swap their borders."""
+    h, w = grid
+    choices = [(r, c) for r in range(1, devices + 1) for c in range(1, devices // r + 1)
+               if devices % (r * c) == 0 and h % r == 0 and w % c == 0]  # fmt: skip
+    return max(choices, key=lambda split: (split[0] * split[1], -abs(h / split[0] - w / split[1])))
+
+
+def picture_mesh(mesh: Mesh, grid: tuple[int, int]) -> Mesh:
+    """The same devices for pictures of (h, w) latents: axes "rows" and "columns" (`split_picture`), and "copies" for
+    what they do not divide."""
+    rows, columns = split_picture(grid, mesh.size)
+    devices = mesh.devices.reshape(-1, rows, columns)
+    return Mesh(devices, ("copies", "rows", "columns"), axis_types=(AxisType.Auto,) * 3)
+
+
+def repeats(sizes: Mapping[str, int], batch: int) -> int:
+    """How many devices do the same work: `data` splits the batch (both passes of guidance, where they are batched),
+    and where it does not divide it, everything is done on each of its devices."""
+    data = sizes.get("data", 1)
+    return 1 if batch % data == 0 else data
 
 
 def specs(params: Any, rules: Rules = RULES, mesh: Mesh | None = None) -> Any:
@@ -84,7 +127,23 @@ def _spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | None) ->
         return P()
     if mesh is None:
         return spec
-    return P(*(axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)))
+    return P(*(mesh_axes(mesh, axis, n) for axis, n in zip(spec, shape, strict=False)))
+
+
+def whole(params: Any, rules: Rules = RULES) -> Any:
+    """Parameters of one block, gathered over TOKENS where the block uses them; those that no device needs whole stay
+    split. To be called while a block is traced; does nothing outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    flat = flatten_dict(params, sep="/")
+    for path, leaf in flat.items():
+        rule = next(spec for pattern, spec in rules if re.search(pattern, f"blocks/{path}"))[1:]
+        if TOKENS in rule:
+            kept = P(*(mesh_axes(mesh, None if axis == TOKENS else axis, n)
+                       for axis, n in zip(rule, leaf.shape, strict=True)))  # fmt: skip
+            flat[path] = jax.lax.with_sharding_constraint(leaf, kept)
+    return unflatten_dict(flat, sep="/")
 
 
 def shard_params(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -95,18 +154,9 @@ def shard_params(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     return jax.device_put(params, shardings)
 
 
-def shard_video(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Puts [B, F, h, w, C] latents (or conditions) on the mesh: batch over `data`, rows over `sequence`.
-
-    Axes that do not divide are left whole; inside the model the token axis is split again, evenly or not.
-    """
-    return jax.device_put(x, NamedSharding(mesh, video_spec(x.shape, mesh)))
-
-
-def video_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """PartitionSpec of a [B, F, h, w, C] array on this mesh, see `shard_video`."""
-    wanted = ("data", None, "sequence", None, None)
-    return P(*(axis if axis and n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, wanted, strict=True)))
+def shard_batch(tree: Any, mesh: Mesh) -> Any:
+    """Puts arrays [B, ...] on the mesh: the batch over `data` where that divides it, all else on every device."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(mesh_axes(mesh, "data", x.shape[0])))), tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -16,11 +16,14 @@ from jax import lax
 
 from wanjax.attention import attention
 from wanjax.config import Precision, VAEConfig
-from wanjax.layers import Dense, conv3d
+from wanjax.layers import Dense, constrain, conv3d
 
 Cache = dict[str, Any]
 
 SAME_2D = ((1, 1), (1, 1))
+
+PICTURE = (None, None, "rows", "columns", None)
+"""Mesh axes of [B, T, H, W, C], see `sharding.picture_mesh`."""
 
 
 def _part(cache: Cache | None, name: str) -> Any:
@@ -377,7 +380,13 @@ def _run_chunks(run: Any, x: jax.Array, size_in: int, out: jax.Array, size_out: 
     Chunks are cut from x and written into `out` in place, which the loop carries beside the cache: stacked
     scan inputs and outputs would each cost a transposed copy of the whole video.
     """
-    first, cache = run(x[:, :1], None)
+
+    def run_split(chunk: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        """Pictures over the devices; convolutions swap the borders of neighbours."""
+        y, cache = run(constrain(chunk, *PICTURE), cache)
+        return constrain(y, *PICTURE), cache
+
+    first, cache = run_split(x[:, :1], None)
     out = lax.dynamic_update_slice_in_dim(out, first, 0, 1)
     later = (x.shape[1] - 1) // size_in
     if later == 0:
@@ -386,7 +395,7 @@ def _run_chunks(run: Any, x: jax.Array, size_in: int, out: jax.Array, size_out: 
     def step(carry: tuple[Cache, jax.Array], index: jax.Array) -> tuple[tuple[Cache, jax.Array], None]:
         cache, out = carry
         chunk = lax.dynamic_slice_in_dim(x, 1 + index * size_in, size_in, 1)
-        y, cache = run(chunk, cache)
+        y, cache = run_split(chunk, cache)
         return (cache, lax.dynamic_update_slice_in_dim(out, y, 1 + index * size_out, 1)), None
 
     (_, out), _ = lax.scan(step, (cache, out), jnp.arange(later))

@@ -1,8 +1,9 @@
 """Scaled dot-product attention with an additive bias: one function, kernels by name.
 
-A kernel is a module of its own and one entry of KERNELS: `kernel(q, k, v, bias, scale, precision, residual)` takes
-q [B, S, N, D], k and v [B, K, N, D] in the compute dtype and a bias that broadcasts to [B, N, S, K] or None, and
-returns (out [B, S, N, D] in the compute dtype, the residual or None). What a kernel cannot do it leaves to "xla".
+A kernel is a module of its own and one entry of KERNELS: `kernel(q, k, v, bias, valid, scale, precision, residual)`
+takes q [B, S, N, D], k and v [B, K, N, D] in the compute dtype, a bias that broadcasts to [B, N, S, K] or None and which
+keys count, bool [K] or None, and returns (out [B, S, N, D] in the compute dtype, the residual or None). What a kernel
+cannot do it leaves to "xla".
 """
 
 import math
@@ -12,15 +13,16 @@ from types import MappingProxyType
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from wanjax.attention import cudnn, xla
+from wanjax.attention import cudnn, splash, xla
 from wanjax.attention.xla import Residual
 from wanjax.config import FLOAT32, Precision
 
 __all__ = ["KERNELS", "Residual", "attention"]
 
 KERNELS: MappingProxyType[str, Callable[..., tuple[jax.Array, Residual | None]]] = MappingProxyType(
-    {"xla": xla.attend, "chunked": xla.attend_in_chunks, "cudnn": cudnn.attend}
+    {"xla": xla.attend, "chunked": xla.attend_in_chunks, "cudnn": cudnn.attend, "splash": splash.attend}
 )
 
 
@@ -30,6 +32,7 @@ def attention(
     v: jax.Array,
     bias: jax.Array | None = None,
     *,
+    valid: np.ndarray | None = None,
     scale: float | None = None,
     precision: Precision = FLOAT32,
     kernel: str = "xla",
@@ -42,6 +45,7 @@ def attention(
       k, v: [B, K, N, D].
       bias: additive, on the scaled logits, broadcastable to [B, N, S, K]; None adds nothing. -inf hides a key; where
         all are hidden the output is zero.
+      valid: bool [K], which keys count at all; None counts all. Cheaper than a bias: it is known while tracing.
       scale: default 1 / sqrt(D).
       precision: compute dtype of the products, softmax dtype of logits and probabilities.
       kernel: a name in KERNELS, or "auto", which is "xla" here (`ModelConfig.for_platform` resolves it).
@@ -61,5 +65,5 @@ def attention(
     chex.assert_equal_shape([q, k], dims=(0, 2, 3))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     q, k, v = (x.astype(jnp.dtype(precision.compute)) for x in (q, k, v))
-    out, found = KERNELS[kernel](q, k, v, bias, scale, precision, residual)
+    out, found = KERNELS[kernel](q, k, v, bias, valid, scale, precision, residual)
     return (out, found) if residual else out

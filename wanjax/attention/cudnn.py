@@ -2,23 +2,29 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wanjax.attention import xla
 from wanjax.config import Precision
 
 
-def attend(q, k, v, bias, scale: float, precision: Precision, residual: bool) -> tuple[jax.Array, xla.Residual | None]:
+def attend(
+    q, k, v, bias, valid: np.ndarray | None, scale: float, precision: Precision, residual: bool
+) -> tuple[jax.Array, xla.Residual | None]:
     """The kernel "cudnn"; the log sum of its residual holds the whole log-sum-exp beside a maximum of 0.
 
-    Left to "xla" is what it refuses: float32, head widths over 128 or no multiples of 8, biases (it wants them whole
-    over queries and in half precision), and, by its partitioning rule, queries split along the sequence.
+    Left to "xla" is what it refuses: float32, head widths over 128 or no multiples of 8, and biases (it wants them whole
+    over queries and in half precision). Keys that do not count are taken out before: it knows of padding only at the
+    end. Several devices call it from within `parallel`, for its own partitioning rule does not split queries.
 
     Raises:
       ValueError: the residual is differentiated, which cuDNN's backward pass would ignore.
     """
     half = precision.compute in ("bfloat16", "float16")
-    if not half or bias is not None or q.shape[-1] % 8 or q.shape[-1] > 128 or _sequence_parallel():
-        return xla.attend(q, k, v, bias, scale, precision, residual)
+    if not half or bias is not None or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return xla.attend(q, k, v, bias, valid, scale, precision, residual)
+    if valid is not None and not valid.all():
+        k, v = (jnp.take(x, np.flatnonzero(valid), axis=1) for x in (k, v))
     if not residual:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"), None
     # The public function rounds the log-sum-exp to the output's dtype: its shares would be off by several percent.
@@ -37,8 +43,3 @@ def _without_gradient(x: jax.Array) -> jax.Array:
 @_without_gradient.defjvp
 def _refuse(primals, tangents):
     raise ValueError('attention kernel "cudnn" has no gradient of its log-sum-exp: train with attention="xla"')
-
-
-def _sequence_parallel() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and dict(mesh.shape).get("sequence", 1) > 1

@@ -50,22 +50,28 @@ def mix(probabilities: jax.Array, v: jax.Array, precision: Precision) -> jax.Arr
     )  # fmt: skip
 
 
-def attend(q, k, v, bias, scale: float, precision: Precision, residual: bool) -> tuple[jax.Array, Residual | None]:
+def attend(
+    q, k, v, bias, valid, scale: float, precision: Precision, residual: bool
+) -> tuple[jax.Array, Residual | None]:
     """The kernel "xla": whole up to CHUNK_BYTES of logits, in blocks above."""
     run = attend_in_chunks if _logit_bytes(q, k) > CHUNK_BYTES else _attend
-    return run(q, k, v, bias, scale, precision, residual)
+    return run(q, k, v, bias, valid, scale, precision, residual)
 
 
-def _attend(q, k, v, bias, scale: float, precision: Precision, residual: bool) -> tuple[jax.Array, Residual | None]:
+def _attend(
+    q, k, v, bias, valid, scale: float, precision: Precision, residual: bool
+) -> tuple[jax.Array, Residual | None]:
     scores = logits(q, k, scale, precision)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
+    if valid is not None:
+        scores = jnp.where(valid, scores, -jnp.inf)
     probabilities, found = softmax(scores)
     out = mix(probabilities, v, precision).astype(q.dtype)
     return out, tuple(jnp.moveaxis(x, 1, 2) for x in found) if residual else None
 
 
-def attend_in_chunks(q, k, v, bias, scale: float, precision: Precision, residual: bool):
+def attend_in_chunks(q, k, v, bias, valid, scale: float, precision: Precision, residual: bool):
     """The kernel "chunked": blocks of queries of at most CHUNK_BYTES of logits, one after the other."""
     length = q.shape[1]
     chunks = -(-_logit_bytes(q, k) // CHUNK_BYTES)
@@ -87,7 +93,7 @@ def attend_in_chunks(q, k, v, bias, scale: float, precision: Precision, residual
 
     def block(x):
         q_block, bias_block = x
-        return _attend(q_block, k, v, bias_block if rows else bias, scale, precision, residual)
+        return _attend(q_block, k, v, bias_block if rows else bias, valid, scale, precision, residual)
 
     return jax.tree.map(whole, lax.map(block, xs))
 
