@@ -146,6 +146,15 @@ def _add_model_and_output(p: argparse.ArgumentParser) -> None:
         help="how many devices share the work, or 'all' (default: one)",
     )
     model.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,NUMBER,COUNT",
+        help="share the work with other hosts, on each of which the same command runs; without a value JAX finds them "
+        "(TPU pods, SLURM, Open MPI), else: address of host 0, this host's number from 0, how many. Host 0 writes; "
+        "--devices is all of theirs",
+    )
+    model.add_argument(
         "--mesh",
         type=_mesh,
         default={},
@@ -185,10 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = not options.pop("quiet")
     # Here, as they take a second: not for --help or a mistyped option.
     from samplers import cache, files
+    from wanjax import hosts
     from wanjax.writing import terminate_as_interrupt
 
-    with terminate_as_interrupt():
+    with terminate_as_interrupt(), hosts.Company(p.prog) as company:
         try:
+            if (where := options.pop("distributed")) is not None:
+                company.join(where)
+                options["devices"] = "all" if options["devices"] is None and not options["mesh"] else options["devices"]
             if options.pop("compile_cache"):
                 cache.enable()
             options["method"] = _method(options)
@@ -200,33 +213,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options |= {"first": example["first"], "last": example["last"]}
                 options["prompt"] = example["prompt"] if options["prompt"] is None else options["prompt"]
             job = files.prepare(**options)
+            company.agree("keyframes, settings, model or versions", job.digest)
         except KeyboardInterrupt:
-            return _fail(p.prog, "interrupted; nothing was written", INTERRUPTED)
+            return company.fail(INTERRUPTED, "interrupted; nothing was written")
         except (ValueError, OSError) as error:
-            return _fail(p.prog, error, BAD_INPUT)
-        return _make(p.prog, job, progress)
+            return company.fail(BAD_INPUT, error)
+        return _make(company, job, progress and hosts.is_first())
 
 
-def _make(program: str, job: Any, progress: bool) -> int:
-    """Runs a checked job; returns the exit code."""
+def _make(company: Any, job: Any, progress: bool) -> int:
+    """Runs a checked job, of several `hosts.Company` together; returns the exit code."""
     import jax
 
     from samplers import files
+    from wanjax import hosts
     from wanjax.tokenizer import PromptCut
 
-    for note in job.notes:
+    for note in job.notes if hosts.is_first() else ():
         print(f"note: {note}", file=sys.stderr)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # said above, in one line
             report = files.make(job, progress)
+        company.done()
     except KeyboardInterrupt:
-        return _fail(program, "interrupted; nothing was written under the final name", INTERRUPTED)
+        return company.fail(INTERRUPTED, "interrupted; nothing was written under the final name")
     except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(program, error, FAILED)
+        return company.fail(FAILED, error)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        return _fail(program, f"{reason}; if memory ran out, try fewer frames, a smaller size or bfloat16", FAILED)
+        mend = "if memory ran out, try fewer frames, a smaller size or bfloat16"
+        return company.fail(FAILED, f"{reason}; {mend}")
+    if not hosts.is_first():
+        return 0
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
     _say(f"{job.outputs.video}  ({seconds})\n{job.outputs.sheet}\n{job.outputs.settings}")
     return 0
@@ -260,11 +279,6 @@ def _method(options: dict[str, Any]) -> method.Method:
     switches = {name: options.pop(name) for name in ("isolation", "kab", "retro")}
     overrides = {name: options.pop(name) for name in method.OVERRIDES}
     return method.override(method.named(options["method"]), overrides, **switches)
-
-
-def _fail(program: str, error: object, code: int) -> int:
-    print(f"{program}: error: {error}", file=sys.stderr)
-    return code
 
 
 def _model_defaults() -> str:

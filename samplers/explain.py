@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from samplers import pipeline, plots, video
 from samplers.pipeline import Encoded, ImageLike, Inputs
 from samplers.plan import Plan, Settings
-from wanjax import kab, retro, rope, writing
+from wanjax import hosts, kab, retro, rope, writing
 from wanjax.checkpoint import Model
 from wanjax.config import DiTConfig, ModelConfig
 from wanjax.cross import CrossReport
@@ -172,7 +172,7 @@ def observe(
     strength, timestep = plan.strength[step], plan.table.step.timestep[step : step + 1]
     args = (latents, timestep, encoded.conditions, plan.method, strength, np.int32(layer), cross_bias)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        seen = jax.device_get(_inspect(plan.config.dit, model.part("dit"), *args))
+        seen = jax.tree.map(hosts.fetch, _inspect(plan.config.dit, model.part("dit"), *args))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((seen.plain, seen.biased))):
         raise FloatingPointError(
             f"attention: NaN or inf in layer {layer}, step {step}; check the weights and the bias, or try float32"

@@ -4,6 +4,7 @@ Everything that can be wrong is found in `prepare`, before any computing; `make`
 """
 
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -26,7 +27,7 @@ from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
-from wanjax import checkpoint, environment, keyframes, marks, sharding
+from wanjax import checkpoint, environment, hosts, keyframes, marks, sharding
 from wanjax import method as methods
 from wanjax.config import ModelConfig
 from wanjax.tokenizer import PromptCut, Tokenizer
@@ -64,6 +65,16 @@ class Job:
     def settings(self) -> Settings:
         """Of the plan."""
         return self.plan.settings
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that the hosts of a run must have in common: settings, keyframes, model, versions."""
+        hashed = hashlib.sha256(repr((self.config, self.settings, self.mesh, self.explain)).encode())
+        for pixels in (self.inputs.pixels, self.inputs.vision):
+            hashed.update(pixels.tobytes())
+        manifest = self.folder.path / checkpoint.MANIFEST
+        hashed.update(manifest.read_bytes() if manifest.is_file() else b"")
+        return f"{hashed.hexdigest()} {environment.versions(('wanjax', 'jax', 'jaxlib', 'flax'))}"
 
     @cached_property
     def devices(self) -> Mesh | None:
@@ -126,6 +137,7 @@ def prepare(
         fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
         chosen = dataclasses.replace(chosen, size=fitting)
     mesh = _mesh(devices, mesh or {}, config.dit.num_heads)
+    hosts.check_mesh(math.prod(mesh.values()))
     memory.check(config, chosen, mesh)
     plan = Plan.of(config, chosen)
     inputs = Inputs.prepare([images], plan)
@@ -147,7 +159,9 @@ def prepare(
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
     also = [] if explain is None else [explaining.target(explain)]
-    outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
+    outputs = video.name_outputs(out)  # of the other hosts, which write nothing
+    if hosts.is_first():
+        outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
     paths = str(first), str(last)
@@ -200,7 +214,7 @@ def _about_prompts(tokenizer: Tokenizer, settings: Settings, config: ModelConfig
 
 
 def make(job: Job, progress: bool = False) -> dict[str, Any]:
-    """Runs a job and writes its three outputs, all or none of them.
+    """Runs a job and writes its three outputs, all or none of them; of several hosts the first writes.
 
     Args:
       progress: draws a bar while denoising.
@@ -214,8 +228,12 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
     """
     start = time.perf_counter()
     # From here on nobody else can begin on these names.
-    with video.staged_also(job.outputs) as (outputs, plots):
+    with video.staged_also(job.outputs) if hosts.is_first() else nullcontext((None, ())) as (outputs, plots):
         model, result, latents, seconds = _compute(job, progress)
+        if outputs is None:
+            if job.explain is not None:  # the first host draws, all of them compute
+                explaining.observe(model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            return _report(job, seconds)
         begun = time.perf_counter()
         frames = result.video[0]
         video.write(outputs.video, frames, job.fps, job.scale)

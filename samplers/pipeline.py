@@ -23,7 +23,7 @@ from samplers import memory, sample
 from samplers import run as host
 from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
 from samplers.sample import Carry, Row
-from wanjax import conditioning, keyframes, sharding, vae
+from wanjax import conditioning, hosts, keyframes, sharding, vae
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
@@ -367,7 +367,7 @@ def decode(model: Model, plan: Plan, latents: jax.Array) -> np.ndarray:
     """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]. FloatingPointError on NaN or inf."""
     with _picture_mesh(plan):
         video = _decode(plan.config.vae, model.part("vae"), latents)
-    return keyframes.from_unit(_finite("decoded video", *video))
+    return keyframes.from_unit(hosts.fetch(_finite("decoded video", *video)))
 
 
 def _picture_mesh(plan: Plan) -> AbstractContextManager:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ def check_output(
       OutputError: an unknown suffix, a missing or unwritable folder, an input or something that wanjax did not
         write under one of the names, something that it did without `overwrite`.
     """
+    named = name_outputs(path)
+    targets = [_target(named.video), Target(named.sheet), Target(named.settings), *also]
+    return replace(named, checked=writing.check(targets, inputs=inputs, overwrite=overwrite))
+
+
+def name_outputs(path: str | os.PathLike[str]) -> Outputs:
+    """What a run writes for `path`, without a look at what is there. OutputError for a name that no video can have."""
     path = Path(path)
     if path.name.lower() in ("", "..", *SUFFIXES):
         raise OutputError(f"output {str(path)!r}: names no file; give one such as clip.mp4")
@@ -86,9 +93,7 @@ def check_output(
         path = writing.absolute(path)
     except ValueError as error:
         raise OutputError(f"output {error}") from error
-    sheet, settings = path.with_name(f"{path.stem}.sheet.png"), path.with_name(f"{path.stem}.json")
-    targets = [_target(path), Target(sheet), Target(settings), *also]
-    return Outputs(path, sheet, settings, writing.check(targets, inputs=inputs, overwrite=overwrite))
+    return Outputs(path, path.with_name(f"{path.stem}.sheet.png"), path.with_name(f"{path.stem}.json"))
 
 
 def check_fps(fps: float) -> None:

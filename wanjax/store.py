@@ -17,6 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, Sharding
 from safetensors import SafetensorError, safe_open
 
-from wanjax import compare, sharding
+from wanjax import compare, hosts, sharding
 from wanjax.manifest import (
     AGAIN,
     FORMAT,
@@ -208,7 +209,8 @@ def restore(
     """The parameters of one model, straight into (sharded) arrays, in the dtypes of `expected`.
 
     Arrays of which this process reads all are compared with the manifest's digests, in threads beside the reading. Of
-    an array that several hosts share out each reads its shards alone, and the chunks' own checksums serve.
+    an array that several hosts share out each reads its shards alone, and the chunks' own checksums serve; in the
+    safetensors form there are none.
 
     Args:
       fast: leave the digests be. In the Orbax form a flipped bit is noticed still, by the checksums; files that were
@@ -231,16 +233,36 @@ def restore(
             name, leaf = f"{part}/{path}", leaves[path]
             # Without a mesh not tied to a device either: a program compiled from shapes alone is then the same one.
             where = None if mesh is None else NamedSharding(mesh, specs[path])
-            data = open_array(place(folder, name)) if tensors is None else tensors.get_tensor(path)
+            shared = where is not None and not (where.is_fully_addressable or where.is_fully_replicated)
+            if tensors is None:
+                data = open_array(place(folder, name))
+            else:
+                data = _Slices(tensors.get_slice(path)) if shared else tensors.get_tensor(path)
             if entries is not None and not _alike(data, entries.get(name)):
                 raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[manifest.form]}")
-            if where is not None and not where.is_fully_addressable:
+            if shared:
                 arrays[path] = _shards(folder, name, data, leaf, where)
                 continue
             data = _numbers(folder, name, data)
             digested(name, data)
-            arrays[path] = jax.device_put(data.astype(leaf.dtype, copy=False), where)
+            data = data.astype(leaf.dtype, copy=False)
+            arrays[path] = jax.device_put(data) if where is None else hosts.put(data, where)
     return unflatten_dict(arrays, sep="/")
+
+
+class _Slices:
+    """An array in a safetensors file, of which only what is asked for is read."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self.shape = tuple(data.get_shape())
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return self[tuple(slice(0, 0) for _ in self.shape)].dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._data[index]
 
 
 def _alike(data: Any, entry: Mapping[str, Any] | None) -> bool:
