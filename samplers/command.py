@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from samplers import plan, schedule, solvers
+from samplers import flags, plan, schedule, solvers
 from wanjax import config, kab, method, rope
 from wanjax.guidance import MODES
 
@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = parser()
     options = vars(p.parse_args(arguments))
     progress = not options.pop("quiet")
+    note = flags.settle(distributed=options["distributed"] is not None)
     # Here, as they take a second: not for --help or a mistyped option.
     from samplers import cache, files
     from wanjax import hosts
@@ -218,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return company.fail(INTERRUPTED, "interrupted; nothing was written")
         except (ValueError, OSError) as error:
             return company.fail(BAD_INPUT, error)
+        for line in (*job.notes, *([note] if note else [])) if hosts.is_first() else ():
+            print(f"note: {line}", file=sys.stderr)
         return _make(company, job, progress and hosts.is_first())
 
 
@@ -229,8 +232,6 @@ def _make(company: Any, job: Any, progress: bool) -> int:
     from wanjax import hosts
     from wanjax.tokenizer import PromptCut
 
-    for note in job.notes if hosts.is_first() else ():
-        print(f"note: {note}", file=sys.stderr)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # said above, in one line

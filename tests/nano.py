@@ -5,9 +5,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from wanjax import checkpoint
+from wanjax import checkpoint, manifest, store
 from wanjax.config import (
     CLIPConfig,
     DiTConfig,
@@ -15,6 +16,7 @@ from wanjax.config import (
     SamplingDefaults,
     UMT5Config,
     VAEConfig,
+    to_json,
 )
 
 CLIP = CLIPConfig(num_layers=1, dim=32, num_heads=2, ffn_dim=64, image_size=16, patch_size=8)
@@ -79,6 +81,23 @@ def write_model(folder: Path, config: ModelConfig = NANO, seed: int = 0) -> Path
     """A model folder with random weights, as `--model PATH` takes it."""
     tokenizer = write_tokenizer(folder.parent / f"{folder.name}.tokenizer.json")
     checkpoint.save(folder, config, random_params(config, seed), tokenizer)
+    return folder
+
+
+def write_orbax(folder):
+    """A folder in the form of `python -m convert`, without Orbax's own files, which nobody here reads."""
+    folder.mkdir()
+    entries = {}
+    for part, tree in random_params(NANO).items():
+        for path, leaf in flatten_dict(tree, sep="/").items():
+            name = f"{part}/{path}"
+            array = store.create(store.place(folder, name), leaf.shape, leaf.dtype, path.startswith("blocks/"))
+            array.write(leaf).result()
+            entries[name] = manifest.entry_of(leaf)
+    (folder / "config.json").write_text(to_json(NANO))
+    write_tokenizer(folder / "tokenizer.json")
+    (folder / "manifest.json").write_text(store.Manifest(entries, {}, "test", "keep").dumps())
+    checkpoint.sign(folder)
     return folder
 
 

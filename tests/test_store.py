@@ -8,34 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from nano import NANO, random_params, write_model, write_tokenizer
+from nano import NANO, random_params, write_model, write_orbax, write_tokenizer
 
 from wanjax import checkpoint, manifest, sharding, store
 from wanjax.checkpoint import CheckpointError
-from wanjax.config import to_json
 
 FORMS = ("orbax", "safetensors")
 KERNEL = "dit/blocks/ffn_in/kernel"
-
-
-def write_orbax(folder):
-    """A folder in the form of `python -m convert`, without Orbax's own files, which nobody here reads."""
-    folder.mkdir()
-    entries = {}
-    for part, tree in random_params(NANO).items():
-        for path, leaf in flatten_dict(tree, sep="/").items():
-            name = f"{part}/{path}"
-            array = store.create(store.place(folder, name), leaf.shape, leaf.dtype, path.startswith("blocks/"))
-            array.write(leaf).result()
-            entries[name] = manifest.entry_of(leaf)
-    (folder / "config.json").write_text(to_json(NANO))
-    write_tokenizer(folder / "tokenizer.json")
-    (folder / "manifest.json").write_text(store.Manifest(entries, {}, "test", "keep").dumps())
-    checkpoint.sign(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
