@@ -128,7 +128,7 @@ def test_damaged_weights_on_one_host_end_all(job, tmp_path, model):
     weights = load_file(copy / "dit.safetensors")
     name = "blocks/modulation"  # small, whole on every device
     save_file(weights | {name: weights[name] + 1}, copy / "dit.safetensors")
-    results = end(two(*job, "--out", tmp_path / "clip.mp4", own=((), ("--model", copy))))
+    results = end(two(*job, "--quiet", "--out", tmp_path / "clip.mp4", own=((), ("--model", copy))))
     assert [code for code, *_ in results] == [1, 1]
     other, own = said(results)
     assert f"dit/{name}: not the array of the manifest" in own and other == f"host 1: {own}"
