@@ -214,7 +214,8 @@ def test_bad_settings(job, capsys, no_compute, extra, message):
 
 SYNTAX = [
     ["--preset", "turbo"], ["--timesteps", "rounded"], ["--clip-fit", "pad"], ["--guidance-interval", "0.5"],
-    ["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"], ["--devices", "few"], ["--method", "ours"],
+    ["--size", "big"], ["--solver", "heun"], ["--matte", "1,2"], ["--mesh", "data"], ["--method", "ours"],
+    ["--devices", "few"],
     ["--retro-mode", "twist"], ["--kab-layers", "5"], ["--kab-steps", "a-b"], ["--branch-weights", "1,x,1"],
     ["--anchor-curve", "0,x"],
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The transformer on eight devices computes what one does, whatever the mesh; tokens, padding and frames that straddle."""
+"""The transformer on eight devices computes what one does, whatever the mesh, the padding, and where frames are cut."""
 
 import functools
 

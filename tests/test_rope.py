@@ -67,3 +67,20 @@ def test_scale_turns_temporal_pairs_only():
 def test_bad_scale_is_refused(scale):
     with pytest.raises(ValueError, match="temporal_scale"):
         rope.table((5, 1, 1), 48, temporal_scale=scale)
+
+
+@pytest.mark.parametrize("mode", rope.MODES)
+def test_a_product_rotates_as_pairs_do(mode):
+    """Exactly in float32, and in half precision of what has been rounded to it."""
+    x = np.random.default_rng(0).standard_normal((2, 12, 3, 16)).astype(np.float32)
+    table = rope.table((3, 2, 2), 16, np.array([1.1, 0.9, 1.0]), mode)
+    pairs = rope.apply(jnp.asarray(x), table)
+    assert relative_error(rope.apply(jnp.asarray(x), table, "product"), pairs) <= 1e-7
+    half = jnp.asarray(x, jnp.bfloat16)
+    wanted = rope.apply(half, table)
+    assert relative_error(rope.apply(half, table, "product", "bfloat16"), wanted) <= 1e-7
+
+
+def test_unknown_rotation():
+    with pytest.raises(ValueError, match="rotation 'halves': choose auto, pairs, product"):
+        rope.apply(jnp.ones((1, 1, 1, 4)), rope.table((1, 1, 1), 4), "halves")

@@ -64,6 +64,8 @@ class DiTConfig:
       remat: recompute block activations in the backward pass (training only).
       attention: kernel of self- and cross-attention, a name in `attention.KERNELS`, or "auto", which
         `ModelConfig.for_platform` resolves.
+      rotation: how pairs are rotated, a name in `rope.ROTATIONS`, or "auto", which is "pairs" here
+        (`ModelConfig.for_platform` resolves it).
     """
 
     num_layers: int = 40
@@ -82,6 +84,7 @@ class DiTConfig:
     num_images: int = 2
     remat: bool = False
     attention: str = "auto"
+    rotation: str = "auto"
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
@@ -289,7 +292,7 @@ class ModelConfig:
         """
         if platform not in _PLATFORMS:
             raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
-        attention, conv3d, product = _PLATFORMS[platform]
+        attention, rotation, conv3d, product = _PLATFORMS[platform]
 
         def resolved(config: Any, **choices: str) -> Any:
             own = {field: name for field, name in choices.items() if getattr(config, field) == "auto"}
@@ -301,21 +304,21 @@ class ModelConfig:
 
         return dataclasses.replace(
             self,
-            dit=part(self.dit, attention=attention),
+            dit=part(self.dit, attention=attention, rotation=rotation),
             vae=part(self.vae, conv3d=conv3d),
             umt5=part(self.umt5),
             clip=None if self.clip is None else part(self.clip),
         )
 
 
-_PLATFORMS: Mapping[str, tuple[str, str, str]] = {
-    "cpu": ("xla", "taps", "float32"),
-    "gpu": ("cudnn", "taps", "compute"),
-    "cuda": ("cudnn", "taps", "compute"),
-    "rocm": ("xla", "taps", "compute"),
-    "tpu": ("xla", "conv3d", "compute"),
+_PLATFORMS: Mapping[str, tuple[str, str, str, str]] = {
+    "cpu": ("xla", "pairs", "taps", "float32"),
+    "gpu": ("cudnn", "pairs", "taps", "compute"),
+    "cuda": ("cudnn", "pairs", "taps", "compute"),
+    "rocm": ("xla", "pairs", "taps", "compute"),
+    "tpu": ("splash", "product", "conv3d", "compute"),
 }
-"""What "auto" means for attention, 3D convolutions and matrix products."""
+"""What "auto" means for attention, rotary pairs, 3D convolutions and matrix products."""
 
 
 def _flf2v_14b() -> ModelConfig:

@@ -7,7 +7,6 @@ the text first.
 """
 
 import functools
-import math
 
 import chex
 import jax
@@ -91,7 +90,7 @@ def cross_attention(
             return _by_frame(q, k, v, own, control, precision, inspect, layout, part, axes)
 
         def plain() -> tuple[jax.Array, None]:
-            found = [attention(q, *kv, precision=precision, kernel=kernel, residual=True)
+            found = [attention(q, *kv, scale=1.0, precision=precision, kernel=kernel, residual=True)
                      for kv in zip(k, v, strict=True)]  # fmt: skip
             weights = [weight for _, weight in _shares([residual for _, residual in found], control)]
             out = sum(jnp.expand_dims(w, -1) * x.astype(jnp.float32) for w, (x, _) in zip(weights, found, strict=True))
@@ -105,7 +104,7 @@ def cross_attention(
         return lax.cond(jnp.any(strength != 0), biased, plain)
 
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731  before it travels
-    return parallel.cross_attention(run, cast(q), cast(keys), cast(values), (strength, own), rest)
+    return parallel.cross_attention(run, cast(parallel.scaled(q)), cast(keys), cast(values), (strength, own), rest)
 
 
 def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array]:
@@ -142,7 +141,7 @@ def _by_frame(
     frames, nothing = layout.frames, jnp.zeros((q.shape[0], layout.frames, 1), jnp.float32)
     added = _parts(own.replace(text=nothing if own.text is None else own.text), 2)
     added += [nothing] * (len(keys) - len(added))
-    q, scale = layout.split(q), 1 / math.sqrt(q.shape[-1])
+    q = layout.split(q)
     counted, count = layout.counted(part), layout.queries * lax.psum(q.shape[3], [a for a in axes if a == "tensor"])
     first = jnp.zeros(0, jnp.int32) if control is None else control.at
     order = jnp.concatenate([first, jnp.arange(frames)])
@@ -161,7 +160,7 @@ def _by_frame(
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
         (anchors, out), (index, frame) = carry, step
-        scores, plain = [xla.logits(q[frame], k, scale, precision) for k in keys], None
+        scores, plain = [xla.logits(q[frame], k, 1.0, precision) for k in keys], None
         bias = [x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores, True)

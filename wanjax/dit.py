@@ -78,7 +78,8 @@ class SelfAttention(nn.Module):
         k = RMSNorm(c.eps, name="norm_k")(Dense(c.dim, p, name="k")(x))
         v = Dense(c.dim, p, name="v")(x)
         q, k, v = (rearrange(a, "B S (N D) -> B S N D", N=c.num_heads) for a in (q, k, v))
-        q, k = rope.apply(q, table), rope.apply(k, table)
+        rotation = "pairs" if c.rotation == "auto" else c.rotation
+        q, k = (rope.apply(a, table, rotation, p.compute) for a in (q, k))
         out = parallel.self_attention(q, k, v, layout.valid(), p, c.attention)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)"))
 

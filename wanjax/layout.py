@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Tokens [F * Q], frame by frame, as [parts * local]: part i holds tokens i * share ... of each frame, then padding.
+    """Tokens [F * Q], frame by frame, as [parts * local]: part i holds tokens i * share on of each frame, then padding.
 
     Attributes:
       frames, queries: F and Q.

@@ -1,8 +1,8 @@
 """Where arrays live: the mesh, and ordered rules from parameter paths to PartitionSpecs.
 
-Mesh axes: `data` (batch and guidance passes), `fsdp` and `sequence` (together `TOKENS`: video tokens, and weights, whole
-only inside the block that uses them), `tensor` (heads and ffn). In self-attention `sequence` splits heads, and `fsdp`
-gathers keys and values (`attention.parallel`). XLA's partitioner does the rest: models only name axes
+Mesh axes: `data` (batch and guidance passes), `fsdp` and `sequence` (together `TOKENS`: video tokens, and weights,
+whole only inside the block that uses them), `tensor` (heads and ffn). In self-attention `sequence` splits heads, and
+`fsdp` gathers keys and values (`attention.parallel`). XLA's partitioner does the rest: models only name axes
 (`layers.constrain`).
 """
 

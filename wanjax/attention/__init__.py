@@ -1,9 +1,9 @@
 """Scaled dot-product attention with an additive bias: one function, kernels by name.
 
 A kernel is a module of its own and one entry of KERNELS: `kernel(q, k, v, bias, valid, scale, precision, residual)`
-takes q [B, S, N, D], k and v [B, K, N, D] in the compute dtype, a bias that broadcasts to [B, N, S, K] or None and which
-keys count, bool [K] or None, and returns (out [B, S, N, D] in the compute dtype, the residual or None). What a kernel
-cannot do it leaves to "xla".
+takes q [B, S, N, D], k and v [B, K, N, D] in the compute dtype, a bias that broadcasts to [B, N, S, K] or None and
+which keys count, bool [K] or None, and returns (out [B, S, N, D] in the compute dtype, the residual or None). What a
+kernel cannot do it leaves to "xla".
 """
 
 import math

@@ -13,9 +13,9 @@ def attend(
 ) -> tuple[jax.Array, xla.Residual | None]:
     """The kernel "cudnn"; the log sum of its residual holds the whole log-sum-exp beside a maximum of 0.
 
-    Left to "xla" is what it refuses: float32, head widths over 128 or no multiples of 8, and biases (it wants them whole
-    over queries and in half precision). Keys that do not count are taken out before: it knows of padding only at the
-    end. Several devices call it from within `parallel`, for its own partitioning rule does not split queries.
+    Left to "xla" is what it refuses: float32, head widths over 128 or no multiples of 8, and biases (it wants them
+    whole over queries and in half precision). Keys that do not count are taken out before: it knows of padding only
+    at the end. Several devices call it from within `parallel`, for its own partitioning rule does not split queries.
 
     Raises:
       ValueError: the residual is differentiated, which cuDNN's backward pass would ignore.

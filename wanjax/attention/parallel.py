@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh
@@ -39,6 +40,11 @@ def layout(frames: int, queries: int, kernel: str) -> TokenLayout:
     return TokenLayout.of(frames, queries, groups * split, unit)
 
 
+def scaled(q: jax.Array) -> jax.Array:
+    """Queries [..., d] over sqrt(d), in float32: before they are rounded, that costs nothing and rounds once."""
+    return q.astype(jnp.float32) * q.shape[-1] ** -0.5
+
+
 def self_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: np.ndarray | None, precision: Precision, kernel: str
 ) -> jax.Array:
@@ -55,8 +61,8 @@ def self_attention(
     Raises:
       ValueError: heads that `tensor` x `sequence` does not divide.
     """
-    q, k, v = (x.astype(precision.compute) for x in (q, k, v))  # before they travel
-    attend = partial(attention, valid=valid, precision=precision, kernel=kernel)
+    q, k, v = (x.astype(precision.compute) for x in (scaled(q), k, v))  # before they travel
+    attend = partial(attention, valid=valid, scale=1.0, precision=precision, kernel=kernel)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q, k, v)

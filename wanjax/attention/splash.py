@@ -8,8 +8,8 @@ from wanjax.attention import xla
 from wanjax.config import Precision
 
 BLOCK = 1024
-"""Most queries, and most keys, of one block; `layout` pads the video's tokens to multiples of it. Blocks of 2048 overflow
-the VMEM of a v5e."""
+"""Most queries, and most keys, of one block; `layout` pads the video's tokens to multiples of it. Blocks of 2048
+overflow the VMEM of a v5e."""
 LANES = 128
 
 
@@ -32,19 +32,20 @@ def attend(
     q, k, v = (_pad(x, size) for x, size in ((q, block_q), (k, block_k), (v, block_k)))
     counts = np.pad(np.ones(keys, bool) if valid is None else valid, (0, k.shape[1] - keys))
     segments = splash.SegmentIds(np.zeros(q.shape[1], np.int32), np.where(counts, 0, 1).astype(np.int32))
-    mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
     compute = block_k // 2 if block_k % (2 * LANES) == 0 and block_k > 512 else block_k
+    batch, _, heads, _ = q.shape
     kernel = splash.make_splash_mha(
-        mask, block_sizes=splash.BlockSizes(block_q, block_k, compute), head_shards=1, q_seq_shards=1,
+        splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * (batch * heads)),
+        block_sizes=splash.BlockSizes(block_q, block_k, compute), head_shards=1, q_seq_shards=1,
         save_residuals=residual,
     )  # fmt: skip
-    run = jax.vmap(lambda q, k, v: kernel(q, k, v, None if counts.all() else segments))
-    found = run(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v)))
+    rows = (jnp.moveaxis(x, 1, 2).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v))
+    found = kernel(*rows, None if counts.all() else segments)
     out, log_sum_exp = (found[0], found[1][0]) if residual else (found, None)
-    out = jnp.moveaxis(out, 1, 2)[:, :queries, :, :width]
+    out = jnp.moveaxis(out.reshape(batch, heads, *out.shape[1:]), 1, 2)[:, :queries, :, :width]
     if not residual:
         return out, None
-    log_sum_exp = jnp.moveaxis(log_sum_exp, 1, 2)[:, :queries].astype(jnp.float32)
+    log_sum_exp = jnp.moveaxis(log_sum_exp.reshape(batch, heads, -1), 1, 2)[:, :queries].astype(jnp.float32)
     return out, (jnp.zeros_like(log_sum_exp), log_sum_exp)
 
 
