@@ -204,6 +204,35 @@ def test_no_cluster_here(job):
     assert code == 2 and len(lines) == 1 and "distributed auto: the hosts do not find each other" in lines[0]
 
 
+JOIN = """
+import sys
+from wanjax import hosts
+from wanjax.writing import terminate_as_interrupt
+with terminate_as_interrupt(), hosts.Company("join") as company:
+    try:
+        print("joins", flush=True)
+        company.join(sys.argv[1], timeout=int(sys.argv[2]))
+    except ValueError as error:
+        company.fail(2, error)
+    except KeyboardInterrupt:
+        company.fail(130, "interrupted")
+"""
+
+
+def test_hosts_that_do_not_come():
+    """One line from each that waits, and Ctrl-C is heard meanwhile."""
+    where = [f"127.0.0.1:{free_port()},{number},3" for number in (0, 1)]
+    results = end([begin(["-c", JOIN, one, 3], 1) for one in where])
+    assert [code for code, *_ in results] == [2, 2]
+    for _, _, lines in results:
+        assert len(lines) == 1 and "the hosts do not find each other (waited 3 s)" in lines[0]
+    (waiting,) = [begin(["-c", JOIN, where[1], 200], 1)]
+    assert waiting.stdout.readline() == "joins\n"
+    time.sleep(1)
+    waiting.send_signal(signal.SIGINT)
+    assert end([waiting]) == [(130, [], ["join: error: interrupted"])]
+
+
 def test_alone():
     mesh = sharding.make_mesh({"fsdp": 8})
     values = np.arange(16.0).reshape(8, 2)

@@ -13,7 +13,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
@@ -52,21 +55,45 @@ class Address:
         return address
 
 
-def _join(where: str | Address, timeout: int) -> None:
+def _join(where: str | Address, timeout: int, lost: Callable[..., None]) -> None:
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     how: dict[str, Any] = {"initialization_timeout": timeout}
     if isinstance(where, Address):
         how |= {"coordinator_address": where.coordinator, "num_processes": where.count, "process_id": where.number,
                 "cluster_detection_method": "deactivate"}  # fmt: skip
+    pool = ThreadPoolExecutor(1, thread_name_prefix="join")
     try:
-        jax.distributed.initialize(**how)
+        with _told(lost):
+            pool.submit(jax.distributed.initialize, **how).result()  # so that Ctrl-C is heard meanwhile
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
+        if "bad_cast" in reason:  # see `_told`
+            reason = f"waited {timeout} s"
         mend = ("give HOST:PORT,NUMBER,COUNT instead" if where == AUTO
                 else "check that all hosts were started, with one address and different numbers")  # fmt: skip
         raise ValueError(f"distributed {where if where == AUTO else where.coordinator}: the hosts do not find each "
                          f"other ({reason}); {mend}") from error  # fmt: skip
+    finally:
+        pool.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def _told(lost: Callable[..., None]) -> Iterator[None]:
+    """Inside, `jax.distributed.initialize` makes a client that calls `lost` when others cannot be reached any more.
+
+    By itself it ends the process with a stack trace, also where they did not come, and JAX has no option for it. (Once
+    they came, jaxlib 0.10 fails to call Python and ends the process with a line of its own.)
+    """
+    from jax._src import distributed
+
+    library = distributed._jax
+    own = library.get_distributed_runtime_client
+    library.get_distributed_runtime_client = partial(own, missed_heartbeat_callback=lost)
+    try:
+        yield
+    finally:
+        library.get_distributed_runtime_client = own
 
 
 def count() -> int:
@@ -106,7 +133,7 @@ class Company:
     def __init__(self, program: str) -> None:
         self.program = program
         self.failure: tuple[int, str] | None = None
-        self._left = threading.Event()
+        self._left, self._joined = threading.Event(), threading.Event()
 
     def __enter__(self) -> "Company":
         return self
@@ -127,7 +154,8 @@ class Company:
         Raises:
           ValueError: no cluster here, an address that cannot be used, or hosts that did not come; one line.
         """
-        _join(where if where == AUTO else Address.parse(where), timeout)
+        _join(where if where == AUTO else Address.parse(where), timeout, self._lost)
+        self._joined.set()
         if count() > 1:
             threading.Thread(target=self._listen, name="hosts", daemon=True).start()
 
@@ -173,12 +201,18 @@ class Company:
         if count() == 1:
             print(f"{self.program}: error: {message}", file=sys.stderr)
             return code
+        if not self._joined.is_set():
+            print(f"{self.program}: error: {message}", file=sys.stderr, flush=True)
+            os._exit(code)  # JAX's own end would speak of hosts that never came
         self._left.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was faster, or host 0 is gone
-            time.sleep(1 if self.failure is None else 0)
-            if self.failure is None:
+        time.sleep(1 if self.failure is None else 0)
+        heard = self.failure
+        if heard is None:
+            try:
                 _state().client.key_value_set(_END, f"{code} host {number()}: {message}")
-        code, message = self.failure or (code, message)
+            except jax.errors.JaxRuntimeError:  # another one was faster, or host 0 is gone
+                heard = self.failure
+        code, message = heard or (code, message)
         print(f"{self.program}: error: {message}", file=sys.stderr)
         return self._leave(code)
 
@@ -191,10 +225,20 @@ class Company:
         self.failure = (int(code), message) if int(code) else None
         if self.failure is None or self._left.is_set():
             return
-        signal.raise_signal(signal.SIGINT)
+        if hasattr(signal, "pthread_kill"):  # to the main thread, so that it also wakes up
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        else:
+            signal.raise_signal(signal.SIGINT)
         if not self._left.wait(_GRACE):
             print(f"{self.program}: error: {message}", file=sys.stderr)
             self._leave(int(code))
+
+    def _lost(self, *status: Any) -> None:
+        """Another host ended without a word, or cannot be reached any more."""
+        if self._joined.is_set() and not self._left.is_set():
+            reason = " ".join(" ".join(map(str, status)).split())[:200]
+            print(f"{self.program}: error: another host is gone ({reason})", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _leave(self, code: int) -> NoReturn:
         """Ends the process at once: JAX's own end waits for hosts that may not come. Host 0, which the others speak
