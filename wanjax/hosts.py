@@ -185,8 +185,8 @@ class Company:
             return
         if is_first():
             _state().client.key_value_set(_END, "0")
-        else:
-            _wait(_state().client, _END)
+        elif _wait(_state().client, _END) != "0":
+            raise KeyboardInterrupt
         self._left.set()
 
     def fail(self, code: int, message: object) -> int:
