@@ -56,11 +56,12 @@ def part(config: DiTConfig, mode: str = "sequential", n: int = 1) -> Callable[..
         table: Row,
         method: MethodArrays,
     ) -> Carry:
-        def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-            return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
+        def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
+            inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
+            return WanDiT(config).apply({"params": params}, *inputs)
 
         def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-            step = guided(model, conditions, negative, row.guidance, mode, method.control)
+            step = guided(model, conditions, negative, row.guidance, mode)
             return step(latents, row.step.timestep, row.strength), state
 
         return sample.sample(denoise, carry, table, first, n)

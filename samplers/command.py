@@ -111,9 +111,9 @@ def _add_method(p: argparse.ArgumentParser) -> None:
     add("--kab", action=switch, help="bias middle frames' cross-attention towards the keyframes'")
     add("--kab-layers", type=_span(int), metavar="A-B", help="from 0 (5-12 of 40, other depths in proportion)")
     add("--kab-steps", type=_span(float), metavar="A-B", help="active where A < step / steps <= B (0-0.4)")
-    add("--beta-end", type=float, help="strength near the keyframes (0.7)")
-    add("--beta-mid", type=float, help="strength half-way (0.3)")
-    add("--kab-eps", type=float, help="attention below it counts as it (0.0005)")
+    add("--strength-end", type=float, help="strength near the keyframes (0.7)")
+    add("--strength-mid", type=float, help="strength half-way (0.3)")
+    add("--kab-floor", type=float, help="attention below it counts as it (0.0005)")
     curves = ", ".join(kab.CURVES)
     add(
         "--anchor-curve", type=_curve, metavar="CURVE", help=f"{curves}, or a number a latent frame: 0,0.2,... (linear)"

@@ -196,8 +196,8 @@ def _inspect(
 ) -> CrossReport:
     """One evaluation; strength [L, F]. The report of one layer and the only sample, leaves [F, K]."""
     dit = WanDiT(config, inspect=True)
-    control = method.control.replace(strength=strength[:, None])
-    _, seen = dit.apply({"params": params}, latents, timestep, conditions, method.table, cross_bias, control)
+    changes = cross_bias, method.control, strength[:, None]
+    _, seen = dit.apply({"params": params}, latents, timestep, conditions, method.table, *changes)
     return jax.tree.map(lambda leaf: leaf[layer, 0], seen)
 
 
@@ -228,8 +228,9 @@ def _numbers(model: Model, plan: Plan, layer: int, step: int, seen: CrossReport,
         "strength": {
             "layers": None if window is None else list(window),
             "of_layers": config.dit.num_layers,
-            "beta": _floats(plan.strength.max(1)),
-            "curve": None if method.kab is None else _floats(plan.method.control.share[:, -1]),
+            "anchors": list(plan.anchors),
+            "by_step": _floats(plan.strength.max(1)),
+            "curve": None if method.kab is None else _floats(plan.method.control.curve),
         },
         "attention": {
             "text": {

@@ -230,7 +230,7 @@ def make(
     """
     timings = Timings()
     for batch in batches:
-        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias, None)
+        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("compile"):
             ready("encode")
@@ -342,7 +342,7 @@ def denoise(
     batch = encoded.conditions.text.shape[0]
     if noise.shape != (batch, *plan.latent_shape):
         raise ValueError(f"noise of shape {noise.shape}: the latents are {(batch, *plan.latent_shape)}")
-    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias, None)
+    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias)
     params = model.part("dit")
 
     def part(carry: Carry, table: Row, first: np.int32, n: int) -> Carry:
@@ -398,11 +398,12 @@ def _denoise(
     n: int,
     guidance_mode: GuidanceMode,
 ) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
+        inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
+        return WanDiT(config).apply({"params": params}, *inputs)
 
     def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-        run = guided(model, conditions, negative_text, row.guidance, guidance_mode, method.control, cross_bias)
+        run = guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
         return run(latents, row.step.timestep, row.strength), state
 
     return sample.sample(denoise, carry, table, first, n)

@@ -113,7 +113,7 @@ class Plan:
       latent_shape: (F, h, w, C) of one clip's latents.
       grid: (frames, height, width) in tokens.
       table: rows of the run, padded, in host memory; the first `settings.steps` are live.
-      method: the rotary table and the control of attention; its strength is in the table.
+      method: the rotary table and the control of attention; KAB's strength is in the table.
     """
 
     config: ModelConfig
@@ -164,7 +164,7 @@ class Plan:
     @cached_property
     def anchors(self) -> tuple[int, ...]:
         """Token frames of the keyframes, ascending, each once: where KAB anchors and ReTRo has its edges."""
-        return tuple(int(place) for place in self.method.control.at)
+        return tuple(int(place) for place in self.method.control.anchors)
 
     @property
     def kab_steps(self) -> np.ndarray:

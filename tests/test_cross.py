@@ -25,7 +25,9 @@ BOTH = pytest.mark.parametrize("isolated", [False, True], ids=["joint", "isolate
 
 
 def both(q, keys, values=None, bias=None, control=None, precision=FLOAT32, inspect=False):
-    return cross.cross_attention(q, keys, keys if values is None else values, bias, control, precision, inspect=inspect)
+    values = keys if values is None else values
+    control, strength = control or (None, None)
+    return cross.cross_attention(q, keys, values, bias, control, strength, precision, inspect=inspect)
 
 
 @partial(jax.jit, static_argnames="precision")
@@ -85,39 +87,40 @@ class Case:
         """Elements of all probabilities of the text branch."""
         return self.batch * self.heads * self.frames * self.queries * self.sizes[0]
 
-    def beta(self, *rows):
+    def strength(self, *rows):
         """The schedule's strength, times a number for each batch row."""
         schedule = oracle.strength(50, 40, self.frames, (5, 12))[10, 8]
         return np.float32(np.multiply.outer(rows or (1.0,) * self.batch, schedule))
 
 
-def control(beta, isolated, weights=None, tau=None, eps=5e-4, at=None, images=2):
-    """A control as wanted; the anchors are the ends unless `at` is given, tau the share of the following one."""
-    frames = beta.shape[-1]
-    at = (0, frames - 1) if at is None else at
-    share = oracle.shares(frames, at, tau)
-    weights = np.ones(1 + images) if weights is None else weights
-    return CrossControl(beta, np.int32(at), np.float32(share), np.float32(eps), np.bool_(isolated), np.float32(weights))
+def control(strength, isolated, weights=None, curve=None, floor=5e-4, anchors=None, images=2):
+    """A control as wanted and its strength; anchors are the ends unless given, the curve is the following's part."""
+    frames = strength.shape[-1]
+    anchors = (0, frames - 1) if anchors is None else anchors
+    curve = np.float32(oracle.anchor_curve(frames, anchors, curve))
+    weights = np.float32(np.ones(1 + images) if weights is None else weights)
+    return CrossControl(np.int32(anchors), curve, np.float32(floor), np.bool_(isolated), weights), strength
 
 
 def leaves(branches):
     return [branches.text, *([] if branches.images is None else jnp.unstack(branches.images, axis=2))]
 
 
-def check(case, isolated, beta, added=None, weights=None, tolerance=1e-4, **target):
+def check(case, isolated, strength, added=None, weights=None, tolerance=1e-4, **target):
     """What KAB changes of the output, and its bias, are the oracle's."""
     bias = None if added is None else bias_from(added)
-    betas, images = (beta, 0 * beta), len(case.k) - 1
+    strengths, images = (strength, 0 * strength), len(case.k) - 1
     ours = [
-        np.float64(attend(*case.branches, bias, control(b, isolated, weights, images=images, **target))) for b in betas
+        np.float64(attend(*case.branches, bias, control(s, isolated, weights, images=images, **target)))
+        for s in strengths
     ]
-    exact = [oracle.cross_attention(case.q, case.k, case.v, b, isolated, weights, added, **target) for b in betas]
+    exact = [oracle.cross_attention(case.q, case.k, case.v, s, isolated, weights, added, **target) for s in strengths]
     assert relative_error(ours[1], exact[1]) <= 1e-6
     change = exact[0] - exact[1]
     assert np.linalg.norm(change) > 0.03 * np.linalg.norm(exact[1])
     assert relative_error(ours[0] - ours[1], change) <= tolerance
-    made = leaves(bias_of(case.q, branches_of(case.k), control(beta, isolated, images=images, **target)))
-    for a, b in zip(made, oracle.bias(case.q, case.k, beta, isolated, **target), strict=True):
+    made = leaves(bias_of(case.q, branches_of(case.k), control(strength, isolated, images=images, **target)))
+    for a, b in zip(made, oracle.bias(case.q, case.k, strength, isolated, **target), strict=True):
         assert relative_error(a, b) <= 1e-5
 
 
@@ -125,23 +128,23 @@ def check(case, isolated, beta, added=None, weights=None, tolerance=1e-4, **targ
 def test_change_against_float64(frames):
     case = Case(frames)
     for isolated in (False, True):
-        check(case, isolated, case.beta(1.0, 0.0))
-    check(case, True, case.beta(0.4, 1.3))
+        check(case, isolated, case.strength(1.0, 0.0))
+    check(case, True, case.strength(0.4, 1.3))
 
 
 @BOTH
 def test_two_heads_callers_bias_and_weights(isolated):
     case = Case(7, queries=5, heads=2, sizes=(11, 9, 9))
-    check(case, isolated, case.beta(1.0, 0.5), case.added, weights=(0.5, 2.0, 1.25))
+    check(case, isolated, case.strength(1.0, 0.5), case.added, weights=(0.5, 2.0, 1.25))
 
 
 @BOTH
 def test_curve_and_floor_are_inputs(isolated):
     case = Case(7)
-    tau = np.array([0, 0.1, 0.1, 0.5, 0.6, 0.95, 1])
-    check(case, isolated, case.beta(), tau=tau, eps=0.03)
-    made = [bias_of(case.q, branches_of(case.k), control(case.beta(), isolated, **x)) for x in
-            ({"tau": tau, "eps": 0.03}, {"tau": tau}, {"eps": 0.03})]  # fmt: skip
+    curve = np.array([0, 0.1, 0.1, 0.5, 0.6, 0.95, 1])
+    check(case, isolated, case.strength(), curve=curve, floor=0.03)
+    made = [bias_of(case.q, branches_of(case.k), control(case.strength(), isolated, **x)) for x in
+            ({"curve": curve, "floor": 0.03}, {"curve": curve}, {"floor": 0.03})]  # fmt: skip
     assert relative_error(made[1].text, made[0].text) > 0.1
     assert relative_error(made[2].text, made[0].text) > 0.1
 
@@ -149,17 +152,17 @@ def test_curve_and_floor_are_inputs(isolated):
 @BOTH
 def test_callers_bias_of_some_branches(isolated):
     case = Case(7)
-    check(case, isolated, case.beta(1.0, 0.5), [None, case.added[1], None])
+    check(case, isolated, case.strength(1.0, 0.5), [None, case.added[1], None])
 
 
 @pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
 def test_models_with_fewer_branches(sizes):
     """They have nothing to isolate, whatever the control says."""
     case = Case(7, sizes=sizes)
-    check(case, False, case.beta(1.0, 0.5))
-    outs = [attend(*case.branches, None, control(case.beta(), x, (0.5, 2, 3)[: len(sizes)])) for x in (False, True)]
+    check(case, False, case.strength(1.0, 0.5))
+    outs = [attend(*case.branches, None, control(case.strength(), x, (0.5, 2, 3)[: len(sizes)])) for x in (False, True)]
     assert np.array_equal(*outs)
-    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.beta(), False, images=len(sizes) - 1)))
+    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.strength(), False, images=len(sizes) - 1)))
 
 
 @BOTH
@@ -177,8 +180,8 @@ def test_two_frames_are_both_anchors(isolated):
 def test_ends_have_exactly_no_bias(isolated):
     """The schedule's strength is zero there; and any other strength finds attention equal to its target."""
     case = Case(7)
-    for beta in (case.beta(), np.full((2, 7), 0.7, np.float32)):
-        for leaf in leaves(bias_of(case.q, branches_of(case.k), control(beta, isolated))):
+    for strength in (case.strength(), np.full((2, 7), 0.7, np.float32)):
+        for leaf in leaves(bias_of(case.q, branches_of(case.k), control(strength, isolated))):
             assert not leaf[:, [0, -1]].any()
             assert (np.abs(leaf[:, 1:-1]).max((0, 2)) > 0.1).all()
 
@@ -190,7 +193,7 @@ def test_zero_strength_is_the_unbiased_model_bit_for_bit(given):
     none = np.zeros((2, 7), np.float32)
     plain = attend(*case.branches, bias)
     assert np.array_equal(attend(*case.branches, bias, control(none, False)), plain)
-    assert not np.array_equal(attend(*case.branches, bias, control(case.beta(), False)), plain)
+    assert not np.array_equal(attend(*case.branches, bias, control(case.strength(), False)), plain)
     isolated = attend(*case.branches, bias, control(none, True))
     only = [Branches(case.k[0]), Branches(case.v[0]), CrossBias(case.added[0]) if given else None]
     first, last = (
@@ -204,12 +207,12 @@ def test_zero_strength_is_the_unbiased_model_bit_for_bit(given):
 
 def test_a_row_of_zero_strength_is_left_alone():
     case = Case(7)
-    mixed, both = (attend(*case.branches, None, control(case.beta(1.0, x), True)) for x in (0.0, 0.5))
-    plain = attend(*case.branches, None, control(0 * case.beta(), True))
+    mixed, both = (attend(*case.branches, None, control(case.strength(1.0, x), True)) for x in (0.0, 0.5))
+    plain = attend(*case.branches, None, control(0 * case.strength(), True))
     assert relative_error(mixed[1], plain[1]) <= 1e-6
     assert relative_error(mixed[0], both[0]) <= 1e-6
     assert relative_error(both[1], plain[1]) > 1e-2
-    for leaf in leaves(bias_of(case.q, branches_of(case.k), control(case.beta(1.0, 0.0), True))):
+    for leaf in leaves(bias_of(case.q, branches_of(case.k), control(case.strength(1.0, 0.0), True))):
         assert not leaf[1].any() and leaf[0].any()
 
 
@@ -217,11 +220,13 @@ def test_a_row_of_zero_strength_is_left_alone():
 def test_bias_serves_all_heads_and_queries(isolated):
     """Given explicitly, one number a frame and key, it has the whole effect."""
     case = Case(7)
-    active = control(case.beta(1.0, 0.5), isolated)
+    active = control(case.strength(1.0, 0.5), isolated)
     made = bias_of(case.q, branches_of(case.k), active)
     assert [x.shape for x in leaves(made)] == [(2, 7, n) for n in SIZES]
-    explicit = attend(*case.branches, made, control(0 * case.beta(), isolated))
-    out, plain = (attend(*case.branches, None, control(b, isolated)) for b in (case.beta(1.0, 0.5), 0 * case.beta()))
+    explicit = attend(*case.branches, made, control(0 * case.strength(), isolated))
+    out, plain = (
+        attend(*case.branches, None, control(s, isolated)) for s in (case.strength(1.0, 0.5), 0 * case.strength())
+    )
     assert relative_error(explicit, out) <= 1e-6
     assert relative_error(out, plain) > 1e-2
 
@@ -233,7 +238,7 @@ def test_a_constant_of_a_frame_changes_nothing(isolated):
     rng = np.random.default_rng(1)
     text, first, last = (rng.normal(size=(2, 7, 1)).astype(np.float32) for _ in range(3))
     shifts = (text, first, last if isolated else first)
-    active = control(case.beta(), isolated)
+    active = control(case.strength(), isolated)
     out = attend(*case.branches, bias_from(case.added), active)
     moved = bias_from([x + shift for x, shift in zip(case.added, shifts, strict=True)])
     assert relative_error(attend(*case.branches, moved, active), out) <= 1e-6
@@ -246,7 +251,7 @@ def test_a_constant_of_a_frame_changes_nothing(isolated):
 def test_time_reversed_with_keyframes_swapped(isolated):
     case = Case(7)
     q = case.q.reshape(2, 7, 4, 3, 8)[:, ::-1].reshape(case.q.shape)
-    active = control(case.beta(1.0, 0.5), isolated)
+    active = control(case.strength(1.0, 0.5), isolated)
     plain = bias_of(case.q, branches_of(case.k), active)
     mirrored = bias_of(q, branches_of([case.k[0], case.k[2], case.k[1]]), active)
     pairs = zip(leaves(mirrored), [leaves(plain)[i] for i in (0, 2, 1)], strict=True)
@@ -267,7 +272,7 @@ def test_saturated_logits(isolated):
     case.k = [size * np.eye(8, dtype=np.float32)[rng.integers(0, 8, k.shape[:3])] for k in case.k]
     logits = np.einsum("BSND,BKND->BNSK", case.q, case.k[0]) / math.sqrt(8)
     assert np.allclose(np.unique(np.round(logits)), [-1e4, 0, 1e4])
-    check(case, isolated, case.beta(1.0, 0.5), tolerance=5e-3)
+    check(case, isolated, case.strength(1.0, 0.5), tolerance=5e-3)
 
 
 @BOTH
@@ -275,16 +280,16 @@ def test_saturated_logits(isolated):
 def test_minus_infinity_hides_a_key(isolated, strong):
     """Even from an output that its value would wreck; every other weight is what it is without the key."""
     case = Case(7)
-    beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
+    strength = case.strength(1.0, 0.5) if strong else 0 * case.strength()
     bias = [np.zeros_like(x) for x in case.added]
     bias[0][..., 3] = bias[1][..., 2] = -np.inf
-    out = attend(*case.branches, bias_from(bias), control(beta, isolated))
+    out = attend(*case.branches, bias_from(bias), control(strength, isolated))
     case.v[0][:, 3] = case.v[1][:, 2] = 1e6
     assert np.isfinite(out).all()
-    assert np.array_equal(attend(*case.branches, bias_from(bias), control(beta, isolated)), out)
-    exact = oracle.cross_attention(case.q, case.k, case.v, beta, isolated, added=bias)
+    assert np.array_equal(attend(*case.branches, bias_from(bias), control(strength, isolated)), out)
+    exact = oracle.cross_attention(case.q, case.k, case.v, strength, isolated, added=bias)
     assert relative_error(out, exact) <= 1e-5
-    seen = report_of(case.q, branches_of(case.k), bias_from(bias), control(beta, isolated)).biased
+    seen = report_of(case.q, branches_of(case.k), bias_from(bias), control(strength, isolated)).biased
     assert not seen.text[..., 3].any() and not seen.images[..., 0, 2].any()
     assert np.isfinite(seen.text).all() and seen.text[..., 4].all()
 
@@ -296,7 +301,7 @@ def test_bfloat16_policy(isolated):
     full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     outs = []
     for branches, precision in ((half, BFLOAT16), (full, FLOAT32)):
-        active = control(case.beta(1.0, 0.5), isolated)
+        active = control(case.strength(1.0, 0.5), isolated)
         out = attend(*branches, None, active, precision=precision)
         outs.append((out, leaves(bias_of(*branches[:2], active, precision=precision))))
     assert outs[0][0].dtype == jnp.bfloat16
@@ -310,9 +315,9 @@ def test_bfloat16_policy(isolated):
 @BOTH
 def test_report(isolated):
     case = Case(7, sizes=(11, 9, 9))
-    beta = case.beta(1.0, 0.5)
-    ours = report_of(case.q, branches_of(case.k), bias_from(case.added), control(beta, isolated))
-    made = oracle.bias(case.q, case.k, beta, isolated)
+    strength = case.strength(1.0, 0.5)
+    ours = report_of(case.q, branches_of(case.k), bias_from(case.added), control(strength, isolated))
+    made = oracle.bias(case.q, case.k, strength, isolated)
     total = [a + b for a, b in zip(made, case.added, strict=True)]
     wanted = {
         "plain": oracle.looks(case.q, case.k, 7, isolated),
@@ -333,8 +338,8 @@ def test_report(isolated):
 @pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
 def test_report_of_models_with_fewer_branches(sizes):
     case = Case(3, sizes=sizes)
-    ours = report_of(case.q, branches_of(case.k), None, control(case.beta(), True, images=len(sizes) - 1))
-    made = oracle.bias(case.q, case.k, case.beta(), True)
+    ours = report_of(case.q, branches_of(case.k), None, control(case.strength(), True, images=len(sizes) - 1))
+    made = oracle.bias(case.q, case.k, case.strength(), True)
     for a, b in zip(leaves(ours.biased), oracle.looks(case.q, case.k, 3, True, made), strict=True):
         assert relative_error(a, b) <= 1e-5
 
@@ -367,9 +372,9 @@ def test_what_is_off_is_not_run(monkeypatch):
         (single, False, 3 * 5, 0, 3 * 5),
         (single, True, 3 * 5, 0, 3 * 5),
     ]
-    for beta, isolated, biases, attentions, logits in wanted:
+    for strength, isolated, biases, attentions, logits in wanted:
         counts.update(bias=0, attention=0, logits=0)
-        run(*case.branches, None, control(beta, isolated)).block_until_ready()
+        run(*case.branches, None, control(strength, isolated)).block_until_ready()
         jax.effects_barrier()
         assert counts == {"bias": biases, "attention": attentions, "logits": logits}
     assert run._cache_size() == 1
@@ -395,7 +400,7 @@ def largest(function, *args):
 def test_probabilities_of_all_frames_never_exist(monkeypatch):
     case = Case(21, queries=8, heads=4, sizes=(40, 20, 20), batch=1)
     q, keys, values = case.branches
-    active = control(case.beta(), False)
+    active = control(case.strength(), False)
     per_frame = case.total // 21
     rows = case.q.size
     assert per_frame < rows < case.total // 3
@@ -417,28 +422,28 @@ def test_any_number_of_images_and_anchors(images, isolated):
     """The two are different numbers, and anchors also lie inside the clip."""
     case = Case(7, sizes=(11, *[6] * images))
     for at in PLACES[images]:
-        beta = np.float32(np.multiply.outer((1.0, 0.5), oracle.strength(50, 40, 7, (5, 12), at=at)[10, 8]))
-        check(case, isolated and images > 1, beta, case.added, at=at)
+        strength = np.float32(np.multiply.outer((1.0, 0.5), oracle.strength(50, 40, 7, (5, 12), anchors=at)[10, 8]))
+        check(case, isolated and images > 1, strength, case.added, anchors=at)
 
 
-def test_places_and_shares_are_traced():
+def test_anchors_and_curves_are_traced():
     case, outs, programs = Case(7), [], []
     for at in ((2, 5), (0, 6)):
-        outs.append(attend(*case.branches, None, control(case.beta(), True, at=at)))
+        outs.append(attend(*case.branches, None, control(case.strength(), True, anchors=at)))
         programs.append(attend._cache_size())
     assert programs[0] == programs[1] and relative_error(*outs) > 1e-3
 
 
 def test_weights_of_three_images():
-    check(Case(7, sizes=(11, 6, 6, 6)), True, Case(7).beta(), weights=(0.5, 2.0, 1.25, 0.0))
+    check(Case(7, sizes=(11, 6, 6, 6)), True, Case(7).strength(), weights=(0.5, 2.0, 1.25, 0.0))
 
 
 @BOTH
 def test_no_anchor(isolated):
     """Without anchors the strength is zero and nothing changes."""
     case = Case(7)
-    free = control(0 * case.beta(), isolated, at=())
-    same = control(0 * case.beta(), isolated)
+    free = control(0 * case.strength(), isolated, anchors=())
+    same = control(0 * case.strength(), isolated)
     assert np.array_equal(attend(*case.branches, None, free), attend(*case.branches, None, same))
     for own in (None, bias_from(case.added)):
         assert np.isfinite(attend(*case.branches, own, free)).all()
@@ -449,26 +454,26 @@ def test_no_anchor(isolated):
 def test_minus_infinity_hides_a_whole_image(isolated, strong):
     """It gets no share and puts nothing out; the others are what they are without it."""
     case, rest = Case(7, sizes=(11, 6, 6, 6)), Case(7, sizes=(11, 6, 6, 6))
-    beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
+    strength = case.strength(1.0, 0.5) if strong else 0 * case.strength()
     hidden = [None, np.zeros((2, 7, 6), np.float32), np.full((2, 7, 6), -np.inf, np.float32), np.zeros((2, 7, 6))]
-    out = attend(*case.branches, bias_from(hidden), control(beta, isolated, images=3))
+    out = attend(*case.branches, bias_from(hidden), control(strength, isolated, images=3))
     assert np.isfinite(out).all()
     case.v[2][:] = 1e6
-    assert np.array_equal(out, attend(*case.branches, bias_from(hidden), control(beta, isolated, images=3)))
+    assert np.array_equal(out, attend(*case.branches, bias_from(hidden), control(strength, isolated, images=3)))
     if not strong:
         for parts in (rest.k, rest.v):
             del parts[2]
-        assert relative_error(out, oracle.cross_attention(rest.q, rest.k, rest.v, beta, isolated)) <= 1e-6
+        assert relative_error(out, oracle.cross_attention(rest.q, rest.k, rest.v, strength, isolated)) <= 1e-6
     everything = [None, *[np.full((2, 7, 6), -np.inf, np.float32)] * 3]
-    text = oracle.cross_attention(rest.q, rest.k[:1], rest.v[:1], 0 * beta, True)
-    plain = attend(*case.branches, bias_from(everything), control(0 * beta, isolated, images=3))
+    text = oracle.cross_attention(rest.q, rest.k[:1], rest.v[:1], 0 * strength, True)
+    plain = attend(*case.branches, bias_from(everything), control(0 * strength, isolated, images=3))
     assert relative_error(plain, text) <= 1e-6
 
 
 def test_one_conditional():
     """The window of KAB; all else that a control decides is arithmetic."""
     case = Case(7)
-    text = str(jax.make_jaxpr(both)(*case.branches, None, control(case.beta(), True)))
+    text = str(jax.make_jaxpr(both)(*case.branches, None, control(case.strength(), True)))
     assert text.count(" cond[") == 1
 
 
@@ -483,7 +488,7 @@ def test_gradients():
 
     slope = jax.jit(jax.grad(loss))
     for isolated in (False, True):
-        active = control(case.beta(1.0, 0.5), isolated)
+        active = control(case.strength(1.0, 0.5), isolated)
         ahead, behind = (loss(step, active) for step in (3e-3, -3e-3))
         assert abs((ahead - behind) / 6e-3 / slope(0.0, active) - 1) < 1e-2
 
@@ -498,9 +503,9 @@ def test_sharded(sizes, queries, placed):
     case = Case(21, queries=queries, heads=8)
     q, keys, values = case.branches
     mesh = make_mesh(sizes)
-    beta = case.beta(1.0, 0.5)
+    strength = case.strength(1.0, 0.5)
     plain = {
-        isolated: [np.float64(attend(q, keys, values, None, control(b, isolated))) for b in (beta, 0 * beta)]
+        isolated: [np.float64(attend(q, keys, values, None, control(s, isolated))) for s in (strength, 0 * strength)]
         for isolated in (False, True)
     }
 
@@ -512,7 +517,7 @@ def test_sharded(sizes, queries, placed):
         if placed:
             q = jax.device_put(q, NamedSharding(mesh, P(None, "sequence", "tensor")))
         for isolated, (wanted, unbiased) in plain.items():
-            outs = [run(q, keys, values, control(b, isolated)) for b in (beta, 0 * beta)]
+            outs = [run(q, keys, values, control(s, isolated)) for s in (strength, 0 * strength)]
             assert relative_error(np.float64(outs[0]) - np.float64(outs[1]), wanted - unbiased) <= 1e-5
     assert len(outs[0].sharding.device_set) == 8
     assert outs[0].sharding.is_fully_replicated != placed, "uneven outputs are gathered by jit"

@@ -137,9 +137,16 @@ def test_the_size_of_a_bias_is_what_its_softmax_sees(model, batch, isolation):
     method = Method(isolation, NANO_METHOD.kab)
     own = sampling.Plan.of(model.config, dataclasses.replace(batch.settings, method=method))
     latents, conditions = batch.noise(0), batch.encoded.conditions
-    control = own.method.replace(strength=own.strength).at(1, 2)
+    strength = own.method.replace(strength=own.strength).strength_of(1, 2)
     _, seen = generate.WanDiT(own.config.dit, inspect=True).apply(
-        {"params": model.params["dit"]}, latents, np.full(2, 500.0), conditions, own.method.table, None, control
+        {"params": model.params["dit"]},
+        latents,
+        np.full(2, 500.0),
+        conditions,
+        own.method.table,
+        None,
+        own.method.control,
+        strength,
     )
     size = generate._bias_size(own.config.dit, model.params["dit"], latents, 500.0, conditions, own.method,
                                own.strength[1])  # fmt: skip
@@ -418,16 +425,16 @@ def test_two_way_arms_need_a_model_of_one_image(tmp_path, folder, capsys):
 
 def test_own_arms_are_read(tmp_path):
     file = tmp_path / "arms.json"
-    file.write_text('{"mine": {"about": "x", "isolation": {}, "kab": {"beta_mid": 0.5, "layers": [1, 1]}}}')
+    file.write_text('{"mine": {"about": "x", "isolation": {}, "kab": {"strength_mid": 0.5, "layers": [1, 1]}}}')
     (mine,) = read_own(file)
-    assert mine.method == Method(Isolation(), KAB(beta_mid=0.5, layers=(1, 1))) and mine.about == "x"
+    assert mine.method == Method(Isolation(), KAB(strength_mid=0.5, layers=(1, 1))) and mine.about == "x"
     assert choose(["wan", "mine"], (mine,))[-1] is mine
     for text in (
         "[]",
         "{",
         '{"a": {"kab": {"nonsense": 1}}}',
         '{"a": {"other": {}}}',
-        '{"a": {"kab": {"beta_mid": -1}}}',
+        '{"a": {"kab": {"strength_mid": -1}}}',
         '{"a": {"kind": "trf"}}',
         '{"a": {"kind": "random-bias", "retro": {}}}',
         '{"a": {"kind": "uniform-scale", "kab": {}}}',
@@ -436,7 +443,7 @@ def test_own_arms_are_read(tmp_path):
         '{"a|b": {}}',
         '{"all": {}}',
         "[" * 100_000,
-        '{"a": {"kab": {"beta_mid": 1' + 400 * "0" + "}}}",
+        '{"a": {"kab": {"strength_mid": 1' + 400 * "0" + "}}}",
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match="not a file of arms"):

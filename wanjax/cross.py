@@ -45,6 +45,7 @@ def cross_attention(
     values: Branches,
     bias: CrossBias | None = None,
     control: CrossControl | None = None,
+    strength: jax.Array | None = None,
     precision: Precision = FLOAT32,
     kernel: str = "xla",
     inspect: bool = False,
@@ -55,7 +56,8 @@ def cross_attention(
       q: [B, S, N, d].
       keys, values: text [B, K, N, d], images [B, M, K, N, d].
       bias: a caller's, of one layer; S is a multiple of F. KAB's is added to it.
-      control: of one layer (strength [B, F]); None is plain Wan2.1.
+      control: None is plain Wan2.1.
+      strength: KAB's in this layer, float32 [B, F]; goes with a control.
       precision: policy of the model.
       kernel: of attention without a bias.
       inspect: report too, at the cost of the path with a bias; needs a control.
@@ -68,12 +70,13 @@ def cross_attention(
     """
     chex.assert_rank([q, keys.text, values.text], 4)
     dtype = jnp.dtype(precision.compute)
-    q, control = jnp.asarray(q, dtype), jax.tree.map(jnp.asarray, control)  # q is cast before it travels
+    q = jnp.asarray(q, dtype)  # before it travels
+    control, strength = jax.tree.map(jnp.asarray, (control, strength))
     k, v = ([x.astype(dtype) for x in _parts(branches, 1)] for branches in (keys, values))
     own = bias or CrossBias()
 
     def biased() -> tuple[jax.Array, CrossReport | None]:
-        return _by_frame(q, k, v, own, control, precision, inspect)
+        return _by_frame(q, k, v, own, control, strength, precision, inspect)
 
     def plain() -> tuple[jax.Array, None]:
         found = [attention(q, *kv, precision=precision, kernel=kernel, residual=True) for kv in zip(k, v, strict=True)]
@@ -86,7 +89,7 @@ def cross_attention(
     if control is None:
         return plain()
     # A layer or step outside KAB's window must cost nothing.
-    return lax.cond(jnp.any(control.strength != 0), biased, plain)
+    return lax.cond(jnp.any(strength != 0), biased, plain)
 
 
 def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array]:
@@ -122,18 +125,18 @@ def by_frame(q: jax.Array, frames: int) -> jax.Array:
     return constrain(q, None, "data", "sequence", "tensor", None)
 
 
-def _by_frame(q, keys, values, own, control, precision, inspect) -> tuple[jax.Array, CrossReport | None]:
+def _by_frame(q, keys, values, own, control, strength, precision, inspect) -> tuple[jax.Array, CrossReport | None]:
     """Attention with KAB's bias and the caller's, a frame at a time: neither the probabilities nor the bias of every
     query exist all at once. A frame's logits serve its frame attention and its output.
 
     The anchors come first, to fill the carry with their frame attention; what they put out then is written again.
     """
-    rows = control.strength if control is not None else own.images if own.text is None else own.text
+    rows = strength if control is not None else own.images if own.text is None else own.text
     frames, nothing = rows.shape[1], jnp.zeros((*rows.shape[:2], 1), jnp.float32)
     added = _parts(own.replace(text=nothing if own.text is None else own.text), 2)
     added += [nothing] * (len(keys) - len(added))
     q, scale = by_frame(q, frames), 1 / math.sqrt(q.shape[-1])
-    first = jnp.zeros(0, jnp.int32) if control is None else control.at
+    first = jnp.zeros(0, jnp.int32) if control is None else control.anchors
     order = jnp.concatenate([first, jnp.arange(frames)])
 
     def attend(scores: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -145,24 +148,24 @@ def _by_frame(q, keys, values, own, control, precision, inspect) -> tuple[jax.Ar
         return looked, weighed
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
-        (anchors, out), (index, frame) = carry, step
+        (anchored, out), (index, frame) = carry, step
         scores, plain = [xla.logits(q[frame], k, scale, precision) for k in keys], None
         bias = [x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores)
-            place, share = (jnp.arange(len(first)) == index)[:, None, None], control.share[frame][:, None, None]
-            anchors = [jnp.where(place, row, x) for x, row in zip(anchors, plain, strict=True)]
-            targets = [(share * x).sum(0) for x in anchors]
-            bias = [kab.anchor_bias(row, target, control.strength[:, frame], control.floor) + x
+            place, curve = (jnp.arange(len(first)) == index)[:, None, None], control.curve[frame][:, None, None]
+            anchored = [jnp.where(place, row, x) for x, row in zip(anchored, plain, strict=True)]
+            targets = [(curve * x).sum(0) for x in anchored]
+            bias = [kab.anchor_bias(row, target, strength[:, frame], control.floor) + x
                     for row, target, x in zip(plain, targets, bias, strict=True)]  # fmt: skip
         scores = [x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, bias, strict=True)]
         biased, probabilities = attend(scores)
         mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
         out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)
-        return (anchors, out), (plain, biased, bias) if inspect else None
+        return (anchored, out), (plain, biased, bias) if inspect else None
 
-    anchors = [jnp.zeros((len(first), k.shape[0], k.shape[1]), jnp.float32) for k in keys]
-    (_, out), seen = lax.scan(turn, (anchors, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
+    anchored = [jnp.zeros((len(first), k.shape[0], k.shape[1]), jnp.float32) for k in keys]
+    (_, out), seen = lax.scan(turn, (anchored, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
     out = constrain(rearrange(out, "F B Q N d -> B (F Q) N d"), "data", "sequence", "tensor", None)
     if not inspect:
         return out, None

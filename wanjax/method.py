@@ -89,9 +89,9 @@ OVERRIDES: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "branch_weights": ("isolation", "weights"),
         "kab_layers": ("kab", "layers"),
         "kab_steps": ("kab", "steps"),
-        "beta_end": ("kab", "beta_end"),
-        "beta_mid": ("kab", "beta_mid"),
-        "kab_eps": ("kab", "eps"),
+        "strength_end": ("kab", "strength_end"),
+        "strength_mid": ("kab", "strength_mid"),
+        "kab_floor": ("kab", "floor"),
         "anchor_curve": ("kab", "curve"),
         "retro_mode": ("retro", "mode"),
         "s_edge": ("retro", "s_edge"),
@@ -144,18 +144,16 @@ class MethodArrays:
     Attributes:
       table: rotary factors with ReTRo in them.
       strength: float32 [steps, L, F], zero without KAB.
-      control: the rest, with strength None; `at` gives it whole.
+      control: the rest.
     """
 
     table: RopeTable
     strength: np.ndarray
     control: CrossControl
 
-    def at(self, step: int, batch: int = 1) -> CrossControl:
-        """The control of one step of the conditional pass, as `WanDiT.apply` takes it; strength [L, B, F]."""
-        strength = self.strength[step]
-        shape = (strength.shape[0], batch, strength.shape[1])
-        return self.control.replace(strength=np.broadcast_to(strength[:, None], shape))
+    def strength_of(self, step: int, batch: int = 1) -> np.ndarray:
+        """That of one step of the conditional pass, as `WanDiT.apply` takes it, [L, B, F]."""
+        return np.repeat(self.strength[step][:, None], batch, 1)
 
 
 def token_frames(config: ModelConfig, frames: int, at: Sequence[int]) -> tuple[int, ...]:
@@ -201,10 +199,9 @@ def arrays(
     else:
         strength = kabs.strength(kab, steps, dit.num_layers, token_count, places)
     control = CrossControl(
-        strength=None,
-        at=np.asarray(places, np.int32),
-        share=kabs.anchor_shares(kab, token_count, places),
-        floor=np.float32(kab.eps),
+        anchors=np.asarray(places, np.int32),
+        curve=kabs.anchor_curve(kab, token_count, places),
+        floor=np.float32(kab.floor),
         isolated=np.bool_(method.isolation is not None),
         weights=(method.isolation or Isolation()).of(dit.num_images if images is None else images),
     )

@@ -193,7 +193,7 @@ def read_own(path: Path) -> tuple[Arm, ...]:
     except (OSError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a file of arms ({type(error).__name__}: {error}); "
-            'write {"name": {"kab": {"beta_mid": 0.5}, "isolation": {}}}'
+            'write {"name": {"kab": {"strength_mid": 0.5}, "isolation": {}}}'
         ) from error
     taken = {arm.name for arm in ARMS} & {arm.name for arm in arms}
     if taken:

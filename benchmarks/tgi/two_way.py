@@ -152,13 +152,13 @@ def _sample(
     carry: Carry,
     table: Row,
 ) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
         return WanDiT(config.dit).apply(
-            {"params": params["dit"]}, latents, timestep, conditions, method.table, bias, control
+            {"params": params["dit"]}, latents, timestep, conditions, method.table, bias, method.control, strength
         )
 
     def velocity(conditions: Conditions) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        run = guided(model, conditions, negative, guidance, "sequential", method.control)
+        run = guided(model, conditions, negative, guidance, "sequential")
         return lambda latents, sigma: run(latents, schedule.TRAIN_TIMESTEPS * sigma, strength)
 
     def reverse(data: jax.Array) -> jax.Array:
