@@ -17,6 +17,7 @@ import numpy as np
 
 from samplers import sample, schedule, solvers
 from samplers.sample import Row
+from samplers.schedule import Rounding
 from wanjax import keyframes
 from wanjax.attention import KERNELS
 from wanjax.config import ModelConfig
@@ -29,10 +30,10 @@ RESAMPLES: tuple[str, ...] = get_args(keyframes.Resample)
 
 PRESETS: MappingProxyType[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "lightx2v-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "euler"},
-        "lcm-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "lcm"},
+        "lightx2v-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "schedule": "linear", "solver": "euler"},
+        "lcm-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "schedule": "linear", "solver": "lcm"},
         "diffusers": {
-            "solver": "unipc", "grid": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop",
+            "solver": "unipc", "schedule": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop",
             "resample": "lanczos",
         },
     }
@@ -52,7 +53,7 @@ class Settings:
       guidance: classifier-free guidance scale, at least 0; at 1 the second pass is skipped.
       guidance_interval: (low, high), shares of the run; guidance where low <= step / steps < high, none elsewhere.
       shift: timestep shift of the schedule.
-      solver, grid, timesteps: names in `solvers.SOLVERS`, `schedule.GRIDS`, `schedule.ROUNDINGS`.
+      solver, schedule, timesteps: names in `solvers.SOLVERS`, `schedule.SCHEDULES`, `schedule.ROUNDINGS`.
       seed: of the noise, 0 .. 2**32 - 1.
       fit: how keyframes of another size are brought to `size`: stretch, crop or pad.
       resample: filter of that: bicubic (as Wan2.1) or lanczos (as diffusers).
@@ -70,14 +71,14 @@ class Settings:
     guidance: float = 5.0
     shift: float = 16.0
     solver: str = "unipc"
-    grid: str = "wan"
+    schedule: str = "wan"
     seed: int = 0
     fit: keyframes.Fit = "stretch"
     matte: tuple[int, int, int] = keyframes.BLACK
     guidance_mode: GuidanceMode = "sequential"
     method: Method = Method()
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    timesteps: schedule.Rounding = "exact"
+    timesteps: Rounding = "exact"
     resample: str = "bicubic"
     clip_fit: str = "stretch"
 
@@ -147,7 +148,7 @@ class Plan:
         s = settings
         places = pixel_places(at, s.frames)
         config = config.for_platform(jax.default_backend() if platform is None else platform)
-        levels = schedule.sigmas(s.grid, s.steps, s.shift)
+        levels = schedule.sigmas(s.schedule, s.steps, s.shift)
         method = arrays(s.method, config, s.frames, s.size, s.steps, places)
         step = solvers.table(s.solver, levels, s.timesteps)
         table = sample.rows(step, guidance=_guidance(s), strength=method.strength, extra=extra)

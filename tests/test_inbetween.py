@@ -222,6 +222,21 @@ def test_bad_syntax_exits_with_2(job, extra):
     assert stop.value.code == 2
 
 
+RENAMED = [
+    ("grid", "schedule", "linear"),
+    ("beta-end", "strength-end", "0.5"),
+    ("beta-mid", "strength-mid", "0.5"),
+    ("kab-eps", "kab-floor", "0.1"),
+]
+
+
+@pytest.mark.parametrize("old, new, value", RENAMED)
+def test_old_names_of_options(old, new, value):
+    read = command.parser().parse_args
+    for line in ([f"--{old}", value], [f"--{old}={value}"]):
+        assert read(command.renamed(line)) == read([f"--{new}", value]) != read([])
+
+
 def test_damaged_weights_fail_in_one_line(job, tmp_path, capsys):
     folder = write_model(tmp_path / "damaged")
     file = folder / "dit.safetensors"

@@ -425,9 +425,11 @@ def test_two_way_arms_need_a_model_of_one_image(tmp_path, folder, capsys):
 
 def test_own_arms_are_read(tmp_path):
     file = tmp_path / "arms.json"
-    file.write_text('{"mine": {"about": "x", "isolation": {}, "kab": {"strength_mid": 0.5, "layers": [1, 1]}}}')
-    (mine,) = read_own(file)
-    assert mine.method == Method(Isolation(), KAB(strength_mid=0.5, layers=(1, 1))) and mine.about == "x"
+    for name in ("strength_mid", "beta_mid"):  # as an earlier version wrote it
+        text = '{"mine": {"about": "x", "isolation": {}, "kab": {"strength_mid": 0.5, "layers": [1, 1]}}}'
+        file.write_text(text.replace("strength_mid", name))
+        (mine,) = read_own(file)
+        assert mine.method == Method(Isolation(), KAB(strength_mid=0.5, layers=(1, 1))) and mine.about == "x"
     assert choose(["wan", "mine"], (mine,))[-1] is mine
     for text in (
         "[]",

@@ -1,8 +1,8 @@
 """KAB, keyframe-anchored attention bias: frames between keyframes attend to text and images as the keyframes' own do.
 
 Source: "Anchoring and Rescaling Attention for Semantically Coherent Inbetweening", arXiv 2603.17651, with the
-constants of its released code. The strength [steps, L, F] (the paper's beta) and the anchors are known before a run; the
-bias is made of each layer's own queries and keys (`cross`), and then added to the logits of cross-attention.
+constants of its released code. The strength [steps, L, F] (the paper's beta) and the anchors are known before a run;
+the bias is made of each layer's own queries and keys (`cross`), and then added to the logits of cross-attention.
 
 The paper's anchors are the first and the last frame. Here there may be any number: between two neighbours all is as in
 a clip of its own; before the first and after the last anchor that one alone is the target, and the strength falls off
@@ -88,8 +88,8 @@ def layer_window(kab: KAB, layers: int) -> tuple[int, int]:
 
 
 def _neighbours(frames: int, anchors: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For every frame the anchors before and after it [F], by position; equal in front of the first and behind the last.
-    An anchor opens the segment after it, the last anchor closes the one before it."""
+    """For every frame the anchors before and after it [F], by position; equal in front of the first and behind the
+    last. An anchor opens the segment after it, the last anchor closes the one before it."""
     index = np.arange(frames)
     after = np.searchsorted(anchors, index, side="right")
     after[index == anchors[-1]] = len(anchors) - 1

@@ -1,8 +1,21 @@
 """What settings must be, declared once beside each field, and refused in one line."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+RENAMED: MappingProxyType[str, str] = MappingProxyType(
+    {"grid": "schedule", "beta_end": "strength_end", "beta_mid": "strength_mid", "eps": "floor"}
+)
+"""Fields of settings by the names that they had, for JSON that earlier versions wrote."""
+
+
+def renamed(fields: Any) -> Any:
+    """Settings read from JSON with today's names, at any depth."""
+    if isinstance(fields, Mapping):
+        return {RENAMED.get(name, name): renamed(value) for name, value in fields.items()}
+    return [renamed(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def setting(

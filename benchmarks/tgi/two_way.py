@@ -123,13 +123,13 @@ def sample(
       model: conditioned on one image: I2V, or one trained with the last keyframe withheld at times.
       forwards, backwards: conditions that hold the first, and the last keyframe as if it were the first.
       negative: text [B, L, text_dim] of the pass without the prompt.
-      settings: steps, shift, grid, guidance; the solver is Euler.
+      settings: steps, shift, schedule, guidance; the solver is Euler.
       options: see `Options`.
       noise: standard normal, in the latents' shape.
       keys: [B] of the noise that is put back, as `jax.random.key` makes them; a sample's depends on its own alone.
     """
     plan = Plan.of(model.config, settings)
-    table = rows(options, schedule.sigmas(settings.grid, settings.steps, settings.shift))
+    table = rows(options, schedule.sigmas(settings.schedule, settings.steps, settings.shift))
     params = {part: model.part(part) for part in ("dit", "vae")}
     carry = start(noise, state=jnp.zeros(noise.shape, jnp.float32), keys=keys)
     carry = _sample(plan.config, options, params, forwards, backwards, negative, np.float32(settings.guidance),
