@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wanjax import environment as machine
-from wanjax import keyframes, writing
+from wanjax import settings, writing
 from wanjax.config import BFLOAT16, FLOAT32, ModelConfig, Precision
 from wanjax.layers import dot
 from wanjax.manifest import first_line
@@ -239,9 +239,9 @@ def output(text: str) -> Path:
 def check_clip(line: argparse.ArgumentParser, model: ModelConfig, size: tuple[int, int], *frames: int) -> None:
     """Ends the program as for a bad argument unless the model takes this size and each of these frame counts."""
     try:
-        keyframes.check_size(*size, model.size_multiple)
+        settings.check_size(*size, model.size_multiple)
         for count in frames:
-            keyframes.check_frames(count, model.vae.temporal_stride)
+            settings.check_frames(count, model.vae.temporal_stride)
     except ValueError as error:
         line.error(str(error))
 

@@ -26,7 +26,7 @@ from benchmarks import flops, measure, random_model
 from convert import dit as dit_names
 from convert import vae as vae_names
 from convert.keymap import convert
-from wanjax import keyframes, rope, shapes, vae
+from wanjax import rope, settings, shapes, vae
 from wanjax.config import PRESETS, DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
 
@@ -279,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     published = VAEConfig()
     measure.check_clip(line, preset(arguments.preset), arguments.size, arguments.frames)
     try:
-        keyframes.check_size(*arguments.vae_size, published.spatial_stride)
-        keyframes.check_frames(arguments.vae_frames, published.temporal_stride)
+        settings.check_size(*arguments.vae_size, published.spatial_stride)
+        settings.check_frames(arguments.vae_frames, published.temporal_stride)
         if lacking := missing():
             reason = f"{' and '.join(lacking)} not installed: nothing to compare with, skipped"
             print(f"vs_diffusers: {reason}", flush=True)

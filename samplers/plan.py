@@ -5,7 +5,6 @@ Everything here is arithmetic on the host. Axis letters as in `wanjax.types`; A 
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from wanjax.attention import KERNELS
 from wanjax.config import ModelConfig
 from wanjax.guidance import MODES, GuidanceMode
 from wanjax.method import METHODS, Method, MethodArrays, arrays, named
+from wanjax.settings import check_frames, check_size, pixel_frames, whole
 
 FITS: tuple[str, ...] = get_args(keyframes.Fit)
 CLIP_FITS: tuple[str, ...] = get_args(keyframes.ClipFit)
@@ -191,13 +191,9 @@ def pixel_places(at: Sequence[int], frames: int) -> tuple[int, ...]:
     Raises:
       ValueError: outside the clip, twice, or none.
     """
-    places = [_whole("keyframe at", place, -frames, frames - 1) for place in at]
-    places = sorted(place % frames for place in places)
-    if not places:
+    if not len(at):
         raise ValueError("keyframes: none given; give at least one, such as the first")
-    if len(set(places)) < len(places):
-        raise ValueError(f"keyframes at {', '.join(map(str, places))}: two at one frame; give each a frame of its own")
-    return tuple(places)
+    return tuple(sorted(pixel_frames(at, frames)))
 
 
 def check_settings(config: ModelConfig, s: Settings) -> None:
@@ -207,10 +203,10 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
             f"model {config.name}: takes no keyframes (text-to-video); inbetweening needs a first-and-last-frame "
             "model (flf2v), or an image-to-video or Fun-InP one"
         )
-    frames = _whole("frames", s.frames, 1, 10**6)
-    keyframes.check_frames(frames, config.vae.temporal_stride)
-    sides = [_whole("size", side, 1, 10**5) for side in _several("size", s.size, 2, "(height, width) in pixels")]
-    keyframes.check_size(*sides, config.size_multiple)
+    frames = whole("frames", s.frames, 1, 10**6)
+    check_frames(frames, config.vae.temporal_stride)
+    sides = [whole("size", side, 1, 10**5) for side in _several("size", s.size, 2, "(height, width) in pixels")]
+    check_size(*sides, config.size_multiple)
     _number("guidance", s.guidance, 0, 1e6, "; 1 switches it off")
     check_seed(s.seed)
     shares = _several("guidance interval", s.guidance_interval, 2, "two shares of the run")
@@ -218,7 +214,7 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
     if low > high:
         raise ValueError(f"guidance interval {low:g}-{high:g}: give two shares of the run, low before high")
     for value in _several("matte", s.matte, 3, "red, green, blue, each from 0 to 255"):
-        _whole("matte", value, 0, 255)
+        whole("matte", value, 0, 255)
     if config.dit.attention not in ("auto", *KERNELS):
         raise ValueError(f"attention kernel {config.dit.attention!r}: choose auto, {', '.join(KERNELS)}")
     for name in ("prompt", "negative_prompt"):
@@ -235,18 +231,7 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
 
 def check_seed(seed: Any) -> None:
     """Raises ValueError unless `seed` is a whole number from 0 to 2**32 - 1."""
-    _whole("seed", seed, 0, 2**32 - 1)
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number in a range. ValueError else; a truth value or a float is none."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or not low <= number <= high:
-        raise ValueError(f"{name} {value!r}: give a whole number from {low} to {high}")
-    return number
+    whole("seed", seed, 0, 2**32 - 1)
 
 
 def _several(name: str, values: Any, count: int, wanted: str) -> Sequence[Any]:

@@ -153,7 +153,7 @@ def test_places_of_keyframes(at, tokens):
 
 @pytest.mark.parametrize("place", [25, -26, 1000])
 def test_a_place_outside_the_clip(place):
-    with pytest.raises(ValueError, match=f"^keyframe at frame {place}: the clip has frames 0 to 24"):
+    with pytest.raises(ValueError, match=f"^keyframe at {place}: give a whole number from -25 to 24$"):
         method.arrays(Method(), TINY, 25, (32, 48), 10, (0, place))
 
 

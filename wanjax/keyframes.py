@@ -315,32 +315,6 @@ def area_size(image_size: tuple[int, int], area: int, multiple: int = 16) -> tup
     return rows, columns
 
 
-def check_size(height: int, width: int, multiple: int) -> None:
-    """Raises ValueError naming the nearest allowed size unless both sides are positive multiples.
-
-    `multiple` is the VAE's spatial stride times the DiT's spatial patch: 16 for Wan2.1.
-    """
-    nearest = [max(1, (side + multiple // 2) // multiple) * multiple for side in (height, width)]
-    if [height, width] != nearest:
-        raise ValueError(
-            f"size {height}x{width}: height and width must be positive multiples of {multiple}; "
-            f"the nearest size is {nearest[0]}x{nearest[1]}"
-        )
-
-
-def check_frames(frames: int, temporal_stride: int) -> None:
-    """Raises ValueError naming the two nearest counts unless frames = temporal_stride * n + 1 with n >= 1.
-
-    n = 0 would be one frame, which cannot be both keyframes.
-    """
-    below = max(1, (frames - 1) // temporal_stride) * temporal_stride + 1
-    if frames != below:
-        raise ValueError(
-            f"frames {frames}: must be {temporal_stride}n+1 with n at least 1; "
-            f"the nearest are {below} and {below + temporal_stride}"
-        )
-
-
 def _check_file(path: Path) -> None:
     try:
         status = path.stat()
