@@ -72,11 +72,11 @@ def floats(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def refuse(*reasons: tuple[Any, str]) -> None:
-    """Raises ValueError with the message of the first reason that holds."""
+def refuse(*reasons: tuple[Any, str], error: type[ValueError] = ValueError) -> None:
+    """Raises the error with the message of the first reason that holds."""
     for holds, message in reasons:
         if holds:
-            raise ValueError(message)
+            raise error(message)
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
