@@ -123,10 +123,7 @@ def standing(target: Target, overwrite: bool) -> Any:
     refuse(
         (target.folder and not folder, f"{told}: exists and is not a folder; add a suffix or choose another name"),
         (file and stat.S_ISDIR(mode), f"{told}: exists and is a folder; choose another name"),
-        (
-            not target.folder and not stat.S_ISREG(mode),
-            f"{told}: exists and is not a regular file; choose another name",
-        ),
+        (file and not stat.S_ISREG(mode), f"{told}: exists and is not a regular file; choose another name"),
         error=OutputError,
     )
     if target.folder and not any(path.iterdir()):

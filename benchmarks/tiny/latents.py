@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from benchmarks.tiny.challenges import ChallengeClip, challenge
 from benchmarks.tiny.clips import Clip, clip
 from convert import keymap
 from convert import vae as vae_table
-from wanjax import conditioning, keyframes, vae
+from wanjax import conditioning, keyframes, vae, writing
 from wanjax.config import VAEConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -168,9 +167,8 @@ def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: 
     for index in tqdm(range(-(-clips // SHARD)), desc=f"latents, {frames} frames", unit="shard", mininterval=20):
         file = folder / f"{index:04d}.npz"
         if not file.exists():
-            beside = folder / "part.npz"
-            np.savez(beside, **_shard(encode, index, variety, frames))
-            os.replace(beside, file)
+            with writing.beside(file) as part:
+                np.savez(part, **_shard(encode, index, variety, frames))
         with np.load(file) as stored:
             shards.append({name: stored[name] for name in stored.files})
     return _join(shards)
