@@ -18,16 +18,15 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain as explaining
-from samplers import hints, memory, pipeline, video
+from samplers import explain, hints, memory, pipeline, video
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
-from wanjax import checkpoint, environment, keyframes, marks, sharding
-from wanjax import method as methods
+from wanjax import checkpoint, environment, keyframes, marks, sharding, writing
 from wanjax.config import ModelConfig
+from wanjax.method import describe
 from wanjax.tokenizer import PromptCut, Tokenizer
 
 
@@ -141,7 +140,7 @@ def prepare(
         sharding.check_mesh(mesh, config.dit.num_heads, plan.tokens)
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
-    also = [] if explain is None else [explaining.target(explain)]
+    also = _plots(explain)
     outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
@@ -150,10 +149,15 @@ def prepare(
                looked_at)  # fmt: skip
 
 
+def _plots(folder: str | Path | None) -> list[writing.Target]:
+    """Where plots go, if any are wanted."""
+    return [] if folder is None else [explain.target(folder)]
+
+
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
     """Which layer and step are plotted. ValueError as `explain.check`, or for a layer without a folder."""
     if folder is not None:
-        return explaining.check(plan, layer, step)
+        return explain.check(plan, layer, step)
     if layer is not None or step is not None:
         raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
     return None
@@ -202,7 +206,7 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
         seconds["write"] = time.perf_counter() - begun
         for folder in plots:
             begun = time.perf_counter()
-            explaining.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            explain.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
         report = marks.marked(_report(job, seconds))
@@ -250,7 +254,7 @@ def _report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
         "video": str(job.outputs.video),
         "model": {"name": config.name, "source": job.model,
                   "precision": dataclasses.asdict(config.dit.precision)},
-        "method": methods.describe(job.settings.method, config, job.settings.frames),
+        "method": describe(job.settings.method, config, job.settings.frames),
         "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
         "notes": list(job.notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

@@ -19,8 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import memory, sample
-from samplers import run as host
+from samplers import memory, run, sample
 from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
 from samplers.sample import Carry, Row
 from wanjax import conditioning, keyframes, sharding, vae
@@ -147,7 +146,7 @@ def inbetween(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
     **overrides: Any,
 ) -> Result:
     """Makes the videos between first and last keyframes: one clip, or several by one compiled program.
@@ -219,7 +218,7 @@ def make(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
     ready: Callable[[str], Any] = lambda stage: None,
 ) -> list[Result]:
     """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
@@ -326,7 +325,7 @@ def denoise(
     cross_bias: CrossBias | None = None,
     until: int | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B clips from noise in that shape.
 
@@ -350,7 +349,7 @@ def denoise(
                         cross_bias, n=n, guidance_mode=plan.settings.guidance_mode)  # fmt: skip
 
     steps = plan.settings.steps if until is None else until
-    carry = host.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
+    carry = run.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
     return carry.sample
 
 
@@ -403,8 +402,8 @@ def _denoise(
         return WanDiT(config).apply({"params": params}, *inputs)
 
     def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-        run = guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
-        return run(latents, row.step.timestep, row.strength), state
+        evaluate = guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
+        return evaluate(latents, row.step.timestep, row.strength), state
 
     return sample.sample(denoise, carry, table, first, n)
 

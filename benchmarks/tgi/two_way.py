@@ -27,12 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import samplers.sample
 from samplers import schedule
 from samplers.plan import Plan, Settings
 from samplers.run import check
 from samplers.sample import Carry, Row, start
-from samplers.sample import rows as sample_rows
-from samplers.sample import sample as one_scan
 from samplers.solvers import StepTable
 from wanjax import vae
 from wanjax.checkpoint import Model
@@ -95,7 +94,7 @@ def rows(options: Options, levels: np.ndarray) -> Row:
     predictor = np.stack([keep * ratio, keep * (1 - ratio), np.zeros_like(ratio)], 1)
     columns = (sigma, schedule.TRAIN_TIMESTEPS * sigma, corrector, predictor, deviation)
     step = StepTable(*(np.asarray(column, np.float32) for column in columns))
-    return sample_rows(step, extra=backwards.astype(np.float32))
+    return samplers.sample.rows(step, extra=backwards.astype(np.float32))
 
 
 def renoise(level: np.ndarray, higher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,4 +188,4 @@ def _sample(
         data = estimate(latents, row.step.sigma, row.extra, last)
         return (latents - data) / row.step.sigma, data
 
-    return one_scan(denoise, carry, table, 0, len(table.live))
+    return samplers.sample.sample(denoise, carry, table, 0, len(table.live))
