@@ -206,7 +206,8 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
         seconds["write"] = time.perf_counter() - begun
         for folder in plots:
             begun = time.perf_counter()
-            explain.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            seen = explain.observe(model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            explain.draw(folder, model, job.plan, seen, *job.explain)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
         report = marks.marked(_report(job, seconds))

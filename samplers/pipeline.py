@@ -22,7 +22,7 @@ from PIL import Image
 from samplers import memory, run, sample
 from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
 from samplers.sample import Carry, Row
-from wanjax import conditioning, keyframes, sharding, vae
+from wanjax import conditioning, guidance, keyframes, sharding, vae
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
@@ -30,6 +30,7 @@ from wanjax.dit import WanDiT, check_cross
 from wanjax.guidance import GuidanceMode, guided
 from wanjax.method import MethodArrays
 from wanjax.residency import Parts
+from wanjax.settings import refuse
 from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
 
@@ -58,8 +59,8 @@ class Inputs:
         """
         s = plan.settings
         images = [[keyframes.image(image, s.matte) for image in clip] for clip in clips]
-        if any(len(clip) != len(plan.at) for clip in images):
-            raise ValueError(f"keyframes: {[len(clip) for clip in images]} given, {len(plan.at)} planned")
+        counts = [len(clip) for clip in images]
+        refuse(({*counts} != {len(plan.at)}, f"keyframes: {counts} given, {len(plan.at)} planned"))
         size = plan.config.clip.image_size
         vision = [[keyframes.clip_input(image, size, s.clip_fit) for image in clip] for clip in images]
         return cls(np.stack([np.stack(fitted(clip, s)) for clip in images]), np.stack(list(map(np.stack, vision))))
@@ -178,8 +179,8 @@ def inbetween(
     settings = Settings.of(model.config, **overrides) if settings is None else replace(settings, **overrides)
     more = dict(keyframes or {})
     given = {at: images for at, images in ((0, first), (-1, last)) if images is not None and at not in more} | more
-    if len(given) < (first is not None) + (last is not None) + len(more):
-        raise ValueError("keyframes: one of them is the first or the last, which is given too; give it once")
+    twice = len(given) < (first is not None) + (last is not None) + len(more)
+    refuse((twice, "keyframes: one of them is the first or the last, which is given too; give it once"))
     check_settings(model.config, settings)
     pixel_places(list(given), settings.frames)
     order = sorted(given, key=lambda at: at % settings.frames)
@@ -191,8 +192,7 @@ def inbetween(
     *columns, prompts, seeds = _clips([*(given[at] for at in order), prompt, seeds])
     for seed, text in zip(seeds, prompts, strict=True):
         check_seed(seed)
-        if not isinstance(text, str):
-            raise ValueError(f"prompt {text!r}: give a text")
+        refuse((not isinstance(text, str), f"prompt {text!r}: give a text"))
     batches = [Batch(Inputs.prepare([clip], plan), [text], [seed])
                for clip, text, seed in zip(zip(*columns, strict=True), prompts, seeds, strict=True)]  # fmt: skip
     results = make(model, plan, batches, mesh=mesh, cross_bias=cross_bias, chunk=chunk, on_step=on_step)
@@ -339,8 +339,8 @@ def denoise(
       FloatingPointError: NaN or inf in the latents; names the step.
     """
     batch = encoded.conditions.text.shape[0]
-    if noise.shape != (batch, *plan.latent_shape):
-        raise ValueError(f"noise of shape {noise.shape}: the latents are {(batch, *plan.latent_shape)}")
+    wanted = (batch, *plan.latent_shape)
+    refuse((noise.shape != wanted, f"noise of shape {noise.shape}: the latents are {wanted}"))
     check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias)
     params = model.part("dit")
 
@@ -355,9 +355,8 @@ def denoise(
 
 def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> Carry:
     """The carry before a run's first step, of B clips and their seeds; None takes that of the settings for all."""
-    keys = None
-    if plan.table.step.renoise is not None:
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds or [plan.settings.seed] * noise.shape[0]])
+    seeds = seeds or [plan.settings.seed] * noise.shape[0]
+    keys = None if plan.table.step.renoise is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     return sample.start(noise, keys=keys)
 
 
@@ -376,14 +375,22 @@ def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
     """Puts encoded conditions on the mesh: the latent as `sharding.shard_video`, the rest on every device."""
     if mesh is None:
         return encoded
-    conditions = encoded.conditions
-    latent = sharding.shard_video(conditions.latent, mesh)
-    rest, negative = sharding.replicate((conditions.replace(latent=None), encoded.negative), mesh)
+    latent = sharding.shard_video(encoded.conditions.latent, mesh)
+    rest, negative = sharding.replicate((encoded.conditions.replace(latent=None), encoded.negative), mesh)
     return Encoded(rest.replace(latent=latent), negative)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
-def _denoise(
+def evaluator(config: DiTConfig, params: Any, method: MethodArrays) -> guidance.Model:
+    """The transformer under a method, as `guidance.guided` takes it."""
+
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
+        inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
+        return WanDiT(config).apply({"params": params}, *inputs)
+
+    return model
+
+
+def denoise_rows(
     config: DiTConfig,
     params: Any,
     carry: Carry,
@@ -397,15 +404,17 @@ def _denoise(
     n: int,
     guidance_mode: GuidanceMode,
 ) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
-        inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
-        return WanDiT(config).apply({"params": params}, *inputs)
+    """`n` rows of a plan's table from row `first` on; without control and strength no code of the methods is in it."""
+    model = evaluator(config, params, method)
 
     def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
         evaluate = guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
         return evaluate(latents, row.step.timestep, row.strength), state
 
     return sample.sample(denoise, carry, table, first, n)
+
+
+_denoise = jax.jit(denoise_rows, static_argnums=0, static_argnames=("guidance_mode", "n"))
 
 
 @partial(jax.jit, static_argnums=0)

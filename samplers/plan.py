@@ -19,7 +19,7 @@ from samplers.sample import Row
 from samplers.schedule import Rounding
 from wanjax import keyframes
 from wanjax.attention import KERNELS
-from wanjax.config import ModelConfig
+from wanjax.config import ModelConfig, SamplingDefaults
 from wanjax.guidance import MODES, GuidanceMode
 from wanjax.method import METHODS, Method, MethodArrays, arrays, named
 from wanjax.settings import check_frames, check_size, pixel_frames, whole
@@ -65,12 +65,12 @@ class Settings:
 
     prompt: str = ""
     negative_prompt: str = ""
-    frames: int = 81
-    size: tuple[int, int] = (480, 864)
-    steps: int = 50
-    guidance: float = 5.0
-    shift: float = 16.0
-    solver: str = "unipc"
+    frames: int = SamplingDefaults.frames
+    size: tuple[int, int] = SamplingDefaults.size
+    steps: int = SamplingDefaults.steps
+    guidance: float = SamplingDefaults.guidance
+    shift: float = SamplingDefaults.shift
+    solver: str = SamplingDefaults.solver
     schedule: str = "wan"
     seed: int = 0
     fit: keyframes.Fit = "stretch"
@@ -93,14 +93,14 @@ class Settings:
         Raises:
           ValueError: unknown preset or setting.
         """
-        d = config.sampling
-        own = cls("", d.negative_prompt, d.frames, d.size, d.steps, d.guidance, d.shift, d.solver)
+        names = {field.name for field in dataclasses.fields(cls)}
+        usual = {name: value for name, value in vars(config.sampling).items() if name in names}
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset {preset!r}: choose {', '.join(PRESETS)}")
-        unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted(set(overrides) - names)
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)}: no such; see wanjax's samplers.Settings")
-        return dataclasses.replace(own, **(PRESETS[preset] if preset else {}) | overrides)
+        return cls(**usual | (PRESETS[preset] if preset else {}) | overrides)
 
 
 @dataclass(frozen=True)

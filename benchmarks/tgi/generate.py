@@ -342,10 +342,7 @@ def _sample_varied(
     bias: CrossBias | None,
 ) -> sample.Carry:
     """The sampler with conditions and bias that change from step to step; `hidden` replaces `conditions.latent`."""
-
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
-        inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
-        return WanDiT(config).apply({"params": params}, *inputs)
+    model = pipeline.evaluator(config, params, method)
 
     def denoise(latents: jax.Array, row: sample.Row, state: Any) -> tuple[jax.Array, Any]:
         told = conditions.replace(latent=jnp.where(row.extra.hidden > 0, hidden, conditions.latent))

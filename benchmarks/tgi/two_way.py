@@ -29,6 +29,7 @@ from jax import lax
 
 import samplers.sample
 from samplers import schedule
+from samplers.pipeline import evaluator
 from samplers.plan import Plan, Settings
 from samplers.run import check
 from samplers.sample import Carry, Row, start
@@ -36,7 +37,6 @@ from samplers.solvers import StepTable
 from wanjax import vae
 from wanjax.checkpoint import Model
 from wanjax.config import ModelConfig
-from wanjax.dit import WanDiT
 from wanjax.guidance import guided
 from wanjax.method import MethodArrays
 from wanjax.types import Conditions
@@ -151,10 +151,7 @@ def _sample(
     carry: Carry,
     table: Row,
 ) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
-        return WanDiT(config.dit).apply(
-            {"params": params["dit"]}, latents, timestep, conditions, method.table, bias, method.control, strength
-        )
+    model = evaluator(config.dit, params["dit"], method)
 
     def velocity(conditions: Conditions) -> Callable[[jax.Array, jax.Array], jax.Array]:
         run = guided(model, conditions, negative, guidance, "sequential")
