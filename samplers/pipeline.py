@@ -355,7 +355,7 @@ def denoise(
 
 def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> Carry:
     """The carry before a run's first step, of B clips and their seeds; None takes that of the settings for all."""
-    seeds = seeds or [plan.settings.seed] * noise.shape[0]
+    seeds = [plan.settings.seed] * noise.shape[0] if seeds is None else seeds
     keys = None if plan.table.step.renoise is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     return sample.start(noise, keys=keys)
 

@@ -1,127 +1,14 @@
-"""Cross-attention with isolation and KAB: against the float64 oracle, what it costs, and on a mesh."""
+"""Cross-attention with isolation and KAB: against the float64 oracle."""
 
-import dataclasses
 import math
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from cross_case import BOTH, SIZES, Case, attend, bias_from, bias_of, branches_of, check, control, leaves, report_of
 from reference import relative_error
 
-import wanjax.attention.xla
-from wanjax import cross, kab
-from wanjax.config import BFLOAT16, FLOAT32
-from wanjax.layers import constrain
-from wanjax.sharding import make_mesh
-from wanjax.types import Branches, CrossBias, CrossControl
-
-SIZES = (11, 6, 6)
-BOTH = pytest.mark.parametrize("isolated", [False, True], ids=["joint", "isolated"])
-
-
-def both(q, keys, values=None, bias=None, control=None, precision=FLOAT32, inspect=False):
-    values = keys if values is None else values
-    control, strength = control or (None, None)
-    return cross.cross_attention(q, keys, values, bias, control, strength, precision, inspect=inspect)
-
-
-@partial(jax.jit, static_argnames="precision")
-def attend(q, keys, values, bias=None, control=None, precision=FLOAT32):
-    return both(q, keys, values, bias, control, precision)[0]
-
-
-@partial(jax.jit, static_argnames="precision")
-def report_of(q, keys, bias, control, precision=FLOAT32):
-    return both(q, keys, None, bias, control, precision, inspect=True)[1]
-
-
-def bias_of(q, keys, control, precision=FLOAT32):
-    return report_of(q, keys, None, control, precision).bias
-
-
-def joined(kind, parts, axis):
-    """[text, image 1, ...] as Branches or CrossBias; an image's None is zero where another has something."""
-    text, *images = parts
-    if all(x is None for x in images):
-        return kind(text)
-    shape = next(x.shape for x in images if x is not None)
-    return kind(text, np.stack([np.zeros(shape, np.float32) if x is None else x for x in images], axis))
-
-
-branches_of = partial(joined, Branches, axis=1)
-bias_from = partial(joined, CrossBias, axis=2)
-
-
-@dataclasses.dataclass
-class Case:
-    """Random queries, keys and values; logits have a standard deviation of 3, so that attention is peaked."""
-
-    frames: int
-    queries: int = 4
-    heads: int = 3
-    sizes: tuple[int, ...] = SIZES
-    batch: int = 2
-
-    def __post_init__(self):
-        rng = np.random.default_rng(self.frames)
-
-        def draw(length, std=1.0):
-            return std * rng.standard_normal((self.batch, length, self.heads, 8), np.float32)
-
-        self.q = draw(self.frames * self.queries, 2.0)
-        self.k = [draw(n, 1.5) for n in self.sizes]
-        self.v = [draw(n) for n in self.sizes]
-        self.added = [rng.standard_normal((self.batch, self.frames, n), np.float32) for n in self.sizes]
-
-    @property
-    def branches(self):
-        return self.q, branches_of(self.k), branches_of(self.v)
-
-    @property
-    def total(self):
-        """Elements of all probabilities of the text branch."""
-        return self.batch * self.heads * self.frames * self.queries * self.sizes[0]
-
-    def strength(self, *rows):
-        """The schedule's strength, times a number for each batch row."""
-        schedule = oracle.strength(50, 40, self.frames, (5, 12))[10, 8]
-        return np.float32(np.multiply.outer(rows or (1.0,) * self.batch, schedule))
-
-
-def control(strength, isolated, weights=None, curve=None, floor=5e-4, anchors=None, images=2):
-    """A control as wanted and its strength; anchors are the ends unless given, the curve is the following's part."""
-    frames = strength.shape[-1]
-    anchors = (0, frames - 1) if anchors is None else anchors
-    curve = np.float32(oracle.anchor_curve(frames, anchors, curve))
-    weights = np.float32(np.ones(1 + images) if weights is None else weights)
-    return CrossControl(np.int32(anchors), curve, np.float32(floor), np.bool_(isolated), weights), strength
-
-
-def leaves(branches):
-    return [branches.text, *([] if branches.images is None else jnp.unstack(branches.images, axis=2))]
-
-
-def check(case, isolated, strength, added=None, weights=None, tolerance=1e-4, **target):
-    """What KAB changes of the output, and its bias, are the oracle's."""
-    bias = None if added is None else bias_from(added)
-    strengths, images = (strength, 0 * strength), len(case.k) - 1
-    ours = [
-        np.float64(attend(*case.branches, bias, control(s, isolated, weights, images=images, **target)))
-        for s in strengths
-    ]
-    exact = [oracle.cross_attention(case.q, case.k, case.v, s, isolated, weights, added, **target) for s in strengths]
-    assert relative_error(ours[1], exact[1]) <= 1e-6
-    change = exact[0] - exact[1]
-    assert np.linalg.norm(change) > 0.03 * np.linalg.norm(exact[1])
-    assert relative_error(ours[0] - ours[1], change) <= tolerance
-    made = leaves(bias_of(case.q, branches_of(case.k), control(strength, isolated, images=images, **target)))
-    for a, b in zip(made, oracle.bias(case.q, case.k, strength, isolated, **target), strict=True):
-        assert relative_error(a, b) <= 1e-5
+from wanjax.types import Branches, CrossBias
 
 
 @pytest.mark.parametrize("frames", [3, 7, 9, 17, 21])
@@ -295,24 +182,6 @@ def test_minus_infinity_hides_a_key(isolated, strong):
 
 
 @BOTH
-def test_bfloat16_policy(isolated):
-    case = Case(7)
-    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.branches)
-    full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-    outs = []
-    for branches, precision in ((half, BFLOAT16), (full, FLOAT32)):
-        active = control(case.strength(1.0, 0.5), isolated)
-        out = attend(*branches, None, active, precision=precision)
-        outs.append((out, leaves(bias_of(*branches[:2], active, precision=precision))))
-    assert outs[0][0].dtype == jnp.bfloat16
-    assert relative_error(outs[0][0].astype(jnp.float32), outs[1][0]) <= 2e-2
-    # Only inputs of products are rounded, and these already were: the bias keeps float32's accuracy.
-    for a, b in zip(outs[0][1], outs[1][1], strict=True):
-        assert a.dtype == jnp.float32
-        assert relative_error(a, b) <= 1e-5
-
-
-@BOTH
 def test_report(isolated):
     case = Case(7, sizes=(11, 9, 9))
     strength = case.strength(1.0, 0.5)
@@ -344,75 +213,6 @@ def test_report_of_models_with_fewer_branches(sizes):
         assert relative_error(a, b) <= 1e-5
 
 
-def test_what_is_off_is_not_run(monkeypatch):
-    """Calls that the compiled program really makes, counted on the host: one program for every setting."""
-    counts = {"bias": 0, "attention": 0, "logits": 0}
-
-    def counting(name, function):
-        def add():
-            counts[name] += 1
-
-        def call(*args, **kwargs):
-            jax.debug.callback(add)
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(kab, "anchor_bias", counting("bias", kab.anchor_bias))
-    monkeypatch.setattr(cross, "attention", counting("attention", cross.attention))
-    monkeypatch.setattr(cross.xla, "logits", counting("logits", cross.xla.logits))
-    run = jax.jit(lambda *args: both(*args)[0])
-    case = Case(3)
-    single = np.zeros((2, 3), np.float32)
-    single[1, 1] = 0.3
-    wanted = [
-        (0 * single, False, 0, 3, 3),
-        (0 * single, True, 0, 3, 3),
-        # Three branches, a frame at a time: the two anchors, then all three frames; logits once for plain and biased.
-        (single, False, 3 * 5, 0, 3 * 5),
-        (single, True, 3 * 5, 0, 3 * 5),
-    ]
-    for strength, isolated, biases, attentions, logits in wanted:
-        counts.update(bias=0, attention=0, logits=0)
-        run(*case.branches, None, control(strength, isolated)).block_until_ready()
-        jax.effects_barrier()
-        assert counts == {"bias": biases, "attention": attentions, "logits": logits}
-    assert run._cache_size() == 1
-
-
-def largest(function, *args):
-    """Elements of the largest array that a program makes, sub-programs included."""
-
-    def of(jaxpr):
-        sizes = [0]
-        for equation in jaxpr.eqns:
-            sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-            for parameter in equation.params.values():
-                for sub in parameter if isinstance(parameter, (tuple, list)) else [parameter]:
-                    inner = getattr(sub, "jaxpr", sub)
-                    if hasattr(inner, "eqns"):
-                        sizes.append(of(inner))
-        return max(sizes)
-
-    return of(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def test_probabilities_of_all_frames_never_exist(monkeypatch):
-    case = Case(21, queries=8, heads=4, sizes=(40, 20, 20), batch=1)
-    q, keys, values = case.branches
-    active = control(case.strength(), False)
-    per_frame = case.total // 21
-    rows = case.q.size
-    assert per_frame < rows < case.total // 3
-    assert largest(both, q, keys, values) >= case.total, "the walk sees all logits"
-    # A caller's bias, and KAB's: the largest array is the output itself.
-    assert largest(both, q, keys, values, bias_from(case.added)) == rows
-    assert largest(partial(both, inspect=True), q, keys, values, None, active) == rows
-    # With attention in blocks of about a frame the whole program, cond's branches and all, stays small.
-    monkeypatch.setattr(wanjax.attention.xla, "CHUNK_BYTES", 4 * per_frame)
-    assert largest(both, q, keys, values, None, active) < case.total // 3
-
-
 PLACES = {0: [(2, 5)], 1: [(3,)], 2: [(0, 3, 6)], 3: [(3,), (2, 5), (0, 6), (1, 2, 6)]}
 
 
@@ -424,14 +224,6 @@ def test_any_number_of_images_and_anchors(images, isolated):
     for at in PLACES[images]:
         strength = np.float32(np.multiply.outer((1.0, 0.5), oracle.strength(50, 40, 7, (5, 12), anchors=at)[10, 8]))
         check(case, isolated and images > 1, strength, case.added, anchors=at)
-
-
-def test_anchors_and_curves_are_traced():
-    case, outs, programs = Case(7), [], []
-    for at in ((2, 5), (0, 6)):
-        outs.append(attend(*case.branches, None, control(case.strength(), True, anchors=at)))
-        programs.append(attend._cache_size())
-    assert programs[0] == programs[1] and relative_error(*outs) > 1e-3
 
 
 def test_weights_of_three_images():
@@ -468,56 +260,3 @@ def test_minus_infinity_hides_a_whole_image(isolated, strong):
     text = oracle.cross_attention(rest.q, rest.k[:1], rest.v[:1], 0 * strength, True)
     plain = attend(*case.branches, bias_from(everything), control(0 * strength, isolated, images=3))
     assert relative_error(plain, text) <= 1e-6
-
-
-def test_one_conditional():
-    """The window of KAB; all else that a control decides is arithmetic."""
-    case = Case(7)
-    text = str(jax.make_jaxpr(both)(*case.branches, None, control(case.strength(), True)))
-    assert text.count(" cond[") == 1
-
-
-def test_gradients():
-    """Of the log-sum-exp form, against finite differences of itself in one direction."""
-    case, rng = Case(3), np.random.default_rng(0)
-    way = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), case.branches)
-
-    @jax.jit
-    def loss(step, active):
-        return jnp.sin(attend(*jax.tree.map(lambda x, d: x + step * d, case.branches, way), None, active)).sum()
-
-    slope = jax.jit(jax.grad(loss))
-    for isolated in (False, True):
-        active = control(case.strength(1.0, 0.5), isolated)
-        ahead, behind = (loss(step, active) for step in (3e-3, -3e-3))
-        assert abs((ahead - behind) / 6e-3 / slope(0.0, active) - 1) < 1e-2
-
-
-MESHES = [({"sequence": 8}, 4, False), ({"sequence": 8}, 8, True), ({"sequence": 8}, 12, False),
-          ({"sequence": 4, "tensor": 2}, 4, True), ({"tensor": 8}, 4, True)]  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes, queries, placed", MESHES, ids=str)
-def test_sharded(sizes, queries, placed):
-    """Devices' shares of the queries end within frames; 21 * 4 and 21 * 12 do not even divide by 8."""
-    case = Case(21, queries=queries, heads=8)
-    q, keys, values = case.branches
-    mesh = make_mesh(sizes)
-    strength = case.strength(1.0, 0.5)
-    plain = {
-        isolated: [np.float64(attend(q, keys, values, None, control(s, isolated))) for s in (strength, 0 * strength)]
-        for isolated in (False, True)
-    }
-
-    @jax.jit
-    def run(q, keys, values, control):
-        return both(constrain(q, None, "sequence", "tensor", None), keys, values, None, control)[0]
-
-    with jax.set_mesh(mesh):
-        if placed:
-            q = jax.device_put(q, NamedSharding(mesh, P(None, "sequence", "tensor")))
-        for isolated, (wanted, unbiased) in plain.items():
-            outs = [run(q, keys, values, control(s, isolated)) for s in (strength, 0 * strength)]
-            assert relative_error(np.float64(outs[0]) - np.float64(outs[1]), wanted - unbiased) <= 1e-5
-    assert len(outs[0].sharding.device_set) == 8
-    assert outs[0].sharding.is_fully_replicated != placed, "uneven outputs are gathered by jit"
