@@ -202,6 +202,15 @@ def test_titles_say_where_nothing_is_done(model, observed):
     assert "prompt, with own bias" in [ax.get_title() for ax in axes]
 
 
+def test_every_keyframes_curve_is_plotted(model, observed):
+    numbers = explain._numbers(model, Plan.of(NANO, settings(), (0, 8, -1)), 0, 1, observed, False)
+    lines = [line for axes in plots.draw_strength(numbers).axes for line in axes.lines]
+    curves = {line.get_label(): line.get_ydata() for line in lines if "curve" in line.get_label()}
+    assert list(curves) == [f"anchor curve of frame {anchor}" for anchor in (0, 2, 4)]
+    np.testing.assert_allclose(np.sum(list(curves.values()), 0), 1, atol=1e-6)
+    np.testing.assert_allclose([curve[[0, 2, 4]] for curve in curves.values()], np.eye(3), atol=1e-6)
+
+
 def test_a_model_of_one_image_has_one_column_less(model, observed):
     numbers = explain._numbers(model, plan(), 0, 1, observed, False)
     del numbers["attention"]["last"]
