@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import convert.dit
+import convert.keymap
+import convert.vae
 from benchmarks import flops, measure, random_model
-from convert import dit as dit_names
-from convert import vae as vae_names
-from convert.keymap import convert
-from wanjax import keyframes, rope, shapes, vae
+from wanjax import rope, settings, shapes, vae
 from wanjax.config import PRESETS, DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
 
@@ -133,7 +133,7 @@ def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int) -> Pa
         pos_embed_seq_len=2 * config.image_tokens if config.num_images == 2 else None,
     )  # fmt: skip
     state = side.randomized(model)
-    params = convert(dit_names.diffusers(config), shapes.dit(_float32(config)), state)
+    params = convert.keymap.convert(convert.dit.diffusers(config), shapes.dit(_float32(config)), state)
     params = to_device(params, config.precision.param)
     del state
     model = side.place(model)
@@ -163,7 +163,7 @@ def autoencoder(config: VAEConfig, grid: tuple[int, int, int]) -> Pair:
         temperal_downsample=list(config.temporal_downsample),
     )  # fmt: skip
     state = side.randomized(model)
-    params = convert(vae_names.diffusers(config), shapes.vae(_float32(config)), state)
+    params = convert.keymap.convert(convert.vae.diffusers(config), shapes.vae(_float32(config)), state)
     params = to_device(params, config.precision.param)
     model = side.place(model)
 
@@ -279,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     published = VAEConfig()
     measure.check_clip(line, preset(arguments.preset), arguments.size, arguments.frames)
     try:
-        keyframes.check_size(*arguments.vae_size, published.spatial_stride)
-        keyframes.check_frames(arguments.vae_frames, published.temporal_stride)
+        settings.check_size(*arguments.vae_size, published.spatial_stride)
+        settings.check_frames(arguments.vae_frames, published.temporal_stride)
         if lacking := missing():
             reason = f"{' and '.join(lacking)} not installed: nothing to compare with, skipped"
             print(f"vs_diffusers: {reason}", flush=True)

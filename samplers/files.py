@@ -19,16 +19,15 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain as explaining
-from samplers import hints, memory, pipeline, video
+from samplers import explain, hints, memory, pipeline, video
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
-from wanjax import checkpoint, environment, keyframes, marks, sharding
-from wanjax import method as methods
+from wanjax import checkpoint, environment, keyframes, marks, sharding, writing
 from wanjax.config import ModelConfig
+from wanjax.method import describe
 from wanjax.tokenizer import PromptCut, Tokenizer
 
 
@@ -146,7 +145,7 @@ def prepare(
                      + ("use --guidance-mode batched or --devices" if passes == 1 else "use --devices"))  # fmt: skip
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
-    also = [] if explain is None else [explaining.target(explain)]
+    also = _plots(explain)
     outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
@@ -171,10 +170,15 @@ def _mesh(devices: int | str | None, mesh: dict[str, int], heads: int) -> dict[s
     return {} if count == 1 else sharding.choose_mesh(count, heads)
 
 
+def _plots(folder: str | Path | None) -> list[writing.Target]:
+    """Where plots go, if any are wanted."""
+    return [] if folder is None else [explain.target(folder)]
+
+
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
     """Which layer and step are plotted. ValueError as `explain.check`, or for a layer without a folder."""
     if folder is not None:
-        return explaining.check(plan, layer, step)
+        return explain.check(plan, layer, step)
     if layer is not None or step is not None:
         raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
     return None
@@ -223,7 +227,8 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
         seconds["write"] = time.perf_counter() - begun
         for folder in plots:
             begun = time.perf_counter()
-            explaining.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            seen = explain.observe(model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            explain.draw(folder, model, job.plan, seen, *job.explain)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
         report = marks.marked(_report(job, seconds))
@@ -271,7 +276,7 @@ def _report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
         "video": str(job.outputs.video),
         "model": {"name": config.name, "source": job.model,
                   "precision": dataclasses.asdict(config.dit.precision)},
-        "method": methods.describe(job.settings.method, config, job.settings.frames),
+        "method": describe(job.settings.method, config, job.settings.frames),
         "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
         "notes": list(job.notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

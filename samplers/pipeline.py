@@ -19,11 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import memory, sample
-from samplers import run as host
+from samplers import memory, run, sample
 from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
 from samplers.sample import Carry, Row
-from wanjax import conditioning, keyframes, sharding, vae
+from wanjax import conditioning, guidance, keyframes, sharding, vae
 from wanjax.checkpoint import Model
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
@@ -31,6 +30,7 @@ from wanjax.dit import WanDiT, check_cross
 from wanjax.guidance import GuidanceMode, guided
 from wanjax.method import MethodArrays
 from wanjax.residency import Parts
+from wanjax.settings import refuse
 from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
 
@@ -59,8 +59,8 @@ class Inputs:
         """
         s = plan.settings
         images = [[keyframes.image(image, s.matte) for image in clip] for clip in clips]
-        if any(len(clip) != len(plan.at) for clip in images):
-            raise ValueError(f"keyframes: {[len(clip) for clip in images]} given, {len(plan.at)} planned")
+        counts = [len(clip) for clip in images]
+        refuse(({*counts} != {len(plan.at)}, f"keyframes: {counts} given, {len(plan.at)} planned"))
         size = plan.config.clip.image_size
         vision = [[keyframes.clip_input(image, size, s.clip_fit) for image in clip] for clip in images]
         return cls(np.stack([np.stack(fitted(clip, s)) for clip in images]), np.stack(list(map(np.stack, vision))))
@@ -147,7 +147,7 @@ def inbetween(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
     **overrides: Any,
 ) -> Result:
     """Makes the videos between first and last keyframes: one clip, or several by one compiled program.
@@ -179,8 +179,8 @@ def inbetween(
     settings = Settings.of(model.config, **overrides) if settings is None else replace(settings, **overrides)
     more = dict(keyframes or {})
     given = {at: images for at, images in ((0, first), (-1, last)) if images is not None and at not in more} | more
-    if len(given) < (first is not None) + (last is not None) + len(more):
-        raise ValueError("keyframes: one of them is the first or the last, which is given too; give it once")
+    twice = len(given) < (first is not None) + (last is not None) + len(more)
+    refuse((twice, "keyframes: one of them is the first or the last, which is given too; give it once"))
     check_settings(model.config, settings)
     pixel_places(list(given), settings.frames)
     order = sorted(given, key=lambda at: at % settings.frames)
@@ -192,8 +192,7 @@ def inbetween(
     *columns, prompts, seeds = _clips([*(given[at] for at in order), prompt, seeds])
     for seed, text in zip(seeds, prompts, strict=True):
         check_seed(seed)
-        if not isinstance(text, str):
-            raise ValueError(f"prompt {text!r}: give a text")
+        refuse((not isinstance(text, str), f"prompt {text!r}: give a text"))
     batches = [Batch(Inputs.prepare([clip], plan), [text], [seed])
                for clip, text, seed in zip(zip(*columns, strict=True), prompts, seeds, strict=True)]  # fmt: skip
     results = make(model, plan, batches, mesh=mesh, cross_bias=cross_bias, chunk=chunk, on_step=on_step)
@@ -219,7 +218,7 @@ def make(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
     ready: Callable[[str], Any] = lambda stage: None,
 ) -> list[Result]:
     """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
@@ -230,7 +229,7 @@ def make(
     """
     timings = Timings()
     for batch in batches:
-        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias, None)
+        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("compile"):
             ready("encode")
@@ -327,7 +326,7 @@ def denoise(
     cross_bias: CrossBias | None = None,
     until: int | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B clips from noise in that shape.
 
@@ -341,9 +340,9 @@ def denoise(
       FloatingPointError: NaN or inf in the latents; names the step.
     """
     batch = encoded.conditions.text.shape[0]
-    if noise.shape != (batch, *plan.latent_shape):
-        raise ValueError(f"noise of shape {noise.shape}: the latents are {(batch, *plan.latent_shape)}")
-    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias, None)
+    wanted = (batch, *plan.latent_shape)
+    refuse((noise.shape != wanted, f"noise of shape {noise.shape}: the latents are {wanted}"))
+    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias)
     params = model.part("dit")
 
     def part(carry: Carry, table: Row, first: np.int32, n: int) -> Carry:
@@ -351,15 +350,14 @@ def denoise(
                         cross_bias, n=n, guidance_mode=plan.settings.guidance_mode)  # fmt: skip
 
     steps = plan.settings.steps if until is None else until
-    carry = host.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
+    carry = run.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
     return carry.sample
 
 
 def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> Carry:
     """The carry before a run's first step, of B clips and their seeds; None takes that of the settings for all."""
-    keys = None
-    if plan.table.step.renoise is not None:
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds or [plan.settings.seed] * noise.shape[0]])
+    seeds = [plan.settings.seed] * noise.shape[0] if seeds is None else seeds
+    keys = None if plan.table.step.renoise is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     return sample.start(noise, keys=keys)
 
 
@@ -389,8 +387,17 @@ def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
     return Encoded(*sharding.shard_batch((encoded.conditions, encoded.negative), mesh))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
-def _denoise(
+def evaluator(config: DiTConfig, params: Any, method: MethodArrays) -> guidance.Model:
+    """The transformer under a method, as `guidance.guided` takes it."""
+
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
+        inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
+        return WanDiT(config).apply({"params": params}, *inputs)
+
+    return model
+
+
+def denoise_rows(
     config: DiTConfig,
     params: Any,
     carry: Carry,
@@ -404,14 +411,17 @@ def _denoise(
     n: int,
     guidance_mode: GuidanceMode,
 ) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
+    """`n` rows of a plan's table from row `first` on; without control and strength no code of the methods is in it."""
+    model = evaluator(config, params, method)
 
     def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-        run = guided(model, conditions, negative_text, row.guidance, guidance_mode, method.control, cross_bias)
-        return run(latents, row.step.timestep, row.strength), state
+        evaluate = guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
+        return evaluate(latents, row.step.timestep, row.strength), state
 
     return sample.sample(denoise, carry, table, first, n)
+
+
+_denoise = jax.jit(denoise_rows, static_argnums=0, static_argnames=("guidance_mode", "n"))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -67,26 +67,28 @@ def case():
     latents = normal(batch, FRAMES, HEIGHT, WIDTH, 16)
     conditions = Conditions(normal(batch, 7, 16), normal(batch, 2, 5, 16), normal(batch, FRAMES, HEIGHT, WIDTH, 20))
     table = rope.table((FRAMES, HEIGHT // 2, WIDTH // 2), CONFIG.head_dim)
-    share = np.linspace([1, 0], [0, 1], FRAMES).astype(np.float32)
+    curve = np.linspace([1, 0], [0, 1], FRAMES).astype(np.float32)
     strength = np.tile(np.array([0, 40, 30, 40, 0], np.float32), (2, batch, 1))
     strength[0, 0] = 0  # a layer in which one clip alone is anchored
     control = CrossControl(
-        strength=jnp.asarray(strength), at=jnp.array([0, FRAMES - 1]), share=jnp.asarray(share),
+        anchors=jnp.array([0, FRAMES - 1]), curve=jnp.asarray(curve),
         floor=jnp.float32(5e-4), isolated=jnp.asarray(True), weights=jnp.array([1, 0.7, 1.2], jnp.float32),
     )  # fmt: skip
     shapes = jax.eval_shape(
-        lambda: WanDiT(CONFIG).init(jax.random.key(0), latents, jnp.ones(batch), conditions, table, None, control)
+        lambda: WanDiT(CONFIG).init(
+            jax.random.key(0), latents, jnp.ones(batch), conditions, table, None, control, strength
+        )
     )["params"]
     params = jax.tree.map(lambda leaf: normal(*leaf.shape, scale=0.2), shapes)
-    return params, latents, conditions, table, control
+    return params, latents, conditions, table, control, jnp.asarray(strength)
 
 
-def run(config, params, latents, conditions, table, control):
+def run(config, params, latents, conditions, table, control, strength):
     """Velocities with KAB, without it, and with its change alone."""
     call = jax.jit(lambda *x: WanDiT(config).apply(
-        {"params": x[0]}, x[1], jnp.array([300.0, 700.0]), x[2], table, None, x[3]
+        {"params": x[0]}, x[1], jnp.array([300.0, 700.0]), x[2], table, None, control, x[3]
     ))  # fmt: skip
-    found = [np.float64(call(params, latents, conditions, control.replace(strength=control.strength * on)))
+    found = [np.float64(call(params, latents, conditions, strength * on))
              for on in (1, 0)]  # fmt: skip
     return found[0], found[0] - found[1]
 
@@ -104,11 +106,11 @@ MESHES = [
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_computes_the_same(sizes):
-    params, latents, conditions, table, control = case()
+    params, latents, conditions, *rest = case()
     mesh = sharding.make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
     with jax.set_mesh(mesh):
         inputs = sharding.shard_batch((latents, conditions), mesh)
-        out, change = run(CONFIG, sharding.shard_params(params, mesh), *inputs, table, control)
+        out, change = run(CONFIG, sharding.shard_params(params, mesh), *inputs, *rest)
     wanted, wanted_change = one_device()
     assert relative_error(wanted - wanted_change, wanted) > 1e-3, "KAB does nothing here"
     assert relative_error(out, wanted) <= 1e-5
@@ -120,12 +122,12 @@ def test_padding_to_blocks_changes_nothing(monkeypatch, sizes):
     """In float32 the kernel "splash" leaves the work to "xla", but its blocks still ask for padding."""
     monkeypatch.setattr(splash, "BLOCK", 16)
     config = CONFIG.__class__(**{**CONFIG.__dict__, "attention": "splash"})
-    params, latents, conditions, table, control = case()
+    params, latents, conditions, *rest = case()
     mesh = sharding.make_mesh(sizes, jax.devices()[: np.prod([1, *sizes.values()], dtype=int)])
     with jax.set_mesh(mesh):
         assert parallel.layout(FRAMES, 15, "splash").padded
         inputs = sharding.shard_batch((latents, conditions), mesh)
-        out, change = run(config, sharding.shard_params(params, mesh), *inputs, table, control)
+        out, change = run(config, sharding.shard_params(params, mesh), *inputs, *rest)
     wanted, wanted_change = one_device()
     assert relative_error(out, wanted) <= 1e-5 and relative_error(change, wanted_change) <= 1e-4
 
@@ -143,10 +145,10 @@ def collectives(text, kind):
 
 def test_what_travels():
     """A layer swaps tokens for heads four times, and gathers weights; nothing of all tokens is ever gathered."""
-    params, latents, conditions, table, control = case()
+    params, latents, conditions, *rest = case()
     mesh = sharding.make_mesh({"fsdp": 2, "sequence": 4})
     with jax.set_mesh(mesh):
-        call = jax.jit(lambda p, x, c: WanDiT(CONFIG).apply({"params": p}, x, jnp.ones(2), c, table))
+        call = jax.jit(lambda p, x, c: WanDiT(CONFIG).apply({"params": p}, x, jnp.ones(2), c, rest[0]))
         lowered = call.lower(sharding.shard_params(params, mesh), *sharding.shard_batch((latents, conditions), mesh))
     text = lowered.compile().as_text()
     assert 1 <= len(collectives(text, "all-to-all")) <= 4

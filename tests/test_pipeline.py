@@ -69,7 +69,7 @@ def test_values_do_not_recompile(model, mode):
     assert compiled, "the counter sees compilations"
     changes = [
         {"prompt": "a blue square moves up over"}, {"seed": 7}, {"guidance": 4.5}, {"guidance": 1.0},
-        {"shift": 11.0}, {"solver": "euler"}, {"grid": "linear"}, {"negative_prompt": "red"}, {"steps": 4},
+        {"shift": 11.0}, {"solver": "euler"}, {"schedule": "linear"}, {"negative_prompt": "red"}, {"steps": 4},
         {"guidance_interval": (0.5, 1.0)}, {"timesteps": "truncated"},
     ]  # fmt: skip
     with count_compilations() as compiled:
@@ -370,7 +370,13 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
 
 def test_presets_and_profiles_by_name():
     chosen = Settings.of(NANO, "lightx2v-4", shift=7.0)
-    assert (chosen.steps, chosen.guidance, chosen.grid, chosen.solver, chosen.shift) == (4, 1.0, "linear", "euler", 7.0)
+    assert (chosen.steps, chosen.guidance, chosen.schedule, chosen.solver, chosen.shift) == (
+        4,
+        1.0,
+        "linear",
+        "euler",
+        7.0,
+    )
     assert Settings.of(NANO, method="paper").method == METHODS["paper"]
     with pytest.raises(ValueError, match="preset 'turbo': choose lightx2v-4"):
         Settings.of(NANO, "turbo")
