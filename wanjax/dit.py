@@ -105,11 +105,16 @@ class CrossAttention(nn.Module):
         def heads(a: jax.Array) -> jax.Array:
             return rearrange(a, "... (N D) -> ... N D", N=c.num_heads)
 
+        def columns(name: str, a: jax.Array) -> jax.Array:
+            # Of the few tokens of a condition each device computes some columns: less travels than weights would.
+            y = Dense(c.dim, p, name=name)(a)
+            return constrain(y, *[None] * (a.ndim - 1), ("tensor", *TOKENS))
+
         def keys(a: jax.Array, suffix: str = "") -> jax.Array:
-            return heads(RMSNorm(c.eps, name=f"norm_k{suffix}")(Dense(c.dim, p, name=f"k{suffix}")(a)))
+            return heads(RMSNorm(c.eps, name=f"norm_k{suffix}")(columns(f"k{suffix}", a)))
 
         def values(a: jax.Array, suffix: str = "") -> jax.Array:
-            return heads(Dense(c.dim, p, name=f"v{suffix}")(a))
+            return heads(columns(f"v{suffix}", a))
 
         q = heads(RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x)))
         k, v = Branches(keys(context.text)), Branches(values(context.text))
