@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 import wanjax
+from samplers.programs import OPTIONS
 from wanjax import writing
 
 MOST_BYTES = 2**29
@@ -99,7 +100,8 @@ def surroundings() -> str:
     versions = sys.version, jax.__version__, jaxlib.__version__, flax.__version__, np.__version__
     flags = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "LIBTPU_", "TF_"))}
     machine = [one.device_kind for one in jax.devices()], jax.devices()[0].client.platform_version, os.cpu_count()
-    return _digest(versions, sorted(jax.config.values.items()), sorted(flags.items()), machine)
+    options = OPTIONS.get(jax.default_backend())
+    return _digest(versions, sorted(jax.config.values.items()), sorted(flags.items()), machine, options)
 
 
 @functools.cache

@@ -1,12 +1,13 @@
-"""The programs of a run: each stage is one jitted function of (config, params, arrays).
+"""The programs of a run: each stage is one function of (config, params, arrays), and says whether its result is finite.
 
-So a second run with other values compiles nothing. Each says whether its result is finite. Axis letters as in
-`wanjax.types`; A keyframes.
+Jitted, a second run with other values compiles nothing. Axis letters as in `wanjax.types`; A keyframes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from inspect import Parameter, signature
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +24,10 @@ from wanjax.guidance import GuidanceMode, guided
 from wanjax.method import MethodArrays
 from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
+
+OPTIONS = MappingProxyType({"cpu": MappingProxyType({"xla_backend_optimization_level": 1})})
+"""XLA's options by platform. On a CPU, LLVM's first level compiles a clip's programs in two thirds of the third's time,
+and they run as fast: XLA shapes the loops itself, products and convolutions are a library's."""
 
 Program = Callable[..., Any]
 """From params and arrays to arrays."""
@@ -48,18 +53,26 @@ class Programs:
     @classmethod
     def of(cls, plan: Plan, chunk: int = 1) -> "Programs":
         """Jitted, for so many rows of the table in a call of `denoise`."""
-        c, s = plan.config, plan.settings
+        c, s, jit = plan.config, plan.settings, partial(jitted, platform=jax.default_backend())
         return cls(
-            text=partial(encode_text, c.umt5),
-            images=partial(encode_images, c.clip),
-            keyframes=partial(encode_keyframes, c.vae, at=plan.at, frames=s.frames),
-            noise=partial(noise, (1, *plan.latent_shape)),
-            denoise=partial(denoise, c.dit, n=chunk, guidance_mode=s.guidance_mode),
-            decode=partial(decode, c.vae),
+            text=partial(jit(encode_text), c.umt5),
+            images=partial(jit(encode_images), c.clip),
+            keyframes=partial(jit(encode_keyframes), c.vae, at=plan.at, frames=s.frames),
+            noise=partial(jit(noise), (1, *plan.latent_shape)),
+            denoise=partial(jit(denoise), c.dit, n=chunk, guidance_mode=s.guidance_mode),
+            decode=partial(jit(decode), c.vae),
         )
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
+@cache
+def jitted(function: Program, platform: str) -> Any:
+    """One of the functions below jitted for a platform, the same at every call; its first and its named arguments are
+    static."""
+    named = [name for name, one in signature(function).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
+    options = dict(OPTIONS.get(platform, {}))
+    return jax.jit(function, static_argnums=0, static_argnames=named, compiler_options=options or None)
+
+
 def denoise(
     config: DiTConfig,
     params: Any,
@@ -84,7 +97,6 @@ def denoise(
     return sample.sample(denoise, carry, table, first, n)
 
 
-@partial(jax.jit, static_argnums=0)
 def noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
@@ -93,17 +105,14 @@ def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, jnp.isfinite(value).all()
 
 
-@partial(jax.jit, static_argnums=0)
 def encode_text(config: UMT5Config, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _with_finite(conditioning.pad_text(UMT5Encoder(config).apply({"params": params}, ids, mask), mask))
 
 
-@partial(jax.jit, static_argnums=0)
 def encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _with_finite(CLIPVision(config).apply({"params": params}, pixels))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("at", "frames"))
 def encode_keyframes(
     config: VAEConfig, params: Any, images: jax.Array, *, at: tuple[int, ...], frames: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -112,6 +121,5 @@ def encode_keyframes(
     return _with_finite(conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, at)))
 
 
-@partial(jax.jit, static_argnums=0)
 def decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _with_finite(vae.decode(config, params, latents))

@@ -198,7 +198,7 @@ def test_a_step_is_the_pipelines(mode, rows):
                  plan.method)  # fmt: skip
 
     def wanted(params, conditions, negative, carry, first, table, method):
-        return programs.denoise.__wrapped__(config, params, carry, table, first, conditions, negative, method, None,
+        return programs.denoise(config, params, carry, table, first, conditions, negative, method, None,
                                              n=rows, guidance_mode=mode)  # fmt: skip
 
     def program(function):

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from samplers import kept
 
@@ -29,9 +30,15 @@ def traced():
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
-    """Every test reads its own surroundings and source."""
+def alone():
+    """Without JAX's own cache, out of which nothing is kept; every test reads its own surroundings and source."""
+    place = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     yield
+    jax.config.update("jax_compilation_cache_dir", place)
+    jax.config.update("jax_default_matmul_precision", None)
+    compilation_cache.reset_cache()
     kept.surroundings.cache_clear()
     kept._source.cache_clear()
 
@@ -64,7 +71,7 @@ def other(where, program, arguments, monkeypatch):
     if where == "source":
         monkeypatch.setattr(kept, "_source", lambda: "another")
     if where == "setting":
-        monkeypatch.setitem(jax.config.values, "jax_default_matmul_precision", "highest")
+        jax.config.update("jax_default_matmul_precision", "highest")
     return program, arguments
 
 

@@ -12,10 +12,11 @@ from nano import NANO, write_model
 from PIL import Image
 from reference import relative_error
 
-from samplers import ahead, pipeline, programs
+from samplers import ahead, pipeline
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
+from samplers.programs import Programs
 from wanjax import checkpoint, sharding
 from wanjax.method import METHODS
 
@@ -361,7 +362,7 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
             ready(stage)
         with count_compilations() as compiled:
             (made,) = pipeline.make(model, plan, [batch], ready=ready)
-    stages = [programs.denoise, programs.decode, programs.encode_keyframes, programs.encode_text, programs.noise]
+    stages = [getattr(Programs.of(plan), field.name).func for field in dataclasses.fields(Programs)]
     assert not any(stage._cache_size() for stage in stages)
     assert len(compiled) <= 8, "small helpers alone"
     again = inbetween(model, images(), chosen)
@@ -376,8 +377,10 @@ def test_shapes_compiled_ahead_are_those_that_programs_give(at, solver, mode, pr
     """What one program gives is what the next was compiled for, without tracing any to know it."""
     config = NANO.with_precision(checkpoint.policy(precision))
     plan = Plan.of(config, Settings.of(config, solver=solver, guidance_mode=mode), at)
-    given, jitted = ahead.shapes(plan), programs.Programs.of(plan)
-    made = {name: jax.eval_shape(getattr(jitted, name), *arguments) for name, arguments in given.items()}
+    given, made = ahead.shapes(plan), {}
+    for name, arguments in given.items():
+        program = getattr(Programs.of(plan), name)
+        made[name] = program.func.eval_shape(*program.args, *arguments, **program.keywords)
     _, carry, _, _, conditions, negative, *_ = given["denoise"]
     (text, _), (tokens, _), (latent, _) = (made[name] for name in ("text", "images", "keyframes"))
     assert (2, *conditions.text.shape[1:]) == text.shape and conditions.text.dtype == negative.dtype == text.dtype
