@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -35,11 +36,11 @@ def compile_ahead(plan: Plan, chunk: int = 1, folder: Path | None = None) -> Ite
       A function to call before each stage with its name. It waits for that stage's programs and gives them, the others
       beside them as they are without; it raises what their compilation raised.
     """
-    jitted, arguments = Programs.of(plan, chunk), shapes(plan)
+    jitted, arguments, turn = Programs.of(plan, chunk), shapes(plan), Lock()
     pool = ThreadPoolExecutor(max_workers=len(arguments), thread_name_prefix="compile")
     try:
         futures = {
-            name: pool.submit(kept.compiled, getattr(jitted, name), arguments[name], folder)
+            name: pool.submit(kept.compiled, getattr(jitted, name), arguments[name], folder, turn)
             for names in STAGES.values()
             for name in names
         }

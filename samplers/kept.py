@@ -14,6 +14,7 @@ import hashlib
 import os
 import pickle
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 import wanjax
-from samplers.programs import OPTIONS
+from samplers.programs import LEVELS
 from wanjax import writing
 
 MOST_BYTES = 2**29
@@ -34,24 +35,29 @@ MOST_BYTES = 2**29
 _DIGEST = hashlib.sha256().digest_size
 
 
-def compiled(program: functools.partial, arguments: tuple, folder: Path | None) -> jax.stages.Compiled:
+def compiled(
+    program: functools.partial, arguments: tuple, folder: Path | None, turn: AbstractContextManager | None = None
+) -> jax.stages.Compiled:
     """A jitted function compiled for arguments, or found; for one device.
 
     Args:
       program: a jitted function with its static arguments: positional ones first, the others by name.
       arguments: the others, as `jax.ShapeDtypeStruct`s.
       folder: where it is kept, see `cache.private`; None for nowhere.
+      turn: held while it is traced, such as a lock: of several threads that trace at once none is done early, and
+        meanwhile nothing compiles.
 
     Returns:
       The function of the arguments alone.
     """
+    turn = turn or nullcontext()
     if folder is None or jax.config.jax_default_device is not None:
-        return _lower(program, arguments).compile()
+        return _lower(program, arguments, turn).compile()
     entry = folder / f"{_key(program, arguments)}.key"
     name = _read(entry)
     found = None if name is None else _load(folder / Path(name.decode(errors="replace")).name)
     if found is None:
-        lowered = _lower(program, arguments)
+        lowered = _lower(program, arguments, turn)
         name = f"{_digest(surroundings(), lowered.as_text())}.program"
         found = _load(folder / name)
         if found is None:
@@ -63,8 +69,9 @@ def compiled(program: functools.partial, arguments: tuple, folder: Path | None) 
     return found
 
 
-def _lower(program: functools.partial, arguments: tuple) -> jax.stages.Lowered:
-    return program.func.lower(*program.args, *arguments, **program.keywords)
+def _lower(program: functools.partial, arguments: tuple, turn: AbstractContextManager) -> jax.stages.Lowered:
+    with turn:
+        return program.func.lower(*program.args, *arguments, **program.keywords)
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
@@ -100,8 +107,7 @@ def surroundings() -> str:
     versions = sys.version, jax.__version__, jaxlib.__version__, flax.__version__, np.__version__
     flags = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "LIBTPU_", "TF_"))}
     machine = [one.device_kind for one in jax.devices()], jax.devices()[0].client.platform_version, os.cpu_count()
-    options = OPTIONS.get(jax.default_backend())
-    return _digest(versions, sorted(jax.config.values.items()), sorted(flags.items()), machine, options)
+    return _digest(versions, sorted(jax.config.values.items()), sorted(flags.items()), machine, sorted(LEVELS.items()))
 
 
 @functools.cache
