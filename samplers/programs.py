@@ -28,8 +28,8 @@ from wanjax.umt5 import UMT5Encoder
 LEVELS = MappingProxyType({"denoise": 1, "decode": 1, "encode_keyframes": 0, "encode_text": 0, "encode_images": 0,
                            "noise": 0})  # fmt: skip
 """LLVM's optimisation level of each function on a CPU. The first compiles in two thirds of the third's time, and what
-it makes runs as fast: XLA shapes the loops itself, products and convolutions are a library's. The zeroth compiles in two
-fifths; the bundled model's keyframes are then encoded in 1.4 times the time, which is little beside the steps."""
+it makes runs as fast: XLA shapes the loops itself, products and convolutions are a library's. The zeroth compiles in
+two fifths; the bundled model's keyframes are encoded in 1.4 times the time then, which is little beside the steps."""
 
 Program = Callable[..., Any]
 """From params and arrays to arrays."""
