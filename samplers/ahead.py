@@ -20,7 +20,7 @@ from wanjax.types import Conditions
 
 STAGES = MappingProxyType({"denoise": ("denoise", "noise"), "decode": ("decode",),
                            "encode": ("keyframes", "text", "images")})  # fmt: skip
-"""The programs of each stage, the longest first."""
+"""The programs of each stage, in the order in which they are traced: the longest first."""
 
 
 @contextmanager
