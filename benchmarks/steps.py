@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks import random_model
-from samplers import pipeline, sample, schedule, solvers
+from samplers import programs, sample, schedule, solvers
 from samplers.sample import Carry, Row
 from wanjax import rope, shapes
 from wanjax.config import DiTConfig, ModelConfig, VAEConfig
@@ -55,7 +55,7 @@ def part(config: DiTConfig, mode: str = "sequential", n: int = 1) -> Callable[..
         method: MethodArrays,
     ) -> Carry:
         inputs = (params, carry, table, first, conditions, negative, method, None)
-        return pipeline.denoise_rows(config, *inputs, n=n, guidance_mode=mode)
+        return programs.denoise(config, *inputs, n=n, guidance_mode=mode)
 
     return run
 

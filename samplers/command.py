@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -195,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with terminate_as_interrupt():
         try:
-            if options.pop("compile_cache"):
-                cache.enable()
+            place = cache.enable() if options.pop("compile_cache") else None
+            programs = None if place is None else cache.programs(place)
             options["method"] = _method(options)
             _check_devices()
             if (options["first"] is None) != (options["last"] is None):
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(p.prog, "interrupted; nothing was written", INTERRUPTED)
         except (ValueError, OSError) as error:
             return _fail(p.prog, error, BAD_INPUT)
-        return _make(p.prog, job, progress)
+        return _make(p.prog, job, progress, programs)
 
 
 def renamed(arguments: Sequence[str]) -> list[str]:
@@ -219,7 +220,7 @@ def renamed(arguments: Sequence[str]) -> list[str]:
     return ["".join((RENAMED.get(name, name), sign, value)) for name, sign, value in split]
 
 
-def _make(program: str, job: Any, progress: bool) -> int:
+def _make(program: str, job: Any, progress: bool, programs: Path | None) -> int:
     """Runs a checked job; returns the exit code."""
     import jax
 
@@ -231,7 +232,7 @@ def _make(program: str, job: Any, progress: bool) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # said above, in one line
-            report = files.make(job, progress)
+            report = files.make(job, progress, programs)
     except KeyboardInterrupt:
         return _fail(program, "interrupted; nothing was written under the final name", INTERRUPTED)
     except (ValueError, FloatingPointError, OSError) as error:

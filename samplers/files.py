@@ -203,11 +203,12 @@ def _about_prompts(tokenizer: Tokenizer, settings: Settings, config: ModelConfig
     return lines
 
 
-def make(job: Job, progress: bool = False) -> dict[str, Any]:
+def make(job: Job, progress: bool = False, programs: Path | None = None) -> dict[str, Any]:
     """Runs a job and writes its three outputs, all or none of them.
 
     Args:
       progress: draws a bar while denoising.
+      programs: folder where compiled programs are kept (`samplers.kept`); None for nowhere.
 
     Returns:
       The report, as it is written to the JSON file.
@@ -219,7 +220,7 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     # From here on nobody else can begin on these names.
     with video.staged_also(job.outputs) as (outputs, plots):
-        model, result, latents, seconds = _compute(job, progress)
+        model, result, latents, seconds = _compute(job, progress, programs)
         begun = time.perf_counter()
         frames = result.video[0]
         video.write(outputs.video, frames, job.fps, job.scale)
@@ -236,12 +237,14 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
     return report
 
 
-def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Result, jax.Array | None, dict[str, float]]:
+def _compute(
+    job: Job, progress: bool, programs: Path | None
+) -> tuple[checkpoint.Model, pipeline.Result, jax.Array | None, dict[str, float]]:
     """The model, its result, the latents that enter the step which is to be explained, and seconds by stage."""
     start = time.perf_counter()
     plan, mesh, seen = job.plan, job.devices, []
     # A mesh changes where arguments lie, and so the programs.
-    with nullcontext(lambda stage: None) if mesh else compile_ahead(plan) as ready:
+    with nullcontext() if mesh else compile_ahead(plan, folder=programs) as ready:
         model = checkpoint.load(job.folder, job.dtype, mesh)
         loaded = time.perf_counter() - start
         with bar(job.settings.steps) if progress else nullcontext() as shown:

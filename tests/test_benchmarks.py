@@ -25,7 +25,7 @@ from benchmarks import (
     throughput,
     vs_diffusers,
 )
-from samplers import pipeline, sample
+from samplers import programs, sample
 from samplers.plan import Plan, Settings
 from wanjax import shapes
 from wanjax.config import BFLOAT16, PRESETS, preset
@@ -198,7 +198,7 @@ def test_a_step_is_the_pipelines(mode, rows):
                  plan.method)  # fmt: skip
 
     def wanted(params, conditions, negative, carry, first, table, method):
-        return pipeline._denoise.__wrapped__(config, params, carry, table, first, conditions, negative, method, None,
+        return programs.denoise(config, params, carry, table, first, conditions, negative, method, None,
                                              n=rows, guidance_mode=mode)  # fmt: skip
 
     def program(function):

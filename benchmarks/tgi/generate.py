@@ -23,7 +23,7 @@ from flax import struct
 from benchmarks.tgi import two_way
 from benchmarks.tgi.arms import Arm, shuffled_curve
 from benchmarks.tiny.evaluate import baselines
-from samplers import pipeline, sample
+from samplers import pipeline, programs, sample
 from samplers.pipeline import Encoded, Inputs
 from samplers.plan import Plan, Settings
 from samplers.run import check
@@ -342,7 +342,7 @@ def _sample_varied(
     bias: CrossBias | None,
 ) -> sample.Carry:
     """The sampler with conditions and bias that change from step to step; `hidden` replaces `conditions.latent`."""
-    model = pipeline.evaluator(config, params, method)
+    model = programs.evaluator(config, params, method)
 
     def denoise(latents: jax.Array, row: sample.Row, state: Any) -> tuple[jax.Array, Any]:
         told = conditions.replace(latent=jnp.where(row.extra.hidden > 0, hidden, conditions.latent))

@@ -29,8 +29,8 @@ from jax import lax
 
 import samplers.sample
 from samplers import schedule
-from samplers.pipeline import evaluator
 from samplers.plan import Plan, Settings
+from samplers.programs import evaluator
 from samplers.run import check
 from samplers.sample import Carry, Row, start
 from samplers.solvers import StepTable
