@@ -112,7 +112,7 @@ def prepare(
     folder = checkpoint.open_folder(model)
     config = folder.config
     if dtype is not None:
-        config = config.with_precision(checkpoint.policy(dtype))
+        config = checkpoint.with_dtype(config, dtype)
     given = {name: value for name, value in settings.items() if value is not None}
     if size not in (None, "auto"):
         given["size"] = size

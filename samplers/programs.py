@@ -28,8 +28,8 @@ LEVELS = MappingProxyType({"denoise": 1, "decode": 1, "encode_keyframes": 0, "en
                            "noise": 1})  # fmt: skip
 """LLVM's optimisation level of each function on a CPU. The first compiles in two thirds of the third's time, and what
 it makes runs as fast: XLA shapes the loops itself, products and convolutions are a library's. The zeroth compiles in
-two fifths; the bundled model's keyframes are encoded in 1.4 times the time then, which is little beside the steps. The noise of a seed has
-the same bits at the first and the third level, not at the zeroth."""
+two fifths; the bundled model's keyframes are encoded in 1.4 times the time then, which is little beside the steps. The
+noise of a seed has the same bits at the first and the third level, not at the zeroth."""
 
 Program = Callable[..., Any]
 """From params and arrays to arrays."""

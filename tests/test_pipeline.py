@@ -376,7 +376,7 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
 )
 def test_shapes_compiled_ahead_are_those_that_programs_give(at, solver, precision):
     """What one program gives is what the next was compiled for, without tracing any to know it."""
-    config = NANO.with_precision(checkpoint.policy(precision))
+    config = checkpoint.with_dtype(NANO, precision)
     plan = Plan.of(config, Settings.of(config, solver=solver), at)
     given, made = ahead.shapes(plan), {}
     for name, arguments in given.items():

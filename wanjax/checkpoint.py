@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from wanjax import compare, manifest, sharding, store, writing
-from wanjax.config import BFLOAT16, FLOAT32, ModelConfig, Precision, from_json, to_json
+from wanjax.config import BFLOAT16, FLOAT32, VAE_BFLOAT16, ModelConfig, from_json, to_json
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
 from wanjax.residency import POLICIES, Model, Parts
 from wanjax.settings import refuse
@@ -28,7 +28,8 @@ from wanjax.shapes import param_shapes
 from wanjax.tokenizer import Tokenizer
 
 __all__ = ["CONFIG", "TOKENIZER", "CheckpointError", "Folder", "Model", "bundled", "is_folder", "load", "open_folder",
-           "param_shapes", "policy", "read_config", "save", "sign"]  # fmt: skip
+           "param_shapes", "read_config", "save", "sign",
+           "with_dtype"]  # fmt: skip
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
@@ -162,8 +163,7 @@ def load(
 
     Args:
       model: "tiny" for the bundled one, a model folder, or one that `open_folder` has checked.
-      dtype: "float32" or "bfloat16" policy for transformer and encoders; None takes the folder's own.
-        The VAE stays as it is stored in the config.
+      dtype: "float32" or "bfloat16" policy, see `with_dtype`; None takes the folder's own.
       mesh: where the params are put, by `rules`; None puts them on the default device.
       fast: leave the digests be, see `store.restore`.
       policy: "keep" reads all parts now and keeps them. "stage" reads a part when it is asked for and frees the
@@ -175,7 +175,7 @@ def load(
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r}: choose {' or '.join(POLICIES)}")
     folder = model if isinstance(model, Folder) else open_folder(model)
-    config = folder.config if dtype is None else _with_dtype(folder.config, dtype)
+    config = folder.config if dtype is None else with_dtype(folder.config, dtype)
     shapes = param_shapes(config)
 
     def read(part: str, mesh: Mesh | None, rules: sharding.Rules) -> Any:
@@ -189,16 +189,14 @@ def load(
     return Model(config, parts.held, folder.tokenizer, parts)
 
 
-def policy(dtype: str) -> Precision:
-    """The precision policy of a name. ValueError for another than float32 and bfloat16."""
-    policies = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The same model under the policy of a name: "float32" computes as the original does, "bfloat16" is what
+    accelerators are fast at, VAE included. ValueError for another name."""
+    policies = {"float32": (FLOAT32, FLOAT32), "bfloat16": (BFLOAT16, VAE_BFLOAT16)}
     if dtype not in policies:
         raise ValueError(f"dtype {dtype!r}: choose {' or '.join(policies)}")
-    return policies[dtype]
-
-
-def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
-    return config.with_precision(policy(dtype))
+    dit, vae = policies[dtype]
+    return config.with_precision(dit, vae=vae)
 
 
 def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[str, Any], tokenizer: Path) -> None:

