@@ -1,10 +1,11 @@
-"""The programs of one clip, compiled in the background while its weights are read."""
+"""The programs of one clip from shapes alone: what each is called with, and their compilation in the background while
+the weights are read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +14,22 @@ from samplers import pipeline
 from samplers.plan import Plan
 from wanjax import checkpoint
 from wanjax.types import Conditions
+
+
+class Call(NamedTuple):
+    """A jitted function and what the pipeline calls it with: static arguments, and shapes in the place of arrays."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces and lowers the function."""
+        return self.function.lower(*self.args, **self.kwargs)
+
+    def output(self) -> Any:
+        """Shapes of what it returns."""
+        return self.function.eval_shape(*self.args, **self.kwargs)
 
 
 @contextmanager
@@ -25,8 +42,8 @@ def compile_ahead(plan: Plan, chunk: int = 1) -> Iterator[Callable[[str], Any]]:
     pool = ThreadPoolExecutor(max_workers=5, thread_name_prefix="compile")
     try:
         futures = {
-            stage: [pool.submit(lambda lower=lower: lower(plan, chunk).compile()) for lower in lowers]
-            for stage, lowers in _LOWERED.items()
+            stage: [pool.submit(lambda name=name: CALLS[name](plan, chunk).lower().compile()) for name in names]
+            for stage, names in _STAGES.items()
         }
         yield lambda stage: [future.result() for future in futures[stage]]
     finally:
@@ -37,49 +54,54 @@ def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _lower_text(plan: Plan, chunk: int) -> Any:
+def _text(plan: Plan, chunk: int) -> Call:
     ids = _struct(2, plan.config.dit.text_length, dtype=np.int32)
-    return pipeline._encode_text.lower(plan.config.umt5, checkpoint.param_shapes(plan.config)["umt5"], ids, ids)
+    shapes = checkpoint.param_shapes(plan.config)["umt5"]
+    return Call(pipeline._encode_text, (plan.config.umt5, shapes, ids, ids))
 
 
-def _lower_images(plan: Plan, chunk: int) -> Any:
+def _images(plan: Plan, chunk: int) -> Call:
     side, count = plan.config.clip.image_size, len([slot for slot in pipeline.image_slots(plan) if slot is not None])
-    pixels = _struct(count, side, side, 3)
-    return pipeline._encode_images.lower(plan.config.clip, checkpoint.param_shapes(plan.config)["clip"], pixels)
+    shapes = checkpoint.param_shapes(plan.config)["clip"]
+    return Call(pipeline._encode_images, (plan.config.clip, shapes, _struct(count, side, side, 3)))
 
 
-def _lower_keyframes(plan: Plan, chunk: int) -> Any:
+def _keyframes(plan: Plan, chunk: int) -> Call:
     pixels = _struct(1, len(plan.at), *plan.settings.size, 3)
     shapes = checkpoint.param_shapes(plan.config)["vae"]
-    return pipeline._encode_keyframes.lower(plan.config.vae, shapes, pixels, at=plan.at, frames=plan.settings.frames)
+    static = {"at": plan.at, "frames": plan.settings.frames}
+    return Call(pipeline._encode_keyframes, (plan.config.vae, shapes, pixels), static)
 
 
-def _lower_decode(plan: Plan, chunk: int) -> Any:
-    return pipeline._decode.lower(
-        plan.config.vae, checkpoint.param_shapes(plan.config)["vae"], _struct(1, *plan.latent_shape)
-    )
+def _decode(plan: Plan, chunk: int) -> Call:
+    shapes = checkpoint.param_shapes(plan.config)["vae"]
+    return Call(pipeline._decode, (plan.config.vae, shapes, _struct(1, *plan.latent_shape)))
 
 
-def _lower_noise(plan: Plan, chunk: int) -> Any:
-    return pipeline._noise.lower((1, *plan.latent_shape), _struct(dtype=np.uint32))
+def _noise(plan: Plan, chunk: int) -> Call:
+    return Call(pipeline._noise, ((1, *plan.latent_shape), _struct(dtype=np.uint32)))
 
 
-def _lower_denoise(plan: Plan, chunk: int) -> Any:
+def _denoise(plan: Plan, chunk: int) -> Call:
     d = plan.config.dit
-    text = _struct(1, d.text_length, d.text_dim, dtype=_lower_text(plan, chunk).out_info[0].dtype)
-    images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=_lower_images(plan, chunk).out_info[0].dtype)
-    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels,
-                     dtype=_lower_keyframes(plan, chunk).out_info[0].dtype)  # fmt: skip
+    text, images, latent = (call(plan, chunk).output()[0].dtype for call in (_text, _images, _keyframes))
+    text = _struct(1, d.text_length, d.text_dim, dtype=text)
+    images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=images)
+    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels, dtype=latent)
     carry = jax.eval_shape(lambda noise: pipeline.start(plan, noise), _struct(1, *plan.latent_shape))
     table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
-    return pipeline._denoise.lower(
-        d, checkpoint.param_shapes(plan.config)["dit"], carry, table, _struct(dtype=np.int32),
-        Conditions(text, images, latent), text, method, None, n=chunk, guidance_mode=plan.settings.guidance_mode,
-    )  # fmt: skip
+    params, first = checkpoint.param_shapes(plan.config)["dit"], _struct(dtype=np.int32)
+    args = (d, params, carry, table, first, Conditions(text, images, latent), text, method, None)
+    return Call(pipeline._denoise, args, {"n": chunk, "guidance_mode": plan.settings.guidance_mode})
 
 
-_LOWERED = MappingProxyType(
-    {"denoise": (_lower_denoise, _lower_noise), "decode": (_lower_decode,),
-     "encode": (_lower_keyframes, _lower_text, _lower_images)}
+CALLS: Mapping[str, Callable[[Plan, int], Call]] = MappingProxyType(
+    {"text": _text, "images": _images, "keyframes": _keyframes, "noise": _noise, "denoise": _denoise,
+     "decode": _decode}
 )  # fmt: skip
+"""Every program of a clip: (plan, steps that one call takes) -> `Call`."""
+
+_STAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"denoise": ("denoise", "noise"), "decode": ("decode",), "encode": ("keyframes", "text", "images")}
+)
 """The programs of each stage, the longest first."""
