@@ -16,6 +16,7 @@ from benchmarks import measure
 from benchmarks.aot import programs, report
 from benchmarks.aot.targets import GIB, TARGETS, Target
 from samplers.plan import Plan, Settings
+from wanjax import environment as machine
 from wanjax import sharding, writing
 from wanjax.attention import KERNELS
 from wanjax.config import PRESETS, ModelConfig, preset
@@ -107,10 +108,9 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions, commit, command and date; the machine is the one that compiled."""
-    own = measure.environment() | {"versions": measure.machine.versions(PACKAGES)}
-    return {
-        name: own[name] for name in ("processor", "cores", "versions", "commit", "xla_flags", "command", "date")
-    } | {"libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", "")}
+    own = measure.environment() | {"versions": machine.versions(PACKAGES)}
+    kept = ("processor", "cores", "versions", "commit", "xla_flags", "command", "date")
+    return {name: own[name] for name in kept} | {"libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", "")}
 
 
 def show(found: Mapping[str, Any]) -> None:

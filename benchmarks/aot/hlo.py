@@ -1,7 +1,7 @@
 """Reads the text of a compiled module: its instructions, how often each is executed, and by which path.
 
-XLA prints no counts: a loop's trips stand in its configuration (CUDA, CPU) or follow from its condition (TPU). Terms are
-XLA's own: a module has computations, a computation instructions.
+XLA prints no counts: a loop's trips stand in its configuration (CUDA, CPU) or follow from its condition (TPU).
+Terms are XLA's own: a module has computations, a computation instructions.
 """
 
 import math
@@ -137,7 +137,7 @@ def _instruction(line: str, found: re.Match) -> Instruction:
 
 def trips(module: Module, computation: str, loop: Instruction) -> int | None:
     """How often a while loop runs; None where that is known only to the running program."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    known = re.search(r'"known_trip_count": ?\{"n": ?"(\d+)"', loop.rest)
     if known:
         return int(known[1])
     condition = loop.called("condition")

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions of compiled instructions, two operations a multiply-add; fused kernels by formula."""
+"""Operations of compiled matrix products and convolutions, two a multiply-add; of fused kernels by formula."""
 
 import json
 import math
@@ -22,11 +22,11 @@ def operations(one: Instruction, shapes: Shapes) -> int | None:
     if one.op != "custom-call":
         return 0
     if one.target.startswith("__cublas$"):
-        return _dot(one, shapes, _numbers(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', one.rest))
+        return _dot(one, shapes, _numbers(r'"lhs_contracting_dimensions": ?\[([\d, "]*)\]', one.rest))
     if one.target.startswith("__cudnn$conv"):
         return _convolution(one, shapes)
     if one.target.startswith("__cudnn$fmha"):
-        logits = _numbers(r'"intermediate_tensor_shape":\{.*?"dimensions":\[([\d,"]*)\]', one.rest)
+        logits = _numbers(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([\d, "]*)\]', one.rest)
         return 4 * math.prod(logits) * arrays(one.shape)[0][1][-1]
     return _kernel(one, shapes) if is_kernel(one) else 0
 
@@ -41,7 +41,7 @@ def is_kernel(one: Instruction) -> bool:
 
 
 def _kernel(one: Instruction, shapes: Shapes) -> int | None:
-    """As the kernel itself says; else of attention: q [..., S, d] and k [..., K, d] come first of its large operands."""
+    """As the kernel itself says; else of attention: q [..., S, d], k [..., K, d] are its first large operands."""
     said = re.search(r'"?flops"?\s*[:=]\s*"?(\d+)', one.rest)
     if said and int(said[1]):
         return int(said[1])
@@ -79,26 +79,23 @@ def _dot(one: Instruction, shapes: Shapes, contracted: list[int]) -> int:
 
 def _convolution(one: Instruction, shapes: Shapes) -> int:
     """Counts the places of the kernel that meet a number of the input; the others are padding."""
-    (_, source), (_, kernel), (_, out) = (
-        arrays(text)[0] for text in (*(shapes[n] for n in one.operands[:2]), one.shape)
-    )
+    source, kernel, out = (arrays(text)[0][1] for text in (*map(shapes.get, one.operands[:2]), one.shape))
     left, right, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
     window = dict(re.findall(r"(\w+)=([\d_x\-]+)", (re.search(r"window=\{([^}]*)\}", one.rest) or ["", ""])[1]))
     groups = (_numbers(r"batch_group_count=(\d+)", one.rest) or [1])[0]
     met = 1
-    for axis in range(sum(letter.isdigit() for letter in left)):
-        of = lambda key, default, axis=axis: window[key].split("x")[axis] if key in window else default  # noqa: E731
-        met *= _met(
-            source[left.index(str(axis))], kernel[right.index(str(axis))], out[result.index(str(axis))],
-            int(of("stride", 1)), int(of("pad", "0_0").split("_")[0]), int(of("lhs_dilate", 1)), int(of("rhs_dilate", 1)),
-        )  # fmt: skip
+    for axis in map(str, range(sum(letter.isdigit() for letter in left))):
+        settings = {key: value.split("x")[int(axis)] for key, value in window.items()}
+        met *= _met(source[left.index(axis)], kernel[right.index(axis)], out[result.index(axis)], settings)
     batch, width_in, width_out = source[left.index("b")], kernel[right.index("i")], kernel[right.index("o")]
     return 2 * batch // groups * width_in * width_out * met
 
 
-def _met(length: int, kernel: int, out: int, stride: int, pad: int, dilated: int, spread: int) -> int:
+def _met(length: int, kernel: int, out: int, settings: Mapping[str, str]) -> int:
     """Pairs (output, place of the kernel) of one axis that meet one of `length` numbers."""
-    starts, total = np.arange(out) * stride - pad, 0
+    stride, dilated, spread = (int(settings.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(settings.get("pad", "0_0").split("_")[0])
+    starts, total = np.arange(out) * stride - before, 0
     for place in range(kernel):
         at = starts + place * spread
         total += int(np.count_nonzero((at >= 0) & (at % dilated == 0) & (at // dilated < length)))

@@ -37,7 +37,9 @@ def lower(call: Call, mesh: Mesh | None) -> jax.stages.Lowered:
 
 
 def _placed(name: str, value: Any, devices: Sequence[Any], mesh: Mesh | None) -> Any:
-    def one(leaf: Any, spec: P = P()) -> Any:
+    whole = P()
+
+    def one(leaf: Any, spec: P = whole) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         place = SingleDeviceSharding(devices[0]) if mesh is None else NamedSharding(mesh, spec)

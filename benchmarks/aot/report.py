@@ -18,8 +18,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 HALF = 0.5
 """Share of its peak that a kernel without estimated cycles is taken to reach."""
 
-_VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant", "copy-done",
-          "all-gather-done", "all-reduce-done", "slice-done", "async-done", "optimization-barrier")  # fmt: skip
+_VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant",
+          "optimization-barrier")  # fmt: skip
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -91,7 +91,7 @@ class Program:
         """The compiler's estimate by part of the model; collectives and kernels are not in it. Empty for GPUs."""
 
         def estimated(one: Executed) -> int:
-            found = None if one.fused else re.search(r'"estimated_cycles":"(\d+)"', one.instruction.rest)
+            found = None if one.fused else re.search(r'"estimated_cycles": ?"(\d+)"', one.instruction.rest)
             return int(found[1]) if found else 0
 
         return self._summed(estimated)
@@ -142,7 +142,7 @@ class Program:
         rows: dict[tuple, int] = {}
         for one in self.executed:
             line = one.instruction
-            if not one.fused and line.op not in _VIEWS:
+            if not one.fused and line.op not in _VIEWS and not line.op.endswith(("-start", "-done")):
                 key = (hlo.plain(line.shape)[:200], line.op, part(line.scope), hlo.size(line.shape))
                 rows[key] = rows.get(key, 0) + one.times
         found = sorted(rows.items(), key=lambda item: -item[0][3])[:count]
@@ -194,18 +194,21 @@ def describe(text: str, chip: Chip, traced: int, devices: int, total: int | None
 
 
 def estimate(program: Program, chip: Chip) -> dict[str, float | int | None]:
-    """The attention kernel's cycles and operations apart from the rest, and seconds of both; all of it estimated.
+    """Cycles and operations of attention's kernels apart from the rest, and seconds of both (None without a clock).
 
-    Kernels whose cycles the compiler does not know are taken to reach HALF of the chip's peak. Collectives are left out.
+    Kernels whose cycles the compiler does not know are taken to reach HALF of the chip's peak. Collectives are left
+    out, so this is what a step takes at the least.
     """
     cycles, own = program.cycles(), program.operations()
     kernel, rest = (sum(n for name, n in cycles.items() if name.endswith("kernel") is of) for of in (True, False))
     opaque = sum(row["times"] * (row["operations"] or 0) for row in program.kernels())
-    seconds = lambda n: None if chip.clock is None else n / chip.clock
+    seconds = [None, None]
+    if chip.clock is not None:
+        seconds = [rest / chip.clock, kernel / chip.clock + opaque / (HALF * chip.peak)]
     return {
         "attention_kernel": kernel,
-        "rest": rest,
-        "rest_seconds": seconds(rest),
         "attention_operations": sum(n for name, n in own.items() if name.endswith("kernel")),
-        "kernel_seconds": None if chip.clock is None else kernel / chip.clock + opaque / (HALF * chip.peak),
+        "rest": rest,
+        "rest_seconds": seconds[0],
+        "kernel_seconds": seconds[1],
     }
