@@ -8,7 +8,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.aot import hlo, operations, programs, report
+from benchmarks.aot import __main__ as command
+from benchmarks.aot import hlo, operations, programs, report, targets
 from benchmarks.aot.targets import CHIPS, TARGETS, Target
 from samplers.plan import Plan, Settings
 from wanjax import sharding
@@ -257,3 +258,32 @@ def test_targets_have_figures_and_a_platform(name):
     target = Target(name)
     assert target.platform == ("gpu" if name.startswith("h100") else "tpu")
     assert target.chip.memory > 15 and target.chip.peak > 1e14 and len(target.packages) == 1
+
+
+def options(*rest: str):
+    return command.parser().parse_args(["--target", "v6e:2x4", *rest])
+
+
+def test_reports_of_different_programs_have_different_names():
+    runs = ["", "--mesh data=2,tensor=4", "--mesh tensor=8", "--size 720x1280", "--frames 9", "--layers 2",
+            "--part decode", "--attention chunked", "--dtype float32", "--guidance-mode batched", "--method wan",
+            "--steps 10", "--preset i2v_14b"]  # fmt: skip
+    names = [command.name_of(options(*rest.split())) for rest in runs]
+    assert len(set(names)) == len(runs)
+    assert names[1] == "denoise_v6e-2x4_data2-tensor4_480x864_81f.json"
+
+
+@pytest.mark.parametrize("mesh", ["tensor", "tensor=0", "tensor=x", ""])
+def test_a_mesh_that_is_none_is_one_line(mesh, capsys):
+    with pytest.raises(SystemExit) as ended:
+        options("--mesh", mesh)
+    assert ended.value.code == 2 and "data=2,tensor=4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "package"), [("v6e:2x4", "libtpu"), ("h100x8", "jax-cuda13-plugin")])
+def test_a_missing_compiler_is_one_line(target, package, monkeypatch, capsys):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--target", target, "--mesh", "tensor=8"])
+    assert ended.value.code == 2
+    assert f"{package} is not installed; pip install" in capsys.readouterr().err.splitlines()[-1]

@@ -65,13 +65,14 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
 
 
 def name_of(args: argparse.Namespace) -> str:
-    """Of the report's file: what was compiled for what."""
+    """Of the report's file: what was compiled for what, defaults left out but for the size."""
+    usual, own = vars(parser().parse_args(["--target", args.target])), vars(args)
     mesh = "-".join(f"{axis}{size}" for axis, size in (args.mesh or {}).items())
-    fields = (args.part, args.target.replace(":", "-"), mesh, "x".join(map(str, args.size)), f"{args.frames}f",
-              args.guidance_mode if args.guidance_mode != "sequential" else "",
-              f"{args.layers}layers" if args.layers else "",
-              args.attention if args.attention != "auto" else "", args.dtype if args.dtype != "bfloat16" else "",
-              args.preset if args.preset != "flf2v_14b" else "")  # fmt: skip
+    fields = [args.part, args.target.replace(":", "-"), mesh, "x".join(map(str, args.size)), f"{args.frames}f",
+              f"{args.layers}layers" if args.layers else ""]  # fmt: skip
+    for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype"):
+        if own[name] != usual[name]:
+            fields.append(f"{own[name]}steps" if name == "steps" else own[name])
     return "_".join(filter(None, fields)) + ".json"
 
 
