@@ -41,8 +41,11 @@ TPU = (
   %y = bf16[8,4]{1,0} fusion(%x, %w), kind=kOutput, calls=%product, """
     + """metadata={op_name="jit(f)/blocks/ffn_in/dot"}, backend_config={"window_config":{"estimated_cycles":"70"}}
   %gather-done = bf16[8,32]{1,0} all-gather-done(%gather-start)
-  %kernel = bf16[5,8,16]{2,1,0} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", """
-    + """metadata={op_name="jit(f)/blocks/self_attn/attention_kernel/splash_mha_fwd"}
+  %splash_mha_fwd.3 = bf16[5,8,16]{2,1,0} custom-call(%m, %q, %k, %v), custom_call_target="tpu_custom_call", """
+    + """frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/blocks/self_attn/attention_kernel/splash_mha_fwd"}
+  %m = s8[1,2,24]{2,1,0} parameter(4)
   %q = bf16[5,8,16]{2,1,0} parameter(1)
   %k = bf16[5,24,16]{2,1,0} parameter(2)
   %v = bf16[5,24,16]{2,1,0} parameter(3)
@@ -147,7 +150,8 @@ def test_loops_branches_collectives_and_kernels_of_a_tpu_module():
     assert (reduce["kind"], reduce["times"], reduce["bytes"], reduce["asynchronous"]) == ("all-reduce", 1, 64, False)
     assert found["collectives"]["all-gather"] == {"times": 8, "bytes": 8 * 512, "asynchronous": 8}
     (kernel,) = found["kernels"]
-    assert (kernel["name"], kernel["part"], kernel["times"]) == ("tpu_custom_call", "self_attn kernel", 8)
+    assert (kernel["name"], kernel["times"]) == ("tpu_custom_call splash_mha_fwd", 8)
+    assert (kernel["part"], kernel["operations"]) == ("self_attn kernel", 4 * 5 * 8 * 24 * 16)
     cycles = found["cycles"]
     assert cycles["parts"] == {"ffn": 8 * 70} and cycles["rest_seconds"] == 8 * 70 / 1.75e9
     assert cycles["kernel_seconds"] == pytest.approx(8 * 4 * 5 * 8 * 24 * 16 / (0.5 * 918e12))

@@ -111,7 +111,8 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, None
-    for line in text.splitlines():
+    # What Pallas writes down of its kernels stands on lines of its own, in the midst of an instruction.
+    for line in re.sub(r"=\{\n([^\n]*)\n\}", r"={\1}", text).splitlines():
         if current is None or not line.startswith(" "):
             header = _HEADER.match(line)
             current = computations.setdefault(header[2], []) if header else None

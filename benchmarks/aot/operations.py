@@ -1,6 +1,5 @@
 """Operations of compiled matrix products and convolutions, two a multiply-add; of fused kernels by formula."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -41,30 +40,26 @@ def is_kernel(one: Instruction) -> bool:
 
 
 def _kernel(one: Instruction, shapes: Shapes) -> int | None:
-    """As the kernel itself says; else of attention: q [..., S, d], k [..., K, d] are its first large operands."""
+    """As the kernel itself says; else of attention, whose q and k are the first of its large operands.
+
+    Whether heads or tokens come first, the longest axis of k but the last is its tokens.
+    """
     said = re.search(r'"?flops"?\s*[:=]\s*"?(\d+)', one.rest)
     if said and int(said[1]):
         return int(said[1])
-    if not re.search(r"splash|flash|attention|attn", one.rest):
+    if not re.search(r"splash|flash|attention|attn", one.name + one.scope):
         return None
-    found = [dims for name in one.operands for dtype, dims in arrays(shapes.get(name, "")) if len(dims) >= 3
-             and dtype in ("bf16", "f16", "f32")]  # fmt: skip
+    found = [dims for name in one.operands for dtype, dims in arrays(shapes.get(name, ""))
+             if len(dims) >= 3 and dtype in ("bf16", "f16", "f32")]  # fmt: skip
     if len(found) < 2 or found[0][-1] != found[1][-1]:
         return None
-    return 4 * math.prod(found[0]) * found[1][-2]
+    return 4 * math.prod(found[0]) * max(found[1][:-1])
 
 
 def kernel_name(one: Instruction) -> str:
-    """What kind of kernel it is: its target, and the name that Pallas gave it."""
-    name = re.search(r'kernel_name\s*=\s*\\?"([^"\\]+)|"kernel_name":"([^"]+)"', one.rest)
-    config = re.search(r"backend_config=(\{.*\})", one.rest)
-    if name is None and config and one.target == "tpu_custom_call":
-        try:
-            own = json.loads(config[1]).get("custom_call_config", {})
-        except json.JSONDecodeError:  # more than JSON follows; the target says enough
-            own = {}
-        return " ".join(filter(None, (one.target, own.get("kernel_name"))))
-    return " ".join(filter(None, (one.target, *(name.groups() if name else ()))))
+    """What kind of kernel it is: its target, and what XLA calls the instruction, which Pallas names."""
+    own = re.sub(r"[.\d]+$", "", one.name)
+    return one.target if own in ("custom-call", "") else f"{one.target} {own}"
 
 
 def _numbers(pattern: str, text: str) -> list[int]:
