@@ -83,9 +83,10 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
     call = programs.call(args.part, plan, devices, mesh)
     start = time.perf_counter()
     lowered = programs.lower(call, mesh)
-    traced = time.perf_counter()
+    traced, used = time.perf_counter(), time.process_time()
     compiled = lowered.compile()
-    seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
+    seconds = {"trace": traced - start, "compile": time.perf_counter() - traced,
+               "compile_cpu": time.process_time() - used}  # fmt: skip
     text = compiled.as_text()
     if args.hlo:
         writing.write_text(args.hlo, text, overwrite=True)
@@ -127,7 +128,7 @@ def show(found: Mapping[str, Any]) -> None:
         rows += [[f"cycles, {name}", f"{n / 1e6:.1f} million"] for name, n in cycles["parts"].items()]
         rows += [[name.replace("_", " "), f"{cycles[name]:.3f} s"] for name in ("rest_seconds", "kernel_seconds")
                  if cycles[name] is not None]  # fmt: skip
-    rows += [[f"seconds to {name}", f"{n:.1f}"] for name, n in found["seconds"].items()]
+    rows += [[f"seconds, {name}", f"{n:.1f}"] for name, n in found["seconds"].items()]
     measure.print_table(("one device", f"{found['part']} on {found['target']} {found['mesh'] or ''}"), rows)
     if found["collectives_in_full"]:
         print()
