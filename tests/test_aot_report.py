@@ -154,6 +154,10 @@ def test_loops_branches_collectives_and_kernels_of_a_tpu_module():
     assert (kernel["part"], kernel["operations"]) == ("self_attn kernel", 4 * 5 * 8 * 24 * 16)
     cycles = found["cycles"]
     assert cycles["parts"] == {"ffn": 8 * 70} and cycles["rest_seconds"] == 8 * 70 / 1.75e9
+    assert report.scaled(cycles, 4, 40)["rest_seconds"] == pytest.approx(10 * cycles["rest_seconds"])
+    outside = cycles | {"outside_blocks_seconds": cycles["rest_seconds"]}
+    assert report.scaled(outside, 4, 40)["rest_seconds"] == pytest.approx(cycles["rest_seconds"])
+    assert report.scaled(outside, 4, 40)["kernel_seconds"] == pytest.approx(10 * cycles["kernel_seconds"])
     assert cycles["kernel_seconds"] == pytest.approx(8 * 4 * 5 * 8 * 24 * 16 / (0.5 * 918e12))
 
 

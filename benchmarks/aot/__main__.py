@@ -92,7 +92,10 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
         writing.write_text(args.hlo, text, overwrite=True)
     count = len(devices) if mesh is not None else 1
     passes = 2 if args.part == "denoise" and args.guidance_mode == "sequential" else 1
-    total = programs.operations(args.part, plan)
+    found = report.describe(text, target.chip, passes, count, programs.operations(args.part, plan))
+    if args.part == "denoise" and args.layers and "cycles" in found:
+        whole = preset(args.preset).dit.num_layers
+        found["cycles"]["all_layers"] = report.scaled(found["cycles"], args.layers, whole)
     return {
         "part": args.part,
         "target": target.name,
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
                     | {"layers": plan.config.dit.num_layers, "attention": plan.config.dit.attention},
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
-        **report.describe(text, target.chip, passes, count, total),
+        **found,
         "environment": environment(),
     }  # fmt: skip
 
@@ -128,6 +131,9 @@ def show(found: Mapping[str, Any]) -> None:
         rows += [[f"cycles, {name}", f"{n / 1e6:.1f} million"] for name, n in cycles["parts"].items()]
         rows += [[name.replace("_", " "), f"{cycles[name]:.3f} s"] for name in ("rest_seconds", "kernel_seconds")
                  if cycles[name] is not None]  # fmt: skip
+        if whole := cycles.get("all_layers"):
+            rows += [[f"  of {whole['layers']} layers, {name.replace('_', ' ')}", f"{whole[name]:.3f} s"]
+                     for name in ("rest_seconds", "kernel_seconds")]  # fmt: skip
     rows += [[f"seconds, {name}", f"{n:.1f}"] for name, n in found["seconds"].items()]
     measure.print_table(("one device", f"{found['part']} on {found['target']} {found['mesh'] or ''}"), rows)
     if found["collectives_in_full"]:

@@ -1,7 +1,7 @@
 """What a compiled program does on one device: memory, operations, collectives, kernels, the compiler's cycles."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -205,10 +205,21 @@ def estimate(program: Program, chip: Chip) -> dict[str, float | int | None]:
     seconds = [None, None]
     if chip.clock is not None:
         seconds = [rest / chip.clock, kernel / chip.clock + opaque / (HALF * chip.peak)]
+    outside = sum(n for name, n in cycles.items() if name.startswith("outside"))
     return {
+        "outside_blocks_seconds": None if chip.clock is None else outside / chip.clock,
         "attention_kernel": kernel,
         "attention_operations": sum(n for name, n in own.items() if name.endswith("kernel")),
         "rest": rest,
         "rest_seconds": seconds[0],
         "kernel_seconds": seconds[1],
     }
+
+
+def scaled(cycles: Mapping[str, Any], layers: int, whole: int) -> dict[str, float] | None:
+    """Seconds of `estimate` for a transformer of `whole` layers, from one of fewer; None without a clock."""
+    if cycles["rest_seconds"] is None:
+        return None
+    outside = cycles["outside_blocks_seconds"]
+    rest = outside + (cycles["rest_seconds"] - outside) * whole / layers
+    return {"layers": whole, "rest_seconds": rest, "kernel_seconds": cycles["kernel_seconds"] * whole / layers}
