@@ -85,7 +85,7 @@ fi
 
 part device 30 "$python" -c "$check_device" "$out/device.json" "$dry"
 ((failed == 0)) || exit 1
-# Nothing is timed here, so nothing is tuned: that halves what the autoencoder's three programs take.
+# Nothing is timed here, so no time goes into tuning.
 part parity 85 env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0" "$python" -m benchmarks.gpu_parity "${parity[@]}" --out "$out/parity.json"
 part throughput 120 "$python" -m benchmarks.throughput "${throughput[@]}" --dtype bfloat16 \
   --guidance sequential batched --out "$out/throughput.json"
