@@ -179,7 +179,7 @@ CROSS = """HloModule jit__denoise
 ENTRY %main (p: s32[], x: bf16[8,4]) -> bf16[8,4] {
   %p = s32[] parameter(0)
   %x = bf16[8,4]{1,0} parameter(1)
-  ROOT %y = bf16[8,4] conditional(%p, %x, %x), branch_computations={%biased, %plain}, metadata={op_name="SCOPE/cond"}
+  ROOT %y = bf16[8,4] conditional(%p, %x, %x), branch_computations={%plain, %biased}, metadata={op_name="SCOPE/cond"}
 }
 """
 

@@ -68,9 +68,13 @@ class Program:
         return {name: {one.name: one.shape for one in lines} for name, lines in self.module.computations.items()}
 
     def _choose(self, conditional: Instruction, branches: Sequence[str]) -> str:
-        """The branch of most products: a step that is live, with guidance. In cross-attention KAB decides."""
-        least = "cross_attn" in conditional.scope and not self.kab
-        return (min if least else max)(branches, key=self._weight)
+        """The branch of most products: a step that is live, with guidance. In cross-attention KAB decides.
+
+        There the first branch, of False, is without it. It need not be the smaller one where a mesh repeats work.
+        """
+        if "cross_attn" in conditional.scope:
+            return branches[1] if self.kab else branches[0]
+        return max(branches, key=self._weight)
 
     def _weight(self, computation: str) -> int:
         """Operations of a computation and all that it calls."""
