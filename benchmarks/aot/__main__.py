@@ -78,7 +78,7 @@ def name_of(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
     """Compiles one program and reads what came of it."""
-    devices = target.devices()
+    about, devices = environment(), target.devices()  # before minutes in which the clone may change
     mesh = sharding.make_mesh(args.mesh, devices) if args.mesh else None
     call = programs.call(args.part, plan, devices, mesh)
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
         **found,
-        "environment": environment(),
+        "environment": about,
     }  # fmt: skip
 
 
