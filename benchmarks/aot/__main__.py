@@ -148,7 +148,7 @@ def show(found: Mapping[str, Any]) -> None:
         measure.print_table(
             ("kernel", "part", "times", "TFLOP", "shape"),
             [[r["name"], r["part"], r["times"], "?" if r["operations"] is None else f"{r['operations'] / 1e12:.3f}",
-              r["shape"][:90]] for r in found["kernels"]],
+              r["shape"][:90]] for r in found["kernels"][:20]],
         )  # fmt: skip
 
 
