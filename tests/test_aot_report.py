@@ -161,6 +161,55 @@ def test_loops_branches_collectives_and_kernels_of_a_tpu_module():
     assert cycles["kernel_seconds"] == pytest.approx(8 * 4 * 5 * 8 * 24 * 16 / (0.5 * 918e12))
 
 
+CHAIN = """HloModule jit_f, is_scheduled=true
+
+%begin (p: bf16[1,8]) -> (bf16[1,8], bf16[8,8], s32[2]) {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %g.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=2, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %s = (bf16[1,8], bf16[8,8], s32[2]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: bf16[1,8], x: bf16[4,8], w: bf16[8,8]) -> (bf16[4,8], bf16[8,8]) {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %w = bf16[8,8]{1,0} parameter(2)
+  %g.2 = bf16[8,8]{1,0} all-gather(%p), channel_id=2, dimensions={0}, frontend_attributes={chain_id="0"}
+  %y = bf16[4,8]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %t = (bf16[4,8], bf16[8,8]) tuple(%y, %g.2)
+}
+
+%finish (p: bf16[1,8]) -> bf16[8,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %g.3 = bf16[8,8]{1,0} all-gather(%p), channel_id=2, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %d = bf16[8,8]{1,0} custom-call(%p, %g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.7 (p: bf16[4,8]) -> bf16[4,1] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %r = bf16[4,8]{1,0} all-reduce(%p), channel_id=3, to_apply=%add
+  ROOT %own = bf16[4,1]{1,0} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={4,1}
+}
+
+ENTRY %main (p: bf16[1,8], x: bf16[4,8], w: bf16[8,8]) -> bf16[4,1] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %w = bf16[8,8]{1,0} parameter(2)
+  %async-collective-start = (bf16[1,8], bf16[8,8], s32[2]) fusion(%p), kind=kCustom, calls=%begin
+  %fusion.1 = (bf16[4,8], bf16[8,8]) fusion(%p, %x, %w), kind=kCustom, calls=%beside
+  %async-collective-done = bf16[8,8]{1,0} fusion(%p), kind=kCustom, calls=%finish
+  %y = bf16[4,8]{1,0} get-tuple-element(%fusion.1), index=0
+  ROOT %out = bf16[4,1]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+
+
+def test_a_tpu_collective_beside_work_counts_once_and_a_fused_reduction_as_what_it_is():
+    found = report.describe(CHAIN, CHIPS["v6e"], 1, 1, 2 * 4 * 8 * 8)
+    assert found["collectives"] == {"all-gather": {"times": 1, "bytes": 128, "asynchronous": 1},
+                                    "reduce-scatter": {"times": 1, "bytes": 64, "asynchronous": 0}}  # fmt: skip
+    assert found["operations"]["times_an_even_share"] == 1
+
+
 CROSS = """HloModule jit__denoise
 
 %plain (x: bf16[8,4]) -> bf16[8,4] {
@@ -275,7 +324,7 @@ def options(*rest: str):
 def test_reports_of_different_programs_have_different_names():
     runs = ["", "--mesh data=2,tensor=4", "--mesh tensor=8", "--size 720x1280", "--frames 9", "--layers 2",
             "--part decode", "--attention chunked", "--dtype float32", "--guidance-mode batched", "--method wan",
-            "--steps 10", "--preset i2v_14b"]  # fmt: skip
+            "--steps 10", "--preset i2v_14b", "--option a=1", "--option a=2"]  # fmt: skip
     names = [command.name_of(options(*rest.split())) for rest in runs]
     assert len(set(names)) == len(runs)
     assert names[1] == "denoise_v6e-2x4_data2-tensor4_480x864_81f.json"

@@ -5,6 +5,7 @@ python -m benchmarks.aot --target v6e:2x4 --mesh tensor=8 --size 480x864 --out r
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 import time
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--layers", type=measure.positive, help="fewer than the transformer has, at its full width")
     line.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     line.add_argument("--dtype", choices=sorted(measure.POLICIES), default="bfloat16")
+    line.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the compiler, repeatable")
     line.add_argument("--hlo", type=writing.absolute, metavar="FILE", help="also keep the compiled module's text")
     line.add_argument("--out", type=writing.absolute, metavar="FOLDER", help="one JSON file a run, named after it")
     return line
@@ -73,6 +75,8 @@ def name_of(args: argparse.Namespace) -> str:
     for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype"):
         if own[name] != usual[name]:
             fields.append(f"{own[name]}steps" if name == "steps" else own[name])
+    if args.option:
+        fields.append("options-" + hashlib.sha256(" ".join(sorted(args.option)).encode()).hexdigest()[:6])
     return "_".join(filter(None, fields)) + ".json"
 
 
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
     start = time.perf_counter()
     lowered = programs.lower(call, mesh)
     traced, used = time.perf_counter(), time.process_time()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=dict(item.split("=", 1) for item in args.option) or None)
     seconds = {"trace": traced - start, "compile": time.perf_counter() - traced,
                "compile_cpu": time.process_time() - used}  # fmt: skip
     text = compiled.as_text()
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
         "devices": count,
         "mesh": args.mesh or {},
         "settings": {name: getattr(args, name) for name in
-                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype")}
+                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "option")}
                     | {"layers": plan.config.dit.num_layers, "attention": plan.config.dit.attention},
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
@@ -158,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     args = line.parse_args(argv)
     model, target = model_of(args), Target(args.target)
     measure.check_clip(line, model, args.size, args.frames)
+    if any("=" not in item for item in args.option):
+        line.error(f"--option {' '.join(args.option)}: give NAME=VALUE, such as xla_tpu_scoped_vmem_limit_kib=65536")
     try:
         target.prepare()
         settings = Settings.of(model, frames=args.frames, size=args.size, steps=args.steps, method=args.method,

@@ -221,10 +221,15 @@ def executed(module: Module, traced: int, choose: Callable[[Instruction, Sequenc
                 yield from inside(choose(one, branches(one)), times, fused, overlapped)
             elif one.op in ("fusion", "call", "async-start"):
                 child = one.called("calls") or one.called("to_apply")
-                beside = overlapped or one.op == "async-start" or "async" in one.name
+                beside = overlapped or one.op == "async-start" or _starts(module.computations.get(child, ()))
                 yield from inside(child, times, fused or one.op == "fusion", beside)
 
     yield from inside(module.entry, 1, False, False)
+
+
+def _starts(lines: Sequence[Instruction]) -> bool:
+    """Whether a TPU's fusion begins a collective that the fusions after it carry on beside their own work."""
+    return any(one.target == "AsyncCollectiveStart" for one in lines)
 
 
 def branches(conditional: Instruction) -> tuple[str, ...]:

@@ -111,18 +111,21 @@ class Program:
     def collectives(self) -> list[dict[str, Any]]:
         """Kind, shape, times, and bytes of each (the larger of what goes in and comes out), the most bytes first.
 
-        Asynchronous is one that computations are scheduled beside, not one that merely has a start and an end.
+        Asynchronous is one that computations are scheduled beside, not one that merely has a start and an end. On TPUs
+        such a collective is written down again in every fusion of its chain; the one that starts it counts.
         """
         rows: dict[tuple, int] = {}
         for one in self.executed:
             line = one.instruction
             base = line.op.removesuffix("-start")
-            if base not in COLLECTIVES:
+            if base not in COLLECTIVES or (one.fused and "chain_id=" in line.rest and not one.overlapped):
                 continue
+            if base == "all-reduce" and "all-reduce-scatter" in one.computation:  # how a TPU fuses it
+                base = "reduce-scatter"
             beside = one.overlapped or hlo.works_beside(self.module, one.computation, line)
             given = sum(hlo.size(self.shapes[one.computation].get(name, "")) for name in line.operands)
             made = hlo.size(line.shape)
-            if line.op != base and base != "all-reduce":  # its result holds the operands too
+            if line.op.endswith("-start") and base != "all-reduce":  # its result holds the operands too
                 made -= given
             key = (base, hlo.plain(line.shape), part(line.scope), max(given, made), beside)
             rows[key] = rows.get(key, 0) + one.times
