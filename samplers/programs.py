@@ -53,9 +53,9 @@ class Programs:
     decode: Program
 
     @classmethod
-    def of(cls, plan: Plan, chunk: int = 1) -> "Programs":
-        """Jitted, for so many rows of the table in a call of `denoise`."""
-        c, s, jit = plan.config, plan.settings, partial(jitted, platform=jax.default_backend())
+    def of(cls, plan: Plan, chunk: int = 1, platform: str | None = None) -> "Programs":
+        """Jitted, for so many rows of the table in a call of `denoise`; the platform is the default device's."""
+        c, s, jit = plan.config, plan.settings, partial(jitted, platform=platform or jax.default_backend())
         return cls(
             text=partial(jit(encode_text), c.umt5),
             images=partial(jit(encode_images), c.clip),
