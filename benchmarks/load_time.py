@@ -23,8 +23,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import measure, random_model
-from convert import dit as table
-from convert import sources, write
+from convert import dit, sources, write
 from convert.keymap import invert
 from wanjax import shapes, store
 from wanjax.config import PRESETS, DiTConfig, preset
@@ -36,7 +35,7 @@ def make_source(config: DiTConfig, folder: Path) -> int:
     """Writes a transformer with random weights in the original layout; bytes of the file."""
     params = jax.device_get(random_model.params(shapes.dit(config)))
     (folder / SOURCE).parent.mkdir()
-    save_file(invert(table.original(config), params), folder / SOURCE)
+    save_file(invert(dit.original(config), params), folder / SOURCE)
     told = {"num_heads": config.num_heads, "text_len": config.text_length}  # what shapes do not tell
     (folder / SOURCE).with_name("config.json").write_text(json.dumps(told), encoding="utf-8")
     return (folder / SOURCE).stat().st_size
@@ -76,7 +75,7 @@ def run(config: DiTConfig, folder: Path, repeats: int) -> dict[str, Any]:
 
 def _same(params: Any, tensors: dict[str, np.ndarray], config: DiTConfig) -> None:
     """AssertionError unless what was loaded is what was in the source."""
-    back = invert(table.original(config), jax.device_get(params))
+    back = invert(dit.original(config), jax.device_get(params))
     wrong = [name for name, tensor in tensors.items() if not np.array_equal(back[name], tensor)]
     if wrong:
         raise AssertionError(f"{len(wrong)} tensors changed on the way, {wrong[0]} among them")

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wanjax import environment as machine
-from wanjax import keyframes, writing
+from wanjax import settings, writing
 from wanjax.config import BFLOAT16, FLOAT32, ModelConfig, Precision
+from wanjax.environment import peak_memory, report, versions
 from wanjax.layers import dot
 from wanjax.manifest import first_line
 
@@ -124,7 +124,7 @@ def program_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def peak() -> dict[str, dict[str, int]]:
     """Highest memory of this process and of its device so far, bytes."""
-    return {"peak_memory_bytes": machine.peak_memory()}
+    return {"peak_memory_bytes": peak_memory()}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, dict[str, int]]:
@@ -134,14 +134,14 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, dict[str, int]]:
 
 def environment() -> dict[str, Any]:
     """Device, versions, command and date, to stand beside every figure."""
-    device = machine.report()["device"]
+    device = report()["device"]
     return {
         "device": device["kind"],
         "backend": device["platform"],
         "devices": device["count"],
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": machine.versions(PACKAGES),
+        "versions": versions(PACKAGES),
         "commit": _commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
@@ -239,9 +239,9 @@ def output(text: str) -> Path:
 def check_clip(line: argparse.ArgumentParser, model: ModelConfig, size: tuple[int, int], *frames: int) -> None:
     """Ends the program as for a bad argument unless the model takes this size and each of these frame counts."""
     try:
-        keyframes.check_size(*size, model.size_multiple)
+        settings.check_size(*size, model.size_multiple)
         for count in frames:
-            keyframes.check_frames(count, model.vae.temporal_stride)
+            settings.check_frames(count, model.vae.temporal_stride)
     except ValueError as error:
         line.error(str(error))
 

@@ -30,7 +30,7 @@ from benchmarks.steps import Shape
 from samplers.plan import Plan, Settings
 from samplers.run import check
 from samplers.sample import Carry, Row
-from wanjax import kab as kabs
+from wanjax import kab
 from wanjax.config import PRESETS, DiTConfig, ModelConfig, preset
 from wanjax.cross import cross_attention
 from wanjax.kab import KAB
@@ -134,7 +134,7 @@ def one_layer(
     Args:
       grid: latents (F, h, w).
     """
-    kab, frames, images = KAB(), grid[0] // config.patch_size[0], config.num_images
+    anchoring, frames, images = KAB(), grid[0] // config.patch_size[0], config.num_images
     keys = iter(jax.random.split(jax.random.key(3), 5))
 
     def normal(*shape: int) -> jax.Array:
@@ -143,24 +143,24 @@ def one_layer(
 
     q = normal(flops.tokens(config, grid))
     k, v = (Branches(normal(config.text_length), normal(images, config.image_tokens)) for _ in range(2))
-    on = CrossControl(
-        strength=kabs.strength(kab, STEPS, 1, frames).max((0, 1))[None],
-        at=np.int32([0, frames - 1]),
-        share=kabs.anchor_shares(kab, frames),
-        floor=np.float32(kab.eps),
+    control = CrossControl(
+        anchors=np.int32([0, frames - 1]),
+        curve=kab.anchor_curve(anchoring, frames),
+        floor=np.float32(anchoring.floor),
         isolated=np.bool_(True),
         weights=np.ones(1 + images, np.float32),
     )
     zeros = CrossBias(jnp.zeros((1, frames, config.text_length)), jnp.zeros((1, frames, images, config.image_tokens)))
-    on, off = (jax.device_put(control) for control in (on, on.replace(strength=0 * on.strength)))
+    strength = kab.strength(anchoring, STEPS, 1, frames).max((0, 1))[None]
+    on, off = (jax.device_put((control, own)) for own in (strength, 0 * strength))
 
-    def attend(q: jax.Array, k: Branches, v: Branches, bias: CrossBias | None, control: CrossControl | None):
-        return cross_attention(q, k, v, bias, control, config.precision, config.attention)[0]
+    def attend(q: jax.Array, k: Branches, v: Branches, bias: CrossBias | None, control, strength) -> jax.Array:
+        return cross_attention(q, k, v, bias, control, strength, config.precision, config.attention)[0]
 
-    own, _ = measure.compile_timed(attend, q, k, v, None, on)
-    given, _ = measure.compile_timed(attend, q, k, v, zeros, None)
-    functions = {"off": lambda: own(q, k, v, None, off), "on": lambda: own(q, k, v, None, on),
-                 "given": lambda: given(q, k, v, zeros, None)}  # fmt: skip
+    own, _ = measure.compile_timed(attend, q, k, v, None, *on)
+    given, _ = measure.compile_timed(attend, q, k, v, zeros, None, None)
+    functions = {"off": lambda: own(q, k, v, None, *off), "on": lambda: own(q, k, v, None, *on),
+                 "given": lambda: given(q, k, v, zeros, None, None)}  # fmt: skip
     rounds = [one_round(functions, clock) for _ in range(1 + repeats)][1:]
     times = {name: measure.Timing(tuple(spent[name] for spent in rounds)) for name in functions}
     extra = median(spent["on"] - spent["off"] for spent in rounds)

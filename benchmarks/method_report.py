@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import flops, measure
-from wanjax import kab as kabs
+from wanjax import kab
 from wanjax.config import DiTConfig
 from wanjax.kab import KAB
 
@@ -19,12 +19,12 @@ GOALS = MappingProxyType({"step": 1.02, "run": 1.004, "retro": 1.0})
 
 def active_steps(latent_frames: int) -> np.ndarray:
     """Which steps of a run KAB touches: bool [STEPS]."""
-    return kabs.strength(KAB(), STEPS, 1, latent_frames).any((1, 2))
+    return kab.strength(KAB(), STEPS, 1, latent_frames).any((1, 2))
 
 
 def active_layers(layers: int) -> int:
     """How many layers of a model with `layers` KAB touches."""
-    first, last = kabs.layer_window(KAB(), layers)
+    first, last = kab.layer_window(KAB(), layers)
     return last - first + 1
 
 

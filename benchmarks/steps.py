@@ -1,7 +1,7 @@
-"""One denoising step as the pipeline runs it, on random weights: what `throughput` and `method_cost` time.
+"""One denoising step of `samplers.pipeline`, on random weights: what `throughput` and `method_cost` time.
 
 The program is the sampler's scan over one row of a run's table, guidance, solver and test for finite numbers included,
-as `samplers.pipeline` compiles it for the command line. Axis letters as in `wanjax.types`.
+as it is compiled for the command line. Axis letters as in `wanjax.types`.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,10 @@ import jax
 import numpy as np
 
 from benchmarks import random_model
-from samplers import sample, schedule, solvers
+from samplers import programs, sample, schedule, solvers
 from samplers.sample import Carry, Row
 from wanjax import rope, shapes
 from wanjax.config import DiTConfig, ModelConfig, VAEConfig
-from wanjax.dit import WanDiT
-from wanjax.guidance import guided
 from wanjax.method import MethodArrays
 from wanjax.types import Conditions
 
@@ -56,14 +54,8 @@ def part(config: DiTConfig, mode: str = "sequential", n: int = 1) -> Callable[..
         table: Row,
         method: MethodArrays,
     ) -> Carry:
-        def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-            return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
-
-        def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-            step = guided(model, conditions, negative, row.guidance, mode, method.control)
-            return step(latents, row.step.timestep, row.strength), state
-
-        return sample.sample(denoise, carry, table, first, n)
+        inputs = (params, carry, table, first, conditions, negative, method, None)
+        return programs.denoise(config, *inputs, n=n, guidance_mode=mode)
 
     return run
 

@@ -6,8 +6,8 @@
         --dtype bfloat16 --vae-base 96 --vae-size 480x864 --vae-frames 9
 
 The transformer has the preset's true width and few layers. Outputs are compared before anything is timed;
-where they differ, the run ends with 1. diffusers runs eagerly, as it does by default. Without torch or
-diffusers there is nothing to compare with: the run says so and ends with 0.
+where they differ, the run ends with 1. diffusers runs eagerly, as it does by default, and with --torch-compile its
+transformer also compiled. Without torch or diffusers there is nothing to compare with: the run says so and ends with 0.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +23,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import convert.dit
+import convert.keymap
+import convert.vae
 from benchmarks import flops, measure, random_model
-from convert import dit as dit_names
-from convert import vae as vae_names
-from convert.keymap import convert
-from wanjax import keyframes, rope, shapes, vae
+from wanjax import rope, settings, shapes, vae
 from wanjax.config import PRESETS, DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
+from wanjax.manifest import first_line
 
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
 """Relative error up to which outputs count as the same."""
 
 Pair = dict[str, Callable[[], Any]]
-"""The two sides by name; each returns its output, channels last, when the work is done."""
+"""The sides by name, "wanjax" and "diffusers" and maybe COMPILED; each returns its output, channels last, when the work
+is done."""
+
+COMPILED = "diffusers, compiled"
 
 
 def missing() -> list[str]:
@@ -119,8 +124,12 @@ def to_device(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x.astype(jnp.dtype(dtype))), params)
 
 
-def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int) -> Pair:
-    """Both transformers on one set of random weights and inputs, latents (F, h, w)."""
+def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int, backend: str | None = None) -> Pair:
+    """Both transformers on one set of random weights and inputs, latents (F, h, w).
+
+    Args:
+      backend: of `torch.compile`, for a third side; None leaves it out.
+    """
     from diffusers import WanTransformer3DModel
 
     side = Torch(config.precision.compute)
@@ -133,7 +142,7 @@ def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int) -> Pa
         pos_embed_seq_len=2 * config.image_tokens if config.num_images == 2 else None,
     )  # fmt: skip
     state = side.randomized(model)
-    params = convert(dit_names.diffusers(config), shapes.dit(_float32(config)), state)
+    params = convert.keymap.convert(convert.dit.diffusers(config), shapes.dit(_float32(config)), state)
     params = to_device(params, config.precision.param)
     del state
     model = side.place(model)
@@ -149,8 +158,12 @@ def transformer(config: DiTConfig, grid: tuple[int, int, int], batch: int) -> Pa
     image = None if conditions.images is None else conditions.images.reshape(-1, *conditions.images.shape[2:])
     inputs = (side.video(x), side.array(timestep, side.torch.float32), side.array(conditions.text),
               None if image is None else side.array(image))  # fmt: skip
-    theirs = side.side(lambda: model(*inputs, return_dict=False)[0].movedim(1, -1))
-    return {"wanjax": lambda: ours(*arguments), "diffusers": theirs}
+    sides = {"diffusers": model}
+    if backend is not None:
+        sides[COMPILED] = side.torch.compile(model, backend=backend)  # compiled when it is first called
+    theirs = {name: side.side(lambda own=own: own(*inputs, return_dict=False)[0].movedim(1, -1))
+              for name, own in sides.items()}  # fmt: skip
+    return {"wanjax": lambda: ours(*arguments), **theirs}
 
 
 def autoencoder(config: VAEConfig, grid: tuple[int, int, int]) -> Pair:
@@ -163,7 +176,7 @@ def autoencoder(config: VAEConfig, grid: tuple[int, int, int]) -> Pair:
         temperal_downsample=list(config.temporal_downsample),
     )  # fmt: skip
     state = side.randomized(model)
-    params = convert(vae_names.diffusers(config), shapes.vae(_float32(config)), state)
+    params = convert.keymap.convert(convert.vae.diffusers(config), shapes.vae(_float32(config)), state)
     params = to_device(params, config.precision.param)
     model = side.place(model)
 
@@ -180,18 +193,31 @@ def _float32(config: Any) -> Any:
 
 
 def compare(pair: Pair, dtype: str, repeats: int) -> dict[str, Any]:
-    """Agreement, then interleaved times and their ratio (above 1: wanjax is faster)."""
+    """Agreement, then interleaved times and their ratios (above 1: wanjax is faster).
+
+    What torch cannot compile is reported and left out.
+    """
     ours, theirs = np.asarray(pair["wanjax"]()), pair["diffusers"]().float().cpu().numpy()
     error = measure.relative_error(ours, theirs)
     result: dict[str, Any] = {"relative_error": error, "limit": LIMITS[dtype], "agree": bool(error <= LIMITS[dtype])}
     if not result["agree"]:
         return result
+    if COMPILED in pair:
+        try:
+            start = time.perf_counter()
+            pair[COMPILED]()
+            result["torch_compile_seconds"] = time.perf_counter() - start
+        except RuntimeError as raised:  # dynamo's and the backends' own are of this kind
+            result["torch_compile_error"] = first_line(raised)
+            pair = {name: side for name, side in pair.items() if name != COMPILED}
     times = measure.interleave(pair, repeats)
-    rounds = [b / a for a, b in zip(times["wanjax"].seconds, times["diffusers"].seconds, strict=True)]
-    return result | {name: timing.report() for name, timing in times.items()} | {
-        "ratio": times["diffusers"].median / times["wanjax"].median,
-        "ratio_range": [min(rounds), max(rounds)],
-    }  # fmt: skip
+    result |= {name: timing.report() for name, timing in times.items()}
+    for name, ratio in (("diffusers", "ratio"), (COMPILED, "ratio_compiled")):
+        if name in times:
+            rounds = [b / a for a, b in zip(times["wanjax"].seconds, times[name].seconds, strict=True)]
+            result[ratio] = times[name].median / times["wanjax"].median
+            result[f"{ratio}_range"] = [min(rounds), max(rounds)]
+    return result
 
 
 def _show(results: dict[str, dict[str, Any]]) -> None:
@@ -201,12 +227,14 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
         if result["agree"]:
             for side in ("wanjax", "diffusers"):
                 cells.append(f"{result[side]['median_seconds']:.4g} s +-{result[side]['spread'] / 2:.0%}")
-            low, high = result["ratio_range"]
-            cells.append(f"{result['ratio']:.2f} ({low:.2f} to {high:.2f})")
+            for ratio in ("ratio", "ratio_compiled"):
+                low, high = result.get(f"{ratio}_range", (0, 0))
+                told = f"{result[ratio]:.2f} ({low:.2f} to {high:.2f})" if ratio in result else ""
+                cells.append(told or result.get("torch_compile_error", ""))
         else:
-            cells += ["outputs differ", f"limit {result['limit']:g}", "not timed"]
+            cells += ["outputs differ", f"limit {result['limit']:g}", "not timed", ""]
         rows.append([name, *cells])
-    measure.print_table(("", "error", "wanjax", "diffusers", "diffusers / wanjax"), rows)
+    measure.print_table(("", "error", "wanjax", "diffusers", "diffusers / wanjax", "compiled / wanjax"), rows)
 
 
 def run(arguments: argparse.Namespace) -> bool:
@@ -231,7 +259,7 @@ def run(arguments: argparse.Namespace) -> bool:
     )
     grid = latent_grid(model.vae, arguments.size, arguments.frames)
     name = f"{model.name} transformer, {config.num_layers} layers, {flops.tokens(config, grid)} tokens"
-    add(name, transformer(config, grid, arguments.batch), arguments.dtype)
+    add(name, transformer(config, grid, arguments.batch, arguments.torch_compile), arguments.dtype)
     config = dataclasses.replace(
         VAEConfig(),
         base_dim=arguments.vae_base,
@@ -260,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     first.add_argument("--frames", type=measure.positive, default=17)
     first.add_argument("--batch", type=measure.positive, default=1)
     first.add_argument("--dtype", choices=tuple(LIMITS), default="float32")
+    first.add_argument("--torch-compile", choices=("inductor", "eager"), help="backend; eager only traces")
     second = out.add_argument_group("autoencoder")
     second.add_argument("--vae-base", type=measure.positive, default=32, help="base width; the published is 96")
     second.add_argument("--vae-size", type=measure.parse_size, default=(64, 64), help="HEIGHTxWIDTH in pixels")
@@ -279,8 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     published = VAEConfig()
     measure.check_clip(line, preset(arguments.preset), arguments.size, arguments.frames)
     try:
-        keyframes.check_size(*arguments.vae_size, published.spatial_stride)
-        keyframes.check_frames(arguments.vae_frames, published.temporal_stride)
+        settings.check_size(*arguments.vae_size, published.spatial_stride)
+        settings.check_frames(arguments.vae_frames, published.temporal_stride)
         if lacking := missing():
             reason = f"{' and '.join(lacking)} not installed: nothing to compare with, skipped"
             print(f"vs_diffusers: {reason}", flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert.plan import Plan
 from wanjax import checkpoint, store
-from wanjax import config as configs
+from wanjax.config import to_json
 from wanjax.manifest import file_digest
 from wanjax.publishing import publish, sync, sync_folder
 
@@ -19,7 +19,7 @@ def finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest) 
     Raises:
       FileExistsError: something appeared under that name.
     """
-    write_synced(folder / checkpoint.CONFIG, configs.to_json(planned.config) + "\n")
+    write_synced(folder / checkpoint.CONFIG, to_json(planned.config) + "\n")
     if planned.tokenizer is not None:
         write_synced(folder / checkpoint.TOKENIZER, planned.tokenizer.text)
     files = {name: file_digest(folder / name) for name in (checkpoint.CONFIG, checkpoint.TOKENIZER)

@@ -28,7 +28,7 @@ from convert.read import load, read_layer
 from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
-from wanjax import config as configs
+from wanjax.config import to_json
 from wanjax.writing import OutputError, Target, absolute, check_parent, locked
 
 __all__ = ["DTYPES", "OutputError", "Plan", "check_target", "lacking", "load", "plan", "work", "write"]
@@ -72,7 +72,7 @@ def write(
             "tool": tool,
             "format": store.FORMAT,
             "sources": digests,
-            "config": json.loads(configs.to_json(planned.config)),
+            "config": json.loads(to_json(planned.config)),
             "dtype": dtype,
             "parts": sorted(source.parts),
             "loras": list(source.loras),

@@ -1,85 +1,75 @@
-"""The programs of one clip, compiled in the background while its weights are read."""
+"""The programs of one clip, compiled or found in the background while its weights are read."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from samplers import pipeline
+from samplers import kept, pipeline
 from samplers.plan import Plan
+from samplers.programs import Programs
 from wanjax import checkpoint
 from wanjax.types import Conditions
 
+STAGES = MappingProxyType({"denoise": ("denoise", "noise"), "decode": ("decode",),
+                           "encode": ("keyframes", "text", "images")})  # fmt: skip
+"""The programs of each stage, in the order in which they are traced: the longest first."""
+
 
 @contextmanager
-def compile_ahead(plan: Plan, chunk: int = 1) -> Iterator[Callable[[str], Any]]:
+def compile_ahead(plan: Plan, chunk: int = 1, folder: Path | None = None) -> Iterator[Callable[[str], Programs]]:
     """Compiles the programs of one clip in the background, while weights are read; for one device.
 
-    Yields a function to call before each stage with its name: it waits for that stage's programs, and raises what
-    their compilation raised. The ordinary calls then find them compiled.
+    Args:
+      plan: of the clip.
+      chunk: steps of one call.
+      folder: where programs are kept, see `kept`; None for nowhere.
+
+    Yields:
+      A function to call before each stage with its name. It waits for that stage's programs and gives them, the others
+      beside them as they are without; it raises what their compilation raised.
     """
-    pool = ThreadPoolExecutor(max_workers=5, thread_name_prefix="compile")
+    jitted, arguments, turn = Programs.of(plan, chunk), shapes(plan), Lock()
+    pool = ThreadPoolExecutor(max_workers=len(arguments), thread_name_prefix="compile")
     try:
         futures = {
-            stage: [pool.submit(lambda lower=lower: lower(plan, chunk).compile()) for lower in lowers]
-            for stage, lowers in _LOWERED.items()
+            name: pool.submit(kept.compiled, getattr(jitted, name), arguments[name], folder, turn)
+            for names in STAGES.values()
+            for name in names
         }
-        yield lambda stage: [future.result() for future in futures[stage]]
+        yield lambda stage: replace(jitted, **{name: futures[name].result() for name in STAGES[stage]})
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _lower_text(plan: Plan, chunk: int) -> Any:
-    ids = _struct(2, plan.config.dit.text_length, dtype=np.int32)
-    return pipeline._encode_text.lower(plan.config.umt5, checkpoint.param_shapes(plan.config)["umt5"], ids, ids)
-
-
-def _lower_images(plan: Plan, chunk: int) -> Any:
-    side, count = plan.config.clip.image_size, len([slot for slot in pipeline.image_slots(plan) if slot is not None])
-    pixels = _struct(count, side, side, 3)
-    return pipeline._encode_images.lower(plan.config.clip, checkpoint.param_shapes(plan.config)["clip"], pixels)
-
-
-def _lower_keyframes(plan: Plan, chunk: int) -> Any:
-    pixels = _struct(1, len(plan.at), *plan.settings.size, 3)
-    shapes = checkpoint.param_shapes(plan.config)["vae"]
-    return pipeline._encode_keyframes.lower(plan.config.vae, shapes, pixels, at=plan.at, frames=plan.settings.frames)
-
-
-def _lower_decode(plan: Plan, chunk: int) -> Any:
-    return pipeline._decode.lower(
-        plan.config.vae, checkpoint.param_shapes(plan.config)["vae"], _struct(1, *plan.latent_shape)
-    )
-
-
-def _lower_noise(plan: Plan, chunk: int) -> Any:
-    return pipeline._noise.lower((1, *plan.latent_shape), _struct(dtype=np.uint32))
-
-
-def _lower_denoise(plan: Plan, chunk: int) -> Any:
-    d = plan.config.dit
-    text = _struct(1, d.text_length, d.text_dim, dtype=_lower_text(plan, chunk).out_info[0].dtype)
-    images = _struct(1, d.num_images, d.image_tokens, d.image_dim, dtype=_lower_images(plan, chunk).out_info[0].dtype)
-    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels,
-                     dtype=_lower_keyframes(plan, chunk).out_info[0].dtype)  # fmt: skip
-    carry = jax.eval_shape(lambda noise: pipeline.start(plan, noise), _struct(1, *plan.latent_shape))
+def shapes(plan: Plan) -> dict[str, tuple]:
+    """What each of `Programs` is called with for one clip, as `jax.ShapeDtypeStruct`s; computes and traces nothing."""
+    config, params, images = plan.config, checkpoint.param_shapes(plan.config), pipeline.image_slots(plan)
+    d, side, seen = config.dit, config.clip.image_size, len([slot for slot in images if slot is not None])
+    ids = _struct(2, d.text_length, dtype=np.int32)  # of the prompt and the negative one
+    text = _struct(1, d.text_length, d.text_dim, dtype=config.umt5.precision.residual)
+    tokens = _struct(1, len(images), d.image_tokens, d.image_dim, dtype=config.clip.precision.residual)
+    latents = _struct(1, *plan.latent_shape)
+    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels)
+    conditions = Conditions(text, tokens, latent)
+    carry = jax.eval_shape(lambda noise: pipeline.start(plan, noise), latents)
     table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
-    return pipeline._denoise.lower(
-        d, checkpoint.param_shapes(plan.config)["dit"], carry, table, _struct(dtype=np.int32),
-        Conditions(text, images, latent), text, method, None, n=chunk, guidance_mode=plan.settings.guidance_mode,
-    )  # fmt: skip
+    return {
+        "text": (params["umt5"], ids, ids),
+        "images": (params["clip"], _struct(seen, side, side, 3)),
+        "keyframes": (params["vae"], _struct(1, len(plan.at), *plan.settings.size, 3)),
+        "noise": (_struct(dtype=np.uint32),),
+        "denoise": (params["dit"], carry, table, _struct(dtype=np.int32), conditions, text, method, None),
+        "decode": (params["vae"], latents),
+    }
 
 
-_LOWERED = MappingProxyType(
-    {"denoise": (_lower_denoise, _lower_noise), "decode": (_lower_decode,),
-     "encode": (_lower_keyframes, _lower_text, _lower_images)}
-)  # fmt: skip
-"""The programs of each stage, the longest first."""
+def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.dtype(dtype))

@@ -45,6 +45,13 @@ def _least_time(jax) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def programs(place: Path) -> Path:
+    """Where `samplers.kept` keeps programs, beside JAX's in the folder that `enable` gave. OSError as `private`."""
+    folder = place / "programs"
+    private(folder)
+    return folder
+
+
 def default_folder() -> Path:
     """Where programs of this kind of machine are kept."""
     import platformdirs

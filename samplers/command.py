@@ -5,6 +5,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from samplers import flags, plan, schedule, solvers
@@ -12,6 +14,11 @@ from wanjax import config, kab, method, rope
 from wanjax.guidance import MODES
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+RENAMED: MappingProxyType[str, str] = MappingProxyType(
+    {"--grid": "--schedule", "--beta-end": "--strength-end", "--beta-mid": "--strength-mid", "--kab-eps": "--kab-floor"}
+)
+"""Options by the names that they had; still understood."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--guidance", type=float, help="guidance scale; 1 switches it off (default: the model's)")
     sampling.add_argument("--shift", type=float, help="timestep shift (default: the model's)")
     sampling.add_argument("--solver", choices=solvers.SOLVERS, help="(default: the model's)")
-    sampling.add_argument("--grid", choices=tuple(schedule.GRIDS), help="sigma grid (default: wan)")
+    sampling.add_argument("--schedule", choices=tuple(schedule.SCHEDULES), help="of sigmas (default: wan)")
     sampling.add_argument(
         "--timesteps", choices=schedule.ROUNDINGS, help="what the model is told (default: exact; Wan2.1: truncated)"
     )
@@ -111,9 +118,9 @@ def _add_method(p: argparse.ArgumentParser) -> None:
     add("--kab", action=switch, help="bias middle frames' cross-attention towards the keyframes'")
     add("--kab-layers", type=_span(int), metavar="A-B", help="from 0 (5-12 of 40, other depths in proportion)")
     add("--kab-steps", type=_span(float), metavar="A-B", help="active where A < step / steps <= B (0-0.4)")
-    add("--beta-end", type=float, help="strength near the keyframes (0.7)")
-    add("--beta-mid", type=float, help="strength half-way (0.3)")
-    add("--kab-eps", type=float, help="attention below it counts as it (0.0005)")
+    add("--strength-end", type=float, help="strength near the keyframes (0.7)")
+    add("--strength-mid", type=float, help="strength half-way (0.3)")
+    add("--kab-floor", type=float, help="attention below it counts as it (0.0005)")
     curves = ", ".join(kab.CURVES)
     add(
         "--anchor-curve", type=_curve, metavar="CURVE", help=f"{curves}, or a number a latent frame: 0,0.2,... (linear)"
@@ -190,7 +197,7 @@ def _add_model_and_output(p: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 1 for a failed run, 130 after Ctrl-C, SIGTERM."""
     p = parser()
-    options = vars(p.parse_args(arguments))
+    options = vars(p.parse_args(renamed(sys.argv[1:] if arguments is None else arguments)))
     progress = not options.pop("quiet")
     note = flags.settle(distributed=options["distributed"] is not None)
     # Here, as they take a second: not for --help or a mistyped option.
@@ -203,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (where := options.pop("distributed")) is not None:
                 company.join(where)
                 options["devices"] = "all" if options["devices"] is None and not options["mesh"] else options["devices"]
-            if options.pop("compile_cache"):
-                cache.enable()
+            place = cache.enable() if options.pop("compile_cache") else None
+            programs = None if place is None else cache.programs(place)
             options["method"] = _method(options)
             _check_devices()
             if (options["first"] is None) != (options["last"] is None):
@@ -221,10 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return company.fail(BAD_INPUT, error)
         for line in (*job.notes, *([note] if note else [])) if hosts.is_first() else ():
             print(f"note: {line}", file=sys.stderr)
-        return _make(company, job, progress and hosts.is_first())
+        return _make(company, job, progress and hosts.is_first(), programs)
 
 
-def _make(company: Any, job: Any, progress: bool) -> int:
+def renamed(arguments: Sequence[str]) -> list[str]:
+    """Arguments with today's names of options, for `parse_args`."""
+    split = ((name, sign, value) for name, sign, value in (argument.partition("=") for argument in arguments))
+    return ["".join((RENAMED.get(name, name), sign, value)) for name, sign, value in split]
+
+
+def _make(company: Any, job: Any, progress: bool, programs: Path | None) -> int:
     """Runs a checked job, of several `hosts.Company` together; returns the exit code."""
     import jax
 
@@ -235,7 +248,7 @@ def _make(company: Any, job: Any, progress: bool) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # said above, in one line
-            report = files.make(job, progress)
+            report = files.make(job, progress, programs)
         company.done()
     except KeyboardInterrupt:
         return company.fail(INTERRUPTED, "interrupted; nothing was written under the final name")

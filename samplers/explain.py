@@ -109,20 +109,13 @@ def explain(
         noise = pipeline.noise(plan, [settings.seed], mesh)
         latents = pipeline.denoise(model, plan, encoded, noise, mesh=mesh, cross_bias=cross_bias, until=step)
     with writing.staged(checked) as (part,):
-        draw(part, model, plan, encoded, latents, layer, step, cross_bias, mesh)
+        seen = observe(model, plan, encoded, latents, layer, step, cross_bias, mesh)
+        draw(part, model, plan, seen, layer, step, cross_bias is not None)
     return [place.path / name for name in NAMES]
 
 
 def draw(
-    folder: Path,
-    model: Model,
-    plan: Plan,
-    encoded: Encoded,
-    latents: jax.Array,
-    layer: int,
-    step: int,
-    cross_bias: CrossBias | None = None,
-    mesh: Mesh | None = None,
+    folder: Path, model: Model, plan: Plan, seen: CrossReport, layer: int, step: int, own_bias: bool = False
 ) -> None:
     """Makes a folder of plots of a run that was looked into:
 
@@ -132,13 +125,15 @@ def draw(
       over heads and the frame's queries): without bias, with it, and the difference.
     - attention.json: every number in the three plots, with labels and settings.
 
-    Args: as `observe`, and the folder, which must not exist.
+    Args:
+      folder: must not exist.
+      seen: by `observe`, in this layer and step.
+      own_bias: whether the run had a bias of the caller's.
 
     Raises:
-      FloatingPointError: NaN or inf in the attention. OSError: a full disk.
+      OSError: a full disk.
     """
-    seen = observe(model, plan, encoded, latents, layer, step, cross_bias, mesh)
-    numbers = _numbers(model, plan, layer, step, seen, cross_bias is not None)
+    numbers = _numbers(model, plan, layer, step, seen, own_bias)
     folder.mkdir()
     for name, figure in zip(NAMES, (plots.draw_retro, plots.draw_strength, plots.draw_attention), strict=False):
         plots.save(figure(numbers), folder / name)
@@ -196,8 +191,8 @@ def _inspect(
 ) -> CrossReport:
     """One evaluation; strength [L, F]. The report of one layer and the only sample, leaves [F, K]."""
     dit = WanDiT(config, inspect=True)
-    control = method.control.replace(strength=strength[:, None])
-    _, seen = dit.apply({"params": params}, latents, timestep, conditions, method.table, cross_bias, control)
+    changes = cross_bias, method.control, strength[:, None]
+    _, seen = dit.apply({"params": params}, latents, timestep, conditions, method.table, *changes)
     return jax.tree.map(lambda leaf: leaf[layer, 0], seen)
 
 
@@ -228,8 +223,9 @@ def _numbers(model: Model, plan: Plan, layer: int, step: int, seen: CrossReport,
         "strength": {
             "layers": None if window is None else list(window),
             "of_layers": config.dit.num_layers,
-            "beta": _floats(plan.strength.max(1)),
-            "curve": None if method.kab is None else _floats(plan.method.control.share[:, -1]),
+            "anchors": list(plan.anchors),
+            "by_step": _floats(plan.strength.max(1)),
+            "curve": None if method.kab is None else _floats(plan.method.control.curve),
         },
         "attention": {
             "text": {

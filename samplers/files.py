@@ -20,16 +20,15 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain as explaining
-from samplers import hints, memory, pipeline, video
+from samplers import explain, hints, memory, pipeline, video
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
-from wanjax import checkpoint, environment, hosts, keyframes, marks, sharding
-from wanjax import method as methods
+from wanjax import checkpoint, environment, hosts, keyframes, marks, sharding, writing
 from wanjax.config import ModelConfig
+from wanjax.method import describe
 from wanjax.tokenizer import PromptCut, Tokenizer
 
 
@@ -124,7 +123,7 @@ def prepare(
     folder = checkpoint.open_folder(model)
     config = folder.config
     if dtype is not None:
-        config = config.with_precision(checkpoint.policy(dtype))
+        config = checkpoint.with_dtype(config, dtype)
     given = {name: value for name, value in settings.items() if value is not None}
     if size not in (None, "auto"):
         given["size"] = size
@@ -158,10 +157,9 @@ def prepare(
                      + ("use --guidance-mode batched or --devices" if passes == 1 else "use --devices"))  # fmt: skip
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
-    also = [] if explain is None else [explaining.target(explain)]
     outputs = video.name_outputs(out)  # of the other hosts, which write nothing
     if hosts.is_first():
-        outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
+        outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=_plots(explain))
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
     paths = str(first), str(last)
@@ -185,10 +183,15 @@ def _mesh(devices: int | str | None, mesh: dict[str, int], heads: int) -> dict[s
     return {} if count == 1 else sharding.choose_mesh(count, heads)
 
 
+def _plots(folder: str | Path | None) -> list[writing.Target]:
+    """Where plots go, if any are wanted."""
+    return [] if folder is None else [explain.target(folder)]
+
+
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
     """Which layer and step are plotted. ValueError as `explain.check`, or for a layer without a folder."""
     if folder is not None:
-        return explaining.check(plan, layer, step)
+        return explain.check(plan, layer, step)
     if layer is not None or step is not None:
         raise ValueError("--explain-layer and --explain-step choose what --explain DIR plots; give a folder")
     return None
@@ -213,11 +216,12 @@ def _about_prompts(tokenizer: Tokenizer, settings: Settings, config: ModelConfig
     return lines
 
 
-def make(job: Job, progress: bool = False) -> dict[str, Any]:
+def make(job: Job, progress: bool = False, programs: Path | None = None) -> dict[str, Any]:
     """Runs a job and writes its three outputs, all or none of them; of several hosts the first writes.
 
     Args:
       progress: draws a bar while denoising.
+      programs: folder where compiled programs are kept (`samplers.kept`); None for nowhere.
 
     Returns:
       The report, as it is written to the JSON file.
@@ -229,10 +233,10 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     # From here on nobody else can begin on these names.
     with video.staged_also(job.outputs) if hosts.is_first() else nullcontext((None, ())) as (outputs, plots):
-        model, result, latents, seconds = _compute(job, progress)
+        model, result, latents, seconds = _compute(job, progress, programs)
         if outputs is None:
             if job.explain is not None:  # the first host draws, all of them compute
-                explaining.observe(model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+                explain.observe(model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
             return _report(job, seconds)
         begun = time.perf_counter()
         frames = result.video[0]
@@ -241,7 +245,8 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
         seconds["write"] = time.perf_counter() - begun
         for folder in plots:
             begun = time.perf_counter()
-            explaining.draw(folder, model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            seen = explain.observe(model, job.plan, result.encoded, latents, *job.explain, mesh=job.devices)
+            explain.draw(folder, model, job.plan, seen, *job.explain)
             seconds["explain"] = time.perf_counter() - begun
         seconds["total"] = time.perf_counter() - start
         report = marks.marked(_report(job, seconds))
@@ -249,12 +254,14 @@ def make(job: Job, progress: bool = False) -> dict[str, Any]:
     return report
 
 
-def _compute(job: Job, progress: bool) -> tuple[checkpoint.Model, pipeline.Result, jax.Array | None, dict[str, float]]:
+def _compute(
+    job: Job, progress: bool, programs: Path | None
+) -> tuple[checkpoint.Model, pipeline.Result, jax.Array | None, dict[str, float]]:
     """The model, its result, the latents that enter the step which is to be explained, and seconds by stage."""
     start = time.perf_counter()
     plan, mesh, seen = job.plan, job.devices, []
     # A mesh changes where arguments lie, and so the programs.
-    with nullcontext(lambda stage: None) if mesh else compile_ahead(plan) as ready:
+    with nullcontext() if mesh else compile_ahead(plan, folder=programs) as ready:
         model = checkpoint.load(job.folder, job.dtype, mesh)
         loaded = time.perf_counter() - start
         with bar(job.settings.steps) if progress else nullcontext() as shown:
@@ -289,7 +296,7 @@ def _report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
         "video": str(job.outputs.video),
         "model": {"name": config.name, "source": job.model,
                   "precision": dataclasses.asdict(config.dit.precision)},
-        "method": methods.describe(job.settings.method, config, job.settings.frames),
+        "method": describe(job.settings.method, config, job.settings.frames),
         "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
         "notes": list(job.notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

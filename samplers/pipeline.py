@@ -1,14 +1,11 @@
 """From keyframes and prompts to videos, from arrays to arrays.
 
-Axis letters as in `wanjax.types`; A keyframes. Nothing here knows how a model computes; each stage is one jitted
-function of (config, params, arrays), so that a second run with other values compiles nothing, and says whether its
-result is finite.
+Axis letters as in `wanjax.types`; A keyframes. Nothing here knows how a model computes: that are `samplers.programs`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -19,20 +16,16 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import memory, sample
-from samplers import run as host
+from samplers import memory, run, sample
 from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
+from samplers.programs import Programs
 from samplers.sample import Carry, Row
-from wanjax import conditioning, hosts, keyframes, sharding, vae
+from wanjax import hosts, keyframes, sharding
 from wanjax.checkpoint import Model
-from wanjax.clip import CLIPVision
-from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
-from wanjax.dit import WanDiT, check_cross
-from wanjax.guidance import GuidanceMode, guided
-from wanjax.method import MethodArrays
+from wanjax.dit import check_cross
 from wanjax.residency import Parts
+from wanjax.settings import refuse
 from wanjax.types import Conditions, CrossBias
-from wanjax.umt5 import UMT5Encoder
 
 ImageLike = Any
 """A path, a Pillow image, or an array uint8 [H, W, 3]: what `keyframes.image` takes."""
@@ -59,8 +52,8 @@ class Inputs:
         """
         s = plan.settings
         images = [[keyframes.image(image, s.matte) for image in clip] for clip in clips]
-        if any(len(clip) != len(plan.at) for clip in images):
-            raise ValueError(f"keyframes: {[len(clip) for clip in images]} given, {len(plan.at)} planned")
+        counts = [len(clip) for clip in images]
+        refuse(({*counts} != {len(plan.at)}, f"keyframes: {counts} given, {len(plan.at)} planned"))
         size = plan.config.clip.image_size
         vision = [[keyframes.clip_input(image, size, s.clip_fit) for image in clip] for clip in images]
         return cls(np.stack([np.stack(fitted(clip, s)) for clip in images]), np.stack(list(map(np.stack, vision))))
@@ -147,7 +140,7 @@ def inbetween(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
     **overrides: Any,
 ) -> Result:
     """Makes the videos between first and last keyframes: one clip, or several by one compiled program.
@@ -179,8 +172,8 @@ def inbetween(
     settings = Settings.of(model.config, **overrides) if settings is None else replace(settings, **overrides)
     more = dict(keyframes or {})
     given = {at: images for at, images in ((0, first), (-1, last)) if images is not None and at not in more} | more
-    if len(given) < (first is not None) + (last is not None) + len(more):
-        raise ValueError("keyframes: one of them is the first or the last, which is given too; give it once")
+    twice = len(given) < (first is not None) + (last is not None) + len(more)
+    refuse((twice, "keyframes: one of them is the first or the last, which is given too; give it once"))
     check_settings(model.config, settings)
     pixel_places(list(given), settings.frames)
     order = sorted(given, key=lambda at: at % settings.frames)
@@ -192,8 +185,7 @@ def inbetween(
     *columns, prompts, seeds = _clips([*(given[at] for at in order), prompt, seeds])
     for seed, text in zip(seeds, prompts, strict=True):
         check_seed(seed)
-        if not isinstance(text, str):
-            raise ValueError(f"prompt {text!r}: give a text")
+        refuse((not isinstance(text, str), f"prompt {text!r}: give a text"))
     batches = [Batch(Inputs.prepare([clip], plan), [text], [seed])
                for clip, text, seed in zip(zip(*columns, strict=True), prompts, seeds, strict=True)]  # fmt: skip
     results = make(model, plan, batches, mesh=mesh, cross_bias=cross_bias, chunk=chunk, on_step=on_step)
@@ -219,61 +211,73 @@ def make(
     mesh: Mesh | None = None,
     cross_bias: CrossBias | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
-    ready: Callable[[str], Any] = lambda stage: None,
+    on_step: run.OnStep | None = None,
+    ready: Callable[[str], Programs] | None = None,
 ) -> list[Result]:
     """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
 
     Args:
-      ready: called with "encode", "denoise", "decode" before that stage; `ahead.compile_ahead` gives one.
+      ready: gives the programs of the stages "encode", "denoise" and "decode"; `ahead.compile_ahead` makes one, None
+        compiles each at its first call.
       others: as `inbetween`.
     """
-    timings = Timings()
+    timings, jitted = Timings(), Programs.of(plan, chunk)
+    ready = ready or (lambda stage: jitted)
     for batch in batches:
-        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias, None)
+        check_cross(plan.config.dit, (len(batch.prompts), plan.grid[0]), cross_bias)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         with timings.stage("compile"):
-            ready("encode")
+            programs = ready("encode")
         with timings.stage("encode"):
-            encoded = encode(model, plan, [batch.inputs for batch in batches], [batch.prompts for batch in batches])
+            inputs, prompts = [batch.inputs for batch in batches], [batch.prompts for batch in batches]
+            encoded = encode(model, plan, inputs, prompts, programs)
             encoded = [jax.block_until_ready(place(one, mesh)) for one in encoded]
         with timings.stage("compile"):
-            ready("denoise")
+            programs = ready("denoise")
         with timings.stage("denoise"):
             latents = [
-                denoise(model, plan, one, noise(plan, batch.seeds, mesh), seeds=batch.seeds, mesh=mesh,
-                        cross_bias=cross_bias, chunk=chunk, on_step=on_step)
+                denoise(model, plan, one, noise(plan, batch.seeds, mesh, programs), seeds=batch.seeds, mesh=mesh,
+                        cross_bias=cross_bias, chunk=chunk, on_step=on_step, programs=programs)
                 for one, batch in zip(encoded, batches, strict=True)
             ]  # fmt: skip
         with timings.stage("compile"):
-            ready("decode")
+            programs = ready("decode")
         with timings.stage("decode"):
-            videos = [decode(model, plan, one) for one in latents]
+            videos = [decode(model, plan, one, programs) for one in latents]
     return [Result(video, own, timings.seconds, one) for video, own, one in zip(videos, latents, encoded, strict=True)]
 
 
-def noise(plan: Plan, seeds: Sequence[int], mesh: Mesh | None = None) -> jax.Array:
+def noise(plan: Plan, seeds: Sequence[int], mesh: Mesh | None = None, programs: Programs | None = None) -> jax.Array:
     """Standard normal latents float32 [B, F, h, w, C], each clip's from its own seed alone."""
-    drawn = [_noise((1, *plan.latent_shape), np.uint32(seed)) for seed in seeds]
+    programs = programs or Programs.of(plan)
+    drawn = [programs.noise(np.uint32(seed)) for seed in seeds]
     whole = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
     return whole if mesh is None else sharding.shard_batch(whole, mesh)
 
 
-def encode(model: Model, plan: Plan, inputs: Sequence[Inputs], prompts: Sequence[Sequence[str]]) -> list[Encoded]:
+def encode(
+    model: Model,
+    plan: Plan,
+    inputs: Sequence[Inputs],
+    prompts: Sequence[Sequence[str]],
+    programs: Programs | None = None,
+) -> list[Encoded]:
     """What the transformer is told of each batch.
+
+    Args:
+      programs: here and in the other stages, compiled ones of the plan; None takes the jitted ones.
 
     Raises:
       FloatingPointError: NaN or inf in the text, the image tokens or the keyframes' latent.
     """
-    config = plan.config
-    texts = [_texts(model, plan, list(own)) for own in prompts]
-    tokens = [encode_images(model, plan, own.vision) for own in inputs]
+    programs = programs or Programs.of(plan)
+    texts = [_texts(model, plan, list(own), programs) for own in prompts]
+    tokens = [encode_images(model, plan, own.vision, programs) for own in inputs]
     params = model.part("vae")
     latents = []
     with _picture_mesh(plan):
         for own in inputs:
-            pixels = keyframes.to_unit(own.pixels)
-            latent = _encode_keyframes(config.vae, params, pixels, at=plan.at, frames=plan.settings.frames)
+            latent = programs.keyframes(params, keyframes.to_unit(own.pixels))
             latents.append(_finite("keyframe latent", *latent))
     return [
         Encoded(Conditions(text, images, latent), negative)
@@ -281,23 +285,23 @@ def encode(model: Model, plan: Plan, inputs: Sequence[Inputs], prompts: Sequence
     ]
 
 
-def _texts(model: Model, plan: Plan, prompts: list[str]) -> tuple[jax.Array, jax.Array]:
+def _texts(model: Model, plan: Plan, prompts: list[str], programs: Programs) -> tuple[jax.Array, jax.Array]:
     """Embeddings of B prompts, and as many of the negative one."""
-    config = plan.config
     # Both in one call: the text encoder is large, and reads its weights once.
-    ids, mask = model.tokenizer.encode([*prompts, plan.settings.negative_prompt], config.dit.text_length)
-    text = _finite("text", *_encode_text(config.umt5, model.part("umt5"), ids, mask))
+    ids, mask = model.tokenizer.encode([*prompts, plan.settings.negative_prompt], plan.config.dit.text_length)
+    text = _finite("text", *programs.text(model.part("umt5"), ids, mask))
     batch = len(prompts)
     return text[:batch], jnp.broadcast_to(text[batch:], text[:batch].shape)
 
 
-def encode_images(model: Model, plan: Plan, vision: np.ndarray) -> jax.Array:
+def encode_images(model: Model, plan: Plan, vision: np.ndarray, programs: Programs | None = None) -> jax.Array:
     """Tokens [B, M, K, D] of the images that the transformer sees; zeros for one that is not given."""
     slots = image_slots(plan)
     seen = [slot for slot in slots if slot is not None]
     batch = len(vision)
     pixels = np.concatenate([vision[:, slot] for slot in seen])
-    tokens = _finite("image tokens", *_encode_images(plan.config.clip, model.part("clip"), pixels))
+    programs = programs or Programs.of(plan)
+    tokens = _finite("image tokens", *programs.images(model.part("clip"), pixels))
     given = {slot: tokens[i * batch : (i + 1) * batch] for i, slot in enumerate(seen)}
     absent = jnp.zeros_like(tokens[:batch])
     return jnp.stack([absent if slot is None else given[slot] for slot in slots], 1)
@@ -327,7 +331,8 @@ def denoise(
     cross_bias: CrossBias | None = None,
     until: int | None = None,
     chunk: int = 1,
-    on_step: host.OnStep | None = None,
+    on_step: run.OnStep | None = None,
+    programs: Programs | None = None,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B clips from noise in that shape.
 
@@ -341,32 +346,32 @@ def denoise(
       FloatingPointError: NaN or inf in the latents; names the step.
     """
     batch = encoded.conditions.text.shape[0]
-    if noise.shape != (batch, *plan.latent_shape):
-        raise ValueError(f"noise of shape {noise.shape}: the latents are {(batch, *plan.latent_shape)}")
-    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias, None)
-    params = model.part("dit")
+    wanted = (batch, *plan.latent_shape)
+    refuse((noise.shape != wanted, f"noise of shape {noise.shape}: the latents are {wanted}"))
+    check_cross(plan.config.dit, (batch, plan.grid[0]), cross_bias)
+    params, programs = model.part("dit"), programs or Programs.of(plan, chunk)
 
     def part(carry: Carry, table: Row, first: np.int32, n: int) -> Carry:
-        return _denoise(plan.config.dit, params, carry, table, first, encoded.conditions, encoded.negative, plan.method,
-                        cross_bias, n=n, guidance_mode=plan.settings.guidance_mode)  # fmt: skip
+        return programs.denoise(params, carry, table, first, encoded.conditions, encoded.negative, plan.method,
+                                cross_bias)  # fmt: skip
 
     steps = plan.settings.steps if until is None else until
-    carry = host.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
+    carry = run.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
     return carry.sample
 
 
 def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> Carry:
     """The carry before a run's first step, of B clips and their seeds; None takes that of the settings for all."""
-    keys = None
-    if plan.table.step.renoise is not None:
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds or [plan.settings.seed] * noise.shape[0]])
+    seeds = [plan.settings.seed] * noise.shape[0] if seeds is None else seeds
+    keys = None if plan.table.step.renoise is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     return sample.start(noise, keys=keys)
 
 
-def decode(model: Model, plan: Plan, latents: jax.Array) -> np.ndarray:
+def decode(model: Model, plan: Plan, latents: jax.Array, programs: Programs | None = None) -> np.ndarray:
     """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]. FloatingPointError on NaN or inf."""
+    programs = programs or Programs.of(plan)
     with _picture_mesh(plan):
-        video = _decode(plan.config.vae, model.part("vae"), latents)
+        video = programs.decode(model.part("vae"), latents)
     return keyframes.from_unit(hosts.fetch(_finite("decoded video", *video)))
 
 
@@ -387,61 +392,3 @@ def place(encoded: Encoded, mesh: Mesh | None) -> Encoded:
     if mesh is None:
         return encoded
     return Encoded(*sharding.shard_batch((encoded.conditions, encoded.negative), mesh))
-
-
-@partial(jax.jit, static_argnums=0, static_argnames=("guidance_mode", "n"))
-def _denoise(
-    config: DiTConfig,
-    params: Any,
-    carry: Carry,
-    table: Row,
-    first: jax.Array,
-    conditions: Conditions,
-    negative_text: jax.Array,
-    method: MethodArrays,
-    cross_bias: CrossBias | None,
-    *,
-    n: int,
-    guidance_mode: GuidanceMode,
-) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
-
-    def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-        run = guided(model, conditions, negative_text, row.guidance, guidance_mode, method.control, cross_bias)
-        return run(latents, row.step.timestep, row.strength), state
-
-    return sample.sample(denoise, carry, table, first, n)
-
-
-@partial(jax.jit, static_argnums=0)
-def _noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
-
-
-def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return value, jnp.isfinite(value).all()
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode_text(config: UMT5Config, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _with_finite(conditioning.pad_text(UMT5Encoder(config).apply({"params": params}, ids, mask), mask))
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _with_finite(CLIPVision(config).apply({"params": params}, pixels))
-
-
-@partial(jax.jit, static_argnums=0, static_argnames=("at", "frames"))
-def _encode_keyframes(
-    config: VAEConfig, params: Any, images: jax.Array, *, at: tuple[int, ...], frames: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mask and latent [B, F, h, w, s + 16] of keyframes [B, A, H, W, 3] in [-1, 1]."""
-    latent = vae.encode(config, params, conditioning.keyframe_video(images, at, frames))
-    return _with_finite(conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, at)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _with_finite(vae.decode(config, params, latents))

@@ -5,7 +5,6 @@ Everything here is arithmetic on the host. Axis letters as in `wanjax.types`; A 
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,13 @@ import numpy as np
 
 from samplers import sample, schedule, solvers
 from samplers.sample import Row
+from samplers.schedule import Rounding
 from wanjax import keyframes
 from wanjax.attention import KERNELS
-from wanjax.config import ModelConfig
+from wanjax.config import ModelConfig, SamplingDefaults
 from wanjax.guidance import MODES, GuidanceMode
 from wanjax.method import METHODS, Method, MethodArrays, arrays, named
+from wanjax.settings import check_frames, check_size, pixel_frames, whole
 
 FITS: tuple[str, ...] = get_args(keyframes.Fit)
 CLIP_FITS: tuple[str, ...] = get_args(keyframes.ClipFit)
@@ -29,10 +30,10 @@ RESAMPLES: tuple[str, ...] = get_args(keyframes.Resample)
 
 PRESETS: MappingProxyType[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "lightx2v-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "euler"},
-        "lcm-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "grid": "linear", "solver": "lcm"},
+        "lightx2v-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "schedule": "linear", "solver": "euler"},
+        "lcm-4": {"steps": 4, "shift": 5.0, "guidance": 1.0, "schedule": "linear", "solver": "lcm"},
         "diffusers": {
-            "solver": "unipc", "grid": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop",
+            "solver": "unipc", "schedule": "diffusers-unipc", "timesteps": "truncated", "clip_fit": "crop",
             "resample": "lanczos",
         },
     }
@@ -52,7 +53,7 @@ class Settings:
       guidance: classifier-free guidance scale, at least 0; at 1 the second pass is skipped.
       guidance_interval: (low, high), shares of the run; guidance where low <= step / steps < high, none elsewhere.
       shift: timestep shift of the schedule.
-      solver, grid, timesteps: names in `solvers.SOLVERS`, `schedule.GRIDS`, `schedule.ROUNDINGS`.
+      solver, schedule, timesteps: names in `solvers.SOLVERS`, `schedule.SCHEDULES`, `schedule.ROUNDINGS`.
       seed: of the noise, 0 .. 2**32 - 1.
       fit: how keyframes of another size are brought to `size`: stretch, crop or pad.
       resample: filter of that: bicubic (as Wan2.1) or lanczos (as diffusers).
@@ -64,20 +65,20 @@ class Settings:
 
     prompt: str = ""
     negative_prompt: str = ""
-    frames: int = 81
-    size: tuple[int, int] = (480, 864)
-    steps: int = 50
-    guidance: float = 5.0
-    shift: float = 16.0
-    solver: str = "unipc"
-    grid: str = "wan"
+    frames: int = SamplingDefaults.frames
+    size: tuple[int, int] = SamplingDefaults.size
+    steps: int = SamplingDefaults.steps
+    guidance: float = SamplingDefaults.guidance
+    shift: float = SamplingDefaults.shift
+    solver: str = SamplingDefaults.solver
+    schedule: str = "wan"
     seed: int = 0
     fit: keyframes.Fit = "stretch"
     matte: tuple[int, int, int] = keyframes.BLACK
     guidance_mode: GuidanceMode = "sequential"
     method: Method = Method()
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    timesteps: schedule.Rounding = "exact"
+    timesteps: Rounding = "exact"
     resample: str = "bicubic"
     clip_fit: str = "stretch"
 
@@ -92,14 +93,14 @@ class Settings:
         Raises:
           ValueError: unknown preset or setting.
         """
-        d = config.sampling
-        own = cls("", d.negative_prompt, d.frames, d.size, d.steps, d.guidance, d.shift, d.solver)
+        names = {field.name for field in dataclasses.fields(cls)}
+        usual = {name: value for name, value in vars(config.sampling).items() if name in names}
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset {preset!r}: choose {', '.join(PRESETS)}")
-        unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted(set(overrides) - names)
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)}: no such; see wanjax's samplers.Settings")
-        return dataclasses.replace(own, **(PRESETS[preset] if preset else {}) | overrides)
+        return cls(**usual | (PRESETS[preset] if preset else {}) | overrides)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Plan:
       latent_shape: (F, h, w, C) of one clip's latents.
       grid: (frames, height, width) in tokens.
       table: rows of the run, padded, in host memory; the first `settings.steps` are live.
-      method: the rotary table and the control of attention; its strength is in the table.
+      method: the rotary table and the control of attention; KAB's strength is in the table.
     """
 
     config: ModelConfig
@@ -147,7 +148,7 @@ class Plan:
         s = settings
         places = pixel_places(at, s.frames)
         config = config.for_platform(jax.default_backend() if platform is None else platform)
-        levels = schedule.sigmas(s.grid, s.steps, s.shift)
+        levels = schedule.sigmas(s.schedule, s.steps, s.shift)
         method = arrays(s.method, config, s.frames, s.size, s.steps, places)
         step = solvers.table(s.solver, levels, s.timesteps)
         table = sample.rows(step, guidance=_guidance(s), strength=method.strength, extra=extra)
@@ -164,7 +165,7 @@ class Plan:
     @cached_property
     def anchors(self) -> tuple[int, ...]:
         """Token frames of the keyframes, ascending, each once: where KAB anchors and ReTRo has its edges."""
-        return tuple(int(place) for place in self.method.control.at)
+        return tuple(int(place) for place in self.method.control.anchors)
 
     @property
     def kab_steps(self) -> np.ndarray:
@@ -190,13 +191,9 @@ def pixel_places(at: Sequence[int], frames: int) -> tuple[int, ...]:
     Raises:
       ValueError: outside the clip, twice, or none.
     """
-    places = [_whole("keyframe at", place, -frames, frames - 1) for place in at]
-    places = sorted(place % frames for place in places)
-    if not places:
+    if not len(at):
         raise ValueError("keyframes: none given; give at least one, such as the first")
-    if len(set(places)) < len(places):
-        raise ValueError(f"keyframes at {', '.join(map(str, places))}: two at one frame; give each a frame of its own")
-    return tuple(places)
+    return tuple(sorted(pixel_frames(at, frames)))
 
 
 def check_settings(config: ModelConfig, s: Settings) -> None:
@@ -206,10 +203,10 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
             f"model {config.name}: takes no keyframes (text-to-video); inbetweening needs a first-and-last-frame "
             "model (flf2v), or an image-to-video or Fun-InP one"
         )
-    frames = _whole("frames", s.frames, 1, 10**6)
-    keyframes.check_frames(frames, config.vae.temporal_stride)
-    sides = [_whole("size", side, 1, 10**5) for side in _several("size", s.size, 2, "(height, width) in pixels")]
-    keyframes.check_size(*sides, config.size_multiple)
+    frames = whole("frames", s.frames, 1, 10**6)
+    check_frames(frames, config.vae.temporal_stride)
+    sides = [whole("size", side, 1, 10**5) for side in _several("size", s.size, 2, "(height, width) in pixels")]
+    check_size(*sides, config.size_multiple)
     _number("guidance", s.guidance, 0, 1e6, "; 1 switches it off")
     check_seed(s.seed)
     shares = _several("guidance interval", s.guidance_interval, 2, "two shares of the run")
@@ -217,7 +214,7 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
     if low > high:
         raise ValueError(f"guidance interval {low:g}-{high:g}: give two shares of the run, low before high")
     for value in _several("matte", s.matte, 3, "red, green, blue, each from 0 to 255"):
-        _whole("matte", value, 0, 255)
+        whole("matte", value, 0, 255)
     if config.dit.attention not in ("auto", *KERNELS):
         raise ValueError(f"attention kernel {config.dit.attention!r}: choose auto, {', '.join(KERNELS)}")
     for name in ("prompt", "negative_prompt"):
@@ -234,18 +231,7 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
 
 def check_seed(seed: Any) -> None:
     """Raises ValueError unless `seed` is a whole number from 0 to 2**32 - 1."""
-    _whole("seed", seed, 0, 2**32 - 1)
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number in a range. ValueError else; a truth value or a float is none."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or not low <= number <= high:
-        raise ValueError(f"{name} {value!r}: give a whole number from {low} to {high}")
-    return number
+    whole("seed", seed, 0, 2**32 - 1)
 
 
 def _several(name: str, values: Any, count: int, wanted: str) -> Sequence[Any]:

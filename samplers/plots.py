@@ -57,11 +57,11 @@ def draw_retro(numbers: dict[str, Any]) -> Any:
 
 
 def draw_strength(numbers: dict[str, Any]) -> Any:
-    """Strength and anchor curve by frame; below, strength by frame and step."""
+    """Strength by frame, and each keyframe's part of the target; below, strength by frame and step."""
     own = numbers["strength"]
-    beta, curve = np.array(own["beta"]), own["curve"]
-    steps, frames = beta.shape
-    active = np.flatnonzero(beta.any(1))
+    strength, curve = np.array(own["by_step"]), own["curve"]
+    steps, frames = strength.shape
+    active = np.flatnonzero(strength.any(1))
     figure = _figure(8, 8.4)
     if own["layers"] is None:
         title = "KAB, none in this method: strength 0 everywhere"
@@ -74,21 +74,25 @@ def draw_strength(numbers: dict[str, Any]) -> Any:
         )
     figure.suptitle(f"{_run(numbers)}\n{title}", fontsize=11, parse_math=False)
     upper, lower = figure.subplots(2, 1)
-    lines = upper.plot(np.arange(frames), beta.max(0), "o-", color="C0", label="strength β")
-    upper.set_ylabel("strength β", color="C0")
-    upper.set_ylim(-0.02, max(1.0, beta.max()) * 1.05)
+    lines = upper.plot(np.arange(frames), strength.max(0), "o-", color="C0", label="strength")
+    upper.set_ylabel("strength", color="C0")
+    upper.set_ylim(-0.02, max(1.0, strength.max()) * 1.05)
     if curve is not None:
         twin = upper.twinx()
-        lines += twin.plot(np.arange(frames), curve, "s--", color="C1", label="anchor curve τ")
-        twin.set_ylabel("τ: last keyframe's share of the target", color="C1")
+        for part, (anchor, values) in enumerate(zip(own["anchors"], np.transpose(curve), strict=True)):
+            label = f"anchor curve of frame {anchor}"
+            lines += twin.plot(np.arange(frames), values, "s--", color=f"C{1 + part}", label=label)
+        twin.set_ylabel("each keyframe's part of the target")
         twin.set_ylim(-0.02, 1.05)
     upper.legend(lines, [line.get_label() for line in lines], loc="upper center", fontsize=9)
     upper.grid(alpha=0.3)
     upper.set_xlim(-0.5, frames - 0.5)
-    image = lower.imshow(beta, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=beta.max() or 1)
+    image = lower.imshow(
+        strength, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=strength.max() or 1
+    )
     lower.set_ylabel("denoising step")
     lower.set_yticks(_spread(steps, 15))
-    figure.colorbar(image, ax=lower, label="strength β", location="bottom", aspect=40)
+    figure.colorbar(image, ax=lower, label="strength", location="bottom", aspect=40)
     for axes in (upper, lower):
         axes.set_xticks(_spread(frames, 25))
         axes.set_xlabel("latent frame")

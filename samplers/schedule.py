@@ -1,7 +1,7 @@
-"""Sigma grids of flow matching, by name.
+"""Schedules of flow matching: sigmas by name.
 
 A latent at noise level sigma is ``x = (1 - sigma) * data + sigma * noise``; sigma falls from about 1 (noise) to
-0 (data). Every grid is linear in an unshifted time s and then shifted:
+0 (data). Every schedule is linear in an unshifted time s and then shifted:
 ``sigma = shift*s / (1 + (shift - 1)*s)``.
 
 | name              | s of the steps                         | matches |
@@ -11,7 +11,7 @@ A latent at noise level sigma is ``x = (1 - sigma) * data + sigma * noise``; sig
 | `diffusers-unipc` | linspace(1, 0.001, steps+1)[:-1]       | `UniPCMultistepScheduler(use_flow_sigmas=True)` of diffusers 0.42, which lowers the first sigma by 1e-6 to keep its logarithms finite |
 | `diffusers-euler` | linspace(1, s_min, steps)              | `FlowMatchEulerDiscreteScheduler`: s_min is 0.001 already shifted once, so the tail is shifted twice |
 
-The last step of every grid goes to sigma 0. Computed in float64; nothing here touches a device.
+The last step of every schedule goes to sigma 0. Computed in float64; nothing here touches a device.
 """  # noqa: E501
 
 import math
@@ -35,27 +35,27 @@ def shifted(s: np.ndarray | float, shift: float) -> np.ndarray | float:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def sigmas(grid: str, steps: int, shift: float) -> np.ndarray:
+def sigmas(schedule: str, steps: int, shift: float) -> np.ndarray:
     """Noise levels of a run.
 
     Args:
-      grid: one of ``GRIDS`` (see the module docstring for what each matches).
+      schedule: one of ``SCHEDULES`` (see the module docstring for what each matches).
       steps: number of denoising steps, at least 1.
-      shift: timestep shift, positive and finite; 1 leaves the grid linear.
+      shift: timestep shift, positive and finite; 1 leaves it linear.
 
     Returns:
       float64 [steps + 1], strictly decreasing, the last one 0. Step i goes from ``[i]`` to ``[i + 1]``.
 
     Raises:
-      ValueError: an unknown grid, a bad step count or shift, or a shift so extreme that two levels coincide.
+      ValueError: an unknown schedule, a bad step count or shift, or a shift so extreme that two levels coincide.
     """
-    if grid not in GRIDS:
-        raise ValueError(f"schedule: unknown sigma grid {grid!r}; choose one of {', '.join(GRIDS)}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"steps: got {steps!r}; give a whole number of denoising steps, 1 to {MOST_STEPS}")
     if not (isinstance(shift, (int, float, np.number)) and math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift: got {shift!r}; give a positive finite number (Wan2.1 uses 3 to 16)")
-    levels = np.append(GRIDS[grid](int(steps), float(shift)), 0.0)
+    levels = np.append(SCHEDULES[schedule](int(steps), float(shift)), 0.0)
     if not np.all(np.diff(levels) < 0):
         raise ValueError(f"shift: {shift!r} makes noise levels of {steps} steps coincide; use one nearer to 1")
     return levels
@@ -97,7 +97,7 @@ def _diffusers_euler(steps: int, shift: float) -> np.ndarray:
     return shifted(np.linspace(1, shifted(1 / TRAIN_TIMESTEPS, shift), steps), shift)
 
 
-GRIDS: dict[str, Callable[[int, float], np.ndarray]] = {
+SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {
     "wan": _wan,
     "linear": _linear,
     "diffusers-unipc": _diffusers_unipc,

@@ -34,7 +34,7 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 
 @flax.struct.dataclass
 class StepTable:
-    """One solver on one sigma grid, float32. A pytree: another table of the same shape is no recompilation.
+    """One solver on one schedule, float32. A pytree: another table of the same shape is no recompilation.
 
     Attributes:
       sigma: [steps] noise level at the start of each step.

@@ -1,9 +1,10 @@
-"""Set before JAX starts: eight fake CPU devices for the sharding tests, one compilation cache for all workers of a run;
-few threads for torch."""
+"""Set before JAX starts: eight fake CPU devices for the sharding tests, one compilation cache for all workers of a run,
+no search for TPUs where there is no accelerator; few threads for torch."""
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 DEVICES = "--xla_force_host_platform_device_count=8"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # workers inherit it
@@ -13,6 +14,9 @@ OWN_CACHE = None
 if CACHE not in os.environ:
     OWN_CACHE = os.environ[CACHE] = tempfile.mkdtemp(prefix="wanjax-test-programs-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# libtpu is there to compile with (tests/test_aot.py); every process would look for its chips and complain.
+if not any(any(Path("/dev").glob(names)) for names in ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

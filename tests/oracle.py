@@ -1,8 +1,8 @@
 """The method in float64 and plain loops, written from its description alone and not from `wanjax`.
 
 Branches are lists [text, image 1, ... image M] of [B, K, N, D] arrays. Axis letters as in `wanjax`: B batch, F latent
-frames, S queries (F equal frames, one after the other), K keys, N heads, D head width, A anchors. `at` are the sorted
-latent frames of the anchors, by default the first and the last.
+frames, S queries (F equal frames, one after the other), K keys, N heads, D head width, A anchors: sorted
+latent frames, by default the first and the last.
 """
 
 import math
@@ -10,61 +10,61 @@ import math
 import numpy as np
 
 
-def around(i, frames, at):
-    """Positions in `at` of the anchors before and after frame i, None for none; the last one comes after itself."""
-    before = [a for a in range(len(at)) if at[a] <= i]
-    after = [a for a in range(len(at)) if at[a] > i]
-    if not after and before and i == at[-1] and len(at) > 1:
+def around(i, frames, anchors):
+    """Positions of the anchors before and after frame i, None for none; the last one comes after itself."""
+    before = [a for a in range(len(anchors)) if anchors[a] <= i]
+    after = [a for a in range(len(anchors)) if anchors[a] > i]
+    if not after and before and i == anchors[-1] and len(anchors) > 1:
         return before[-2], before[-1]
     return (before[-1] if before else None), (after[0] if after else None)
 
 
-def strength(steps, layers, frames, window, beta_end=0.7, beta_mid=0.3, low=0.0, high=0.4, at=None):
-    """beta [steps, layers, F]; `window` is the first and the last active layer."""
-    at = (0, frames - 1) if at is None else at
-    beta = np.zeros((steps, layers, frames))
+def strength(steps, layers, frames, window, strength_end=0.7, strength_mid=0.3, low=0.0, high=0.4, anchors=None):
+    """[steps, layers, F]; `window` is the first and the last active layer."""
+    anchors = (0, frames - 1) if anchors is None else anchors
+    out = np.zeros((steps, layers, frames))
     for i in range(frames):
-        if i in at:
+        if i in anchors:
             continue
-        before, after = around(i, frames, at)
+        before, after = around(i, frames, anchors)
         if before is None:
-            nearest, longest = at[after] - i, at[after]
+            nearest, longest = anchors[after] - i, anchors[after]
         elif after is None:
-            nearest, longest = i - at[before], frames - 1 - at[before]
+            nearest, longest = i - anchors[before], frames - 1 - anchors[before]
         else:
-            nearest, longest = min(i - at[before], at[after] - i), (at[after] - at[before]) // 2
+            nearest, longest = min(i - anchors[before], anchors[after] - i), (anchors[after] - anchors[before]) // 2
         u = 1 - nearest / max(1, longest)
         u = (1 + math.cos(math.pi * (1 - u))) / 2
         for step in range(steps):
             for layer in range(layers):
                 if low < step / steps <= high and window[0] <= layer <= window[1]:
-                    beta[step, layer, i] = beta_mid + (beta_end - beta_mid) * u
-    return beta
+                    out[step, layer, i] = strength_mid + (strength_end - strength_mid) * u
+    return out
 
 
-def shares(frames, at=None, tau=None):
-    """Part of each anchor in each frame's target, [F, A]; tau [F] is the part of the following one (default linear)."""
-    at = (0, frames - 1) if at is None else at
-    out = np.zeros((frames, len(at)))
+def anchor_curve(frames, anchors=None, curve=None):
+    """Part of each anchor in each frame's target, [F, A]; curve [F] is that of the following one (default linear)."""
+    anchors = (0, frames - 1) if anchors is None else anchors
+    out = np.zeros((frames, len(anchors)))
     for i in range(frames):
-        before, after = around(i, frames, at)
+        before, after = around(i, frames, anchors)
         if before is None or after is None:
             out[i, after if before is None else before] = 1
         else:
-            t = (i - at[before]) / (at[after] - at[before]) if tau is None else tau[i]
+            t = (i - anchors[before]) / (anchors[after] - anchors[before]) if curve is None else curve[i]
             out[i, before], out[i, after] = 1 - t, t
     return out
 
 
-def scale_vector(frames, latent_frames, width, s_edge=1.06, s_mid=0.94, smooth=2, at=None):
+def scale_vector(frames, latent_frames, width, s_edge=1.06, s_mid=0.94, smooth=2, anchors=None):
     """ReTRo's s [F]; `width` of an edge in pixel frames."""
     ratio = round(width / frames, 6)
     raw = []
     for i in range(latent_frames):
         t = i / (latent_frames - 1)
         near = t < ratio or t >= 1 - ratio
-        if at is not None:
-            near = any(a / (latent_frames - 1) - ratio <= t < a / (latent_frames - 1) + ratio for a in at)
+        if anchors is not None:
+            near = any(a / (latent_frames - 1) - ratio <= t < a / (latent_frames - 1) + ratio for a in anchors)
         raw.append(s_edge if near else s_mid)
     out = []
     for i in range(latent_frames):
@@ -117,16 +117,18 @@ def frame_attention(q, k, frames, bias=None):
     return np.stack([p[:, :, i * size : (i + 1) * size].mean((1, 2)) for i in range(frames)], 1)
 
 
-def anchor_bias(attention, beta, tau=None, eps=5e-4, at=None):
-    """B [B, F, K] from A [B, F, K], beta [B, F] and tau [F] (default linear)."""
+def anchor_bias(attention, strength, curve=None, floor=5e-4, anchors=None):
+    """B [B, F, K] from A [B, F, K], strength [B, F] and curve [F] (default linear)."""
     out = np.zeros(attention.shape)
     batch, frames, _ = attention.shape
-    at = (0, frames - 1) if at is None else at
-    share = shares(frames, at, tau)
+    anchors = (0, frames - 1) if anchors is None else anchors
+    rows = anchor_curve(frames, anchors, curve)
     for b in range(batch):
         for i in range(frames):
-            target = sum(share[i, a] * attention[b, at[a]] for a in range(len(at)))
-            out[b, i] = beta[b, i] * (np.log(np.maximum(target, eps)) - np.log(np.maximum(attention[b, i], eps)))
+            target = sum(rows[i, a] * attention[b, anchors[a]] for a in range(len(anchors)))
+            out[b, i] = strength[b, i] * (
+                np.log(np.maximum(target, floor)) - np.log(np.maximum(attention[b, i], floor))
+            )
     return out
 
 
@@ -137,12 +139,12 @@ def groups(branches, isolated):
     return [[0], list(range(1, len(branches)))][: len(branches)]
 
 
-def bias(q, keys, beta, isolated, tau=None, eps=5e-4, at=None):
+def bias(q, keys, strength, isolated, curve=None, floor=5e-4, anchors=None):
     """KAB's bias, a list of [B, F, K], one for each branch."""
     out = []
     for group in groups(keys, isolated):
         joint = np.concatenate([keys[i] for i in group], 1)
-        b = anchor_bias(frame_attention(q, joint, beta.shape[1]), beta, tau, eps, at)
+        b = anchor_bias(frame_attention(q, joint, strength.shape[1]), strength, curve, floor, anchors)
         out += np.split(b, np.cumsum([keys[i].shape[1] for i in group])[:-1], -1)
     return out
 
@@ -157,11 +159,13 @@ def looks(q, keys, frames, isolated, added=None):
     return out
 
 
-def cross_attention(q, keys, values, beta, isolated, weights=None, added=None, tau=None, eps=5e-4, at=None):
-    """[B, S, N, D]; beta [B, F]; `added` is the caller's bias, a list of [B, F, K] (None is zero)."""
-    frames = beta.shape[1]
+def cross_attention(
+    q, keys, values, strength, isolated, weights=None, added=None, curve=None, floor=5e-4, anchors=None
+):
+    """[B, S, N, D]; strength [B, F]; `added` is the caller's bias, a list of [B, F, K] (None is zero)."""
+    frames = strength.shape[1]
     weights = np.ones(len(keys)) if weights is None else weights
-    total = bias(q, keys, beta, isolated, tau, eps, at)
+    total = bias(q, keys, strength, isolated, curve, floor, anchors)
     if added is not None:
         total = [b if a is None else b + np.asarray(a, np.float64) for b, a in zip(total, added, strict=True)]
     out = 0.0

@@ -53,7 +53,7 @@ def test_no_setting_recompiles_and_each_does_something(model):
         "no isolation": dataclasses.replace(base, isolation=None),
     }  # fmt: skip
     overrides = {
-        "beta_end": 0.5, "beta_mid": 0.1, "kab_eps": 0.1, "kab_layers": (1, 1), "kab_steps": (0.0, 0.4),
+        "strength_end": 0.5, "strength_mid": 0.1, "kab_floor": 0.1, "kab_layers": (1, 1), "kab_steps": (0.0, 0.4),
         "anchor_curve": "ease-in", "branch_weights": (1.0, 0.5, 2.0), "retro_mode": "position", "s_edge": 1.1,
         "s_mid": 0.9, "w_edge": 2.0, "retro_smooth": 0,
     }  # fmt: skip
@@ -63,8 +63,8 @@ def test_no_setting_recompiles_and_each_does_something(model):
         runs = {name: latents(model, settings(variant)) for name, variant in variants.items()}
     assert compiled == []
     for name, run in runs.items():
-        # Three latent frames leave one unbiased end each side of a single middle one, at strength beta_mid.
-        same = {"beta_end": True, "w_edge": True}.get(name, False)
+        # Three latent frames leave one unbiased end each side of a single middle one, at strength strength_mid.
+        same = {"strength_end": True, "w_edge": True}.get(name, False)
         assert (relative_error(run, plain) > 1e-6) != same, name
     np.testing.assert_array_equal(runs["none"], runs["wan"])
 
@@ -129,7 +129,7 @@ def test_the_six_settings_of_the_paper_from_one_program():
     }
     equal = {f"uniform {mode}": Method(retro=dataclasses.replace(one, mode=mode)) for mode in
              ("frequency", "magnitude", "position")}  # fmt: skip
-    equal["strength 0"] = Method(kab=KAB(beta_end=0.0, beta_mid=0.0))
+    equal["strength 0"] = Method(kab=KAB(strength_end=0.0, strength_mid=0.0))
 
     def make(method):
         chosen = Settings.of(model.config, prompt=example["prompt"], steps=5, method=method)
@@ -189,17 +189,17 @@ def evaluation():
 def test_a_control_for_one_evaluation(model):
     made = arrays(Method(Isolation(), ALWAYS), NANO, 9, (16, 24), 3)
     apply = WanDiT(NANO.dit, inspect=True).apply
-    _, seen = apply({"params": model.params["dit"]}, *evaluation(), control=made.at(1))
+    _, seen = apply({"params": model.params["dit"]}, *evaluation(), control=made.control, strength=made.strength_of(1))
     assert seen.plain.text.shape == (2, 1, 3, 8)
-    assert made.at(1, batch=4).strength.shape == (2, 4, 3) and not made.at(0).strength.any()
+    assert made.strength_of(1, batch=4).shape == (2, 4, 3) and not made.strength_of(0).any()
 
 
 def test_settings_of_numpy_are_plain(tmp_path):
     """A caller's arrays and numpy scalars compare, hash and reach the report."""
     curve, weights = np.linspace(0, 1, 3), np.ones(3, np.float32)
-    method = Method(Isolation(weights), KAB(beta_mid=np.float32(0.25), layers=np.array([0, 1]), curve=curve),
+    method = Method(Isolation(weights), KAB(strength_mid=np.float32(0.25), layers=np.array([0, 1]), curve=curve),
                     ReTRo(s_edge=np.float64(1.05), smooth=np.int64(1)))  # fmt: skip
-    same = Method(Isolation((1.0, 1.0, 1.0)), KAB(beta_mid=0.25, layers=(0, 1), curve=(0.0, 0.5, 1.0)),
+    same = Method(Isolation((1.0, 1.0, 1.0)), KAB(strength_mid=0.25, layers=(0, 1), curve=(0.0, 0.5, 1.0)),
                   ReTRo(s_edge=1.05, smooth=1))  # fmt: skip
     assert method == same and hash(method) == hash(same)
     video.write_json(tmp_path / "x.json", dataclasses.asdict(settings(method)))

@@ -25,7 +25,7 @@ from benchmarks import (
     throughput,
     vs_diffusers,
 )
-from samplers import pipeline, sample
+from samplers import programs, sample
 from samplers.plan import Plan, Settings
 from wanjax import shapes
 from wanjax.config import BFLOAT16, PRESETS, preset
@@ -78,6 +78,9 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
     assert len(reports["diffusers"]["results"]) == 2
     for result in reports["diffusers"]["results"].values():
         assert result["agree"] and result["ratio"] > 0 and len(result["diffusers"]["seconds"]) == 2
+    (whole,) = (result for name, result in reports["diffusers"]["results"].items() if "transformer" in name)
+    assert whole["ratio_compiled"] > 0 and whole["torch_compile_seconds"] > 0
+    assert "cache" not in {file.name for file in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -198,7 +201,7 @@ def test_a_step_is_the_pipelines(mode, rows):
                  plan.method)  # fmt: skip
 
     def wanted(params, conditions, negative, carry, first, table, method):
-        return pipeline._denoise.__wrapped__(config, params, carry, table, first, conditions, negative, method, None,
+        return programs.denoise(config, params, carry, table, first, conditions, negative, method, None,
                                              n=rows, guidance_mode=mode)  # fmt: skip
 
     def program(function):
@@ -260,6 +263,14 @@ def test_outputs_that_differ_are_not_timed():
 
     pair = {"wanjax": lambda: jnp.ones(4), "diffusers": lambda: torch.ones(4)}
     assert vs_diffusers.compare(pair, "float32", 1)["ratio"] > 0
+    pair[vs_diffusers.COMPILED] = lambda: torch.ones(4)
+    assert vs_diffusers.compare(pair, "float32", 1)["ratio_compiled"] > 0
+
+    def refuse():
+        raise RuntimeError("no compiler\nhere")
+
+    result = vs_diffusers.compare(pair | {vs_diffusers.COMPILED: refuse}, "float32", 1)
+    assert result["torch_compile_error"] == "no compiler" and result["ratio"] > 0 and "ratio_compiled" not in result
     pair["diffusers"] = lambda: 1.001 * torch.ones(4)
     result = vs_diffusers.compare(pair, "float32", 1)
     assert not result["agree"] and "ratio" not in result

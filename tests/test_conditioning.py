@@ -102,9 +102,9 @@ def test_keyframes_anywhere(at, stride):
         np.testing.assert_array_equal(video[:, frame], np.broadcast_to(wanted, (2, 4, 6, 3)))
 
 
-@pytest.mark.parametrize("at, message", [((0, 9), "keyframe at frame 9: the clip has frames 0 to 8"),
-                                         ((-10,), "keyframe at frame -10"), ((8, -1), "keyframes at 8, -1 of 9"),
-                                         ((3, 3), "keyframes at 3, 3 of 9")])  # fmt: skip
+@pytest.mark.parametrize("at, message", [((0, 9), "keyframe at 9: give a whole number from -9 to 8"),
+                                         ((-10,), "keyframe at -10: give"), ((8, -1), "keyframes at 8, 8: two at one"),
+                                         ((3, 3), "keyframes at 3, 3: two at one frame")])  # fmt: skip
 def test_bad_places_are_named(at, message):
     for make in (lambda: conditioning.mask(9, 4, at),
                  lambda: conditioning.keyframe_video(jnp.zeros((1, len(at), 4, 4, 3)), at, 9)):  # fmt: skip
@@ -128,7 +128,7 @@ def test_shapes_that_do_not_match_are_named():
     two = jnp.zeros((1, 2, 8, 8, 3))
     with pytest.raises(ValueError, match="^2 keyframes at 3 places: give a place for each$"):
         conditioning.keyframe_video(two, (0, 1, -1), 9)
-    with pytest.raises(ValueError, match="^keyframes at 0, -1 of 1 frames: give each a frame of its own$"):
+    with pytest.raises(ValueError, match="^keyframes at 0, 0: two at one frame; give each a frame of its own$"):
         conditioning.keyframe_video(two, (0, -1), 1)
     with pytest.raises(ValueError, match="latent of 4 frames"):
         conditioning.latent_condition(jnp.zeros((1, 4, 2, 2, 16)), conditioning.mask(9, 4))

@@ -1,147 +1,37 @@
-"""Cross-attention with isolation and KAB: against the float64 oracle, what it costs, and on a mesh."""
+"""Cross-attention with isolation and KAB: against the float64 oracle."""
 
-import dataclasses
 import math
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from cross_case import BOTH, SIZES, Case, attend, bias_from, bias_of, branches_of, check, control, leaves, report_of
 from reference import relative_error
 
-import wanjax.attention.xla
-from wanjax import cross, kab
-from wanjax.config import BFLOAT16, FLOAT32
-from wanjax.layers import constrain
-from wanjax.sharding import make_mesh
-from wanjax.types import Branches, CrossBias, CrossControl
-
-SIZES = (11, 6, 6)
-BOTH = pytest.mark.parametrize("isolated", [False, True], ids=["joint", "isolated"])
-
-
-def both(q, keys, values=None, bias=None, control=None, precision=FLOAT32, inspect=False):
-    return cross.cross_attention(q, keys, keys if values is None else values, bias, control, precision, inspect=inspect)
-
-
-@partial(jax.jit, static_argnames="precision")
-def attend(q, keys, values, bias=None, control=None, precision=FLOAT32):
-    return both(q, keys, values, bias, control, precision)[0]
-
-
-@partial(jax.jit, static_argnames="precision")
-def report_of(q, keys, bias, control, precision=FLOAT32):
-    return both(q, keys, None, bias, control, precision, inspect=True)[1]
-
-
-def bias_of(q, keys, control, precision=FLOAT32):
-    return report_of(q, keys, None, control, precision).bias
-
-
-def joined(kind, parts, axis):
-    """[text, image 1, ...] as Branches or CrossBias; an image's None is zero where another has something."""
-    text, *images = parts
-    if all(x is None for x in images):
-        return kind(text)
-    shape = next(x.shape for x in images if x is not None)
-    return kind(text, np.stack([np.zeros(shape, np.float32) if x is None else x for x in images], axis))
-
-
-branches_of = partial(joined, Branches, axis=1)
-bias_from = partial(joined, CrossBias, axis=2)
-
-
-@dataclasses.dataclass
-class Case:
-    """Random queries, keys and values; logits have a standard deviation of 3, so that attention is peaked."""
-
-    frames: int
-    queries: int = 4
-    heads: int = 3
-    sizes: tuple[int, ...] = SIZES
-    batch: int = 2
-
-    def __post_init__(self):
-        rng = np.random.default_rng(self.frames)
-
-        def draw(length, std=1.0):
-            return std * rng.standard_normal((self.batch, length, self.heads, 8), np.float32)
-
-        self.q = draw(self.frames * self.queries, 2.0)
-        self.k = [draw(n, 1.5) for n in self.sizes]
-        self.v = [draw(n) for n in self.sizes]
-        self.added = [rng.standard_normal((self.batch, self.frames, n), np.float32) for n in self.sizes]
-
-    @property
-    def branches(self):
-        return self.q, branches_of(self.k), branches_of(self.v)
-
-    @property
-    def total(self):
-        """Elements of all probabilities of the text branch."""
-        return self.batch * self.heads * self.frames * self.queries * self.sizes[0]
-
-    def beta(self, *rows):
-        """The schedule's strength, times a number for each batch row."""
-        schedule = oracle.strength(50, 40, self.frames, (5, 12))[10, 8]
-        return np.float32(np.multiply.outer(rows or (1.0,) * self.batch, schedule))
-
-
-def control(beta, isolated, weights=None, tau=None, eps=5e-4, at=None, images=2):
-    """A control as wanted; the anchors are the ends unless `at` is given, tau the share of the following one."""
-    frames = beta.shape[-1]
-    at = (0, frames - 1) if at is None else at
-    share = oracle.shares(frames, at, tau)
-    weights = np.ones(1 + images) if weights is None else weights
-    return CrossControl(beta, np.int32(at), np.float32(share), np.float32(eps), np.bool_(isolated), np.float32(weights))
-
-
-def leaves(branches):
-    return [branches.text, *([] if branches.images is None else jnp.unstack(branches.images, axis=2))]
-
-
-def check(case, isolated, beta, added=None, weights=None, tolerance=1e-4, **target):
-    """What KAB changes of the output, and its bias, are the oracle's."""
-    bias = None if added is None else bias_from(added)
-    betas, images = (beta, 0 * beta), len(case.k) - 1
-    ours = [
-        np.float64(attend(*case.branches, bias, control(b, isolated, weights, images=images, **target))) for b in betas
-    ]
-    exact = [oracle.cross_attention(case.q, case.k, case.v, b, isolated, weights, added, **target) for b in betas]
-    assert relative_error(ours[1], exact[1]) <= 1e-6
-    change = exact[0] - exact[1]
-    assert np.linalg.norm(change) > 0.03 * np.linalg.norm(exact[1])
-    assert relative_error(ours[0] - ours[1], change) <= tolerance
-    made = leaves(bias_of(case.q, branches_of(case.k), control(beta, isolated, images=images, **target)))
-    for a, b in zip(made, oracle.bias(case.q, case.k, beta, isolated, **target), strict=True):
-        assert relative_error(a, b) <= 1e-5
+from wanjax.types import Branches, CrossBias
 
 
 @pytest.mark.parametrize("frames", [3, 7, 9, 17, 21])
 def test_change_against_float64(frames):
     case = Case(frames)
     for isolated in (False, True):
-        check(case, isolated, case.beta(1.0, 0.0))
-    check(case, True, case.beta(0.4, 1.3))
+        check(case, isolated, case.strength(1.0, 0.0))
+    check(case, True, case.strength(0.4, 1.3))
 
 
 @BOTH
 def test_two_heads_callers_bias_and_weights(isolated):
     case = Case(7, queries=5, heads=2, sizes=(11, 9, 9))
-    check(case, isolated, case.beta(1.0, 0.5), case.added, weights=(0.5, 2.0, 1.25))
+    check(case, isolated, case.strength(1.0, 0.5), case.added, weights=(0.5, 2.0, 1.25))
 
 
 @BOTH
 def test_curve_and_floor_are_inputs(isolated):
     case = Case(7)
-    tau = np.array([0, 0.1, 0.1, 0.5, 0.6, 0.95, 1])
-    check(case, isolated, case.beta(), tau=tau, eps=0.03)
-    made = [bias_of(case.q, branches_of(case.k), control(case.beta(), isolated, **x)) for x in
-            ({"tau": tau, "eps": 0.03}, {"tau": tau}, {"eps": 0.03})]  # fmt: skip
+    curve = np.array([0, 0.1, 0.1, 0.5, 0.6, 0.95, 1])
+    check(case, isolated, case.strength(), curve=curve, floor=0.03)
+    made = [bias_of(case.q, branches_of(case.k), control(case.strength(), isolated, **x)) for x in
+            ({"curve": curve, "floor": 0.03}, {"curve": curve}, {"floor": 0.03})]  # fmt: skip
     assert relative_error(made[1].text, made[0].text) > 0.1
     assert relative_error(made[2].text, made[0].text) > 0.1
 
@@ -149,17 +39,17 @@ def test_curve_and_floor_are_inputs(isolated):
 @BOTH
 def test_callers_bias_of_some_branches(isolated):
     case = Case(7)
-    check(case, isolated, case.beta(1.0, 0.5), [None, case.added[1], None])
+    check(case, isolated, case.strength(1.0, 0.5), [None, case.added[1], None])
 
 
 @pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
 def test_models_with_fewer_branches(sizes):
     """They have nothing to isolate, whatever the control says."""
     case = Case(7, sizes=sizes)
-    check(case, False, case.beta(1.0, 0.5))
-    outs = [attend(*case.branches, None, control(case.beta(), x, (0.5, 2, 3)[: len(sizes)])) for x in (False, True)]
+    check(case, False, case.strength(1.0, 0.5))
+    outs = [attend(*case.branches, None, control(case.strength(), x, (0.5, 2, 3)[: len(sizes)])) for x in (False, True)]
     assert np.array_equal(*outs)
-    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.beta(), False, images=len(sizes) - 1)))
+    assert np.array_equal(outs[0], attend(*case.branches, None, control(case.strength(), False, images=len(sizes) - 1)))
 
 
 @BOTH
@@ -177,8 +67,8 @@ def test_two_frames_are_both_anchors(isolated):
 def test_ends_have_exactly_no_bias(isolated):
     """The schedule's strength is zero there; and any other strength finds attention equal to its target."""
     case = Case(7)
-    for beta in (case.beta(), np.full((2, 7), 0.7, np.float32)):
-        for leaf in leaves(bias_of(case.q, branches_of(case.k), control(beta, isolated))):
+    for strength in (case.strength(), np.full((2, 7), 0.7, np.float32)):
+        for leaf in leaves(bias_of(case.q, branches_of(case.k), control(strength, isolated))):
             assert not leaf[:, [0, -1]].any()
             assert (np.abs(leaf[:, 1:-1]).max((0, 2)) > 0.1).all()
 
@@ -190,7 +80,7 @@ def test_zero_strength_is_the_unbiased_model_bit_for_bit(given):
     none = np.zeros((2, 7), np.float32)
     plain = attend(*case.branches, bias)
     assert np.array_equal(attend(*case.branches, bias, control(none, False)), plain)
-    assert not np.array_equal(attend(*case.branches, bias, control(case.beta(), False)), plain)
+    assert not np.array_equal(attend(*case.branches, bias, control(case.strength(), False)), plain)
     isolated = attend(*case.branches, bias, control(none, True))
     only = [Branches(case.k[0]), Branches(case.v[0]), CrossBias(case.added[0]) if given else None]
     first, last = (
@@ -204,12 +94,12 @@ def test_zero_strength_is_the_unbiased_model_bit_for_bit(given):
 
 def test_a_row_of_zero_strength_is_left_alone():
     case = Case(7)
-    mixed, both = (attend(*case.branches, None, control(case.beta(1.0, x), True)) for x in (0.0, 0.5))
-    plain = attend(*case.branches, None, control(0 * case.beta(), True))
+    mixed, both = (attend(*case.branches, None, control(case.strength(1.0, x), True)) for x in (0.0, 0.5))
+    plain = attend(*case.branches, None, control(0 * case.strength(), True))
     assert relative_error(mixed[1], plain[1]) <= 1e-6
     assert relative_error(mixed[0], both[0]) <= 1e-6
     assert relative_error(both[1], plain[1]) > 1e-2
-    for leaf in leaves(bias_of(case.q, branches_of(case.k), control(case.beta(1.0, 0.0), True))):
+    for leaf in leaves(bias_of(case.q, branches_of(case.k), control(case.strength(1.0, 0.0), True))):
         assert not leaf[1].any() and leaf[0].any()
 
 
@@ -217,11 +107,13 @@ def test_a_row_of_zero_strength_is_left_alone():
 def test_bias_serves_all_heads_and_queries(isolated):
     """Given explicitly, one number a frame and key, it has the whole effect."""
     case = Case(7)
-    active = control(case.beta(1.0, 0.5), isolated)
+    active = control(case.strength(1.0, 0.5), isolated)
     made = bias_of(case.q, branches_of(case.k), active)
     assert [x.shape for x in leaves(made)] == [(2, 7, n) for n in SIZES]
-    explicit = attend(*case.branches, made, control(0 * case.beta(), isolated))
-    out, plain = (attend(*case.branches, None, control(b, isolated)) for b in (case.beta(1.0, 0.5), 0 * case.beta()))
+    explicit = attend(*case.branches, made, control(0 * case.strength(), isolated))
+    out, plain = (
+        attend(*case.branches, None, control(s, isolated)) for s in (case.strength(1.0, 0.5), 0 * case.strength())
+    )
     assert relative_error(explicit, out) <= 1e-6
     assert relative_error(out, plain) > 1e-2
 
@@ -233,7 +125,7 @@ def test_a_constant_of_a_frame_changes_nothing(isolated):
     rng = np.random.default_rng(1)
     text, first, last = (rng.normal(size=(2, 7, 1)).astype(np.float32) for _ in range(3))
     shifts = (text, first, last if isolated else first)
-    active = control(case.beta(), isolated)
+    active = control(case.strength(), isolated)
     out = attend(*case.branches, bias_from(case.added), active)
     moved = bias_from([x + shift for x, shift in zip(case.added, shifts, strict=True)])
     assert relative_error(attend(*case.branches, moved, active), out) <= 1e-6
@@ -246,7 +138,7 @@ def test_a_constant_of_a_frame_changes_nothing(isolated):
 def test_time_reversed_with_keyframes_swapped(isolated):
     case = Case(7)
     q = case.q.reshape(2, 7, 4, 3, 8)[:, ::-1].reshape(case.q.shape)
-    active = control(case.beta(1.0, 0.5), isolated)
+    active = control(case.strength(1.0, 0.5), isolated)
     plain = bias_of(case.q, branches_of(case.k), active)
     mirrored = bias_of(q, branches_of([case.k[0], case.k[2], case.k[1]]), active)
     pairs = zip(leaves(mirrored), [leaves(plain)[i] for i in (0, 2, 1)], strict=True)
@@ -267,7 +159,7 @@ def test_saturated_logits(isolated):
     case.k = [size * np.eye(8, dtype=np.float32)[rng.integers(0, 8, k.shape[:3])] for k in case.k]
     logits = np.einsum("BSND,BKND->BNSK", case.q, case.k[0]) / math.sqrt(8)
     assert np.allclose(np.unique(np.round(logits)), [-1e4, 0, 1e4])
-    check(case, isolated, case.beta(1.0, 0.5), tolerance=5e-3)
+    check(case, isolated, case.strength(1.0, 0.5), tolerance=5e-3)
 
 
 @BOTH
@@ -275,44 +167,26 @@ def test_saturated_logits(isolated):
 def test_minus_infinity_hides_a_key(isolated, strong):
     """Even from an output that its value would wreck; every other weight is what it is without the key."""
     case = Case(7)
-    beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
+    strength = case.strength(1.0, 0.5) if strong else 0 * case.strength()
     bias = [np.zeros_like(x) for x in case.added]
     bias[0][..., 3] = bias[1][..., 2] = -np.inf
-    out = attend(*case.branches, bias_from(bias), control(beta, isolated))
+    out = attend(*case.branches, bias_from(bias), control(strength, isolated))
     case.v[0][:, 3] = case.v[1][:, 2] = 1e6
     assert np.isfinite(out).all()
-    assert np.array_equal(attend(*case.branches, bias_from(bias), control(beta, isolated)), out)
-    exact = oracle.cross_attention(case.q, case.k, case.v, beta, isolated, added=bias)
+    assert np.array_equal(attend(*case.branches, bias_from(bias), control(strength, isolated)), out)
+    exact = oracle.cross_attention(case.q, case.k, case.v, strength, isolated, added=bias)
     assert relative_error(out, exact) <= 1e-5
-    seen = report_of(case.q, branches_of(case.k), bias_from(bias), control(beta, isolated)).biased
+    seen = report_of(case.q, branches_of(case.k), bias_from(bias), control(strength, isolated)).biased
     assert not seen.text[..., 3].any() and not seen.images[..., 0, 2].any()
     assert np.isfinite(seen.text).all() and seen.text[..., 4].all()
 
 
 @BOTH
-def test_bfloat16_policy(isolated):
-    case = Case(7)
-    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.branches)
-    full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-    outs = []
-    for branches, precision in ((half, BFLOAT16), (full, FLOAT32)):
-        active = control(case.beta(1.0, 0.5), isolated)
-        out = attend(*branches, None, active, precision=precision)
-        outs.append((out, leaves(bias_of(*branches[:2], active, precision=precision))))
-    assert outs[0][0].dtype == jnp.bfloat16
-    assert relative_error(outs[0][0].astype(jnp.float32), outs[1][0]) <= 2e-2
-    # Only inputs of products are rounded, and these already were: the bias keeps float32's accuracy.
-    for a, b in zip(outs[0][1], outs[1][1], strict=True):
-        assert a.dtype == jnp.float32
-        assert relative_error(a, b) <= 1e-5
-
-
-@BOTH
 def test_report(isolated):
     case = Case(7, sizes=(11, 9, 9))
-    beta = case.beta(1.0, 0.5)
-    ours = report_of(case.q, branches_of(case.k), bias_from(case.added), control(beta, isolated))
-    made = oracle.bias(case.q, case.k, beta, isolated)
+    strength = case.strength(1.0, 0.5)
+    ours = report_of(case.q, branches_of(case.k), bias_from(case.added), control(strength, isolated))
+    made = oracle.bias(case.q, case.k, strength, isolated)
     total = [a + b for a, b in zip(made, case.added, strict=True)]
     wanted = {
         "plain": oracle.looks(case.q, case.k, 7, isolated),
@@ -333,79 +207,10 @@ def test_report(isolated):
 @pytest.mark.parametrize("sizes", [(11,), (11, 6)], ids=["no image", "one image"])
 def test_report_of_models_with_fewer_branches(sizes):
     case = Case(3, sizes=sizes)
-    ours = report_of(case.q, branches_of(case.k), None, control(case.beta(), True, images=len(sizes) - 1))
-    made = oracle.bias(case.q, case.k, case.beta(), True)
+    ours = report_of(case.q, branches_of(case.k), None, control(case.strength(), True, images=len(sizes) - 1))
+    made = oracle.bias(case.q, case.k, case.strength(), True)
     for a, b in zip(leaves(ours.biased), oracle.looks(case.q, case.k, 3, True, made), strict=True):
         assert relative_error(a, b) <= 1e-5
-
-
-def test_what_is_off_is_not_run(monkeypatch):
-    """Calls that the compiled program really makes, counted on the host: one program for every setting."""
-    counts = {"bias": 0, "attention": 0, "logits": 0}
-
-    def counting(name, function):
-        def add():
-            counts[name] += 1
-
-        def call(*args, **kwargs):
-            jax.debug.callback(add)
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(kab, "anchor_bias", counting("bias", kab.anchor_bias))
-    monkeypatch.setattr(cross, "attention", counting("attention", cross.attention))
-    monkeypatch.setattr(cross.xla, "logits", counting("logits", cross.xla.logits))
-    run = jax.jit(lambda *args: both(*args)[0])
-    case = Case(3)
-    single = np.zeros((2, 3), np.float32)
-    single[1, 1] = 0.3
-    wanted = [
-        (0 * single, False, 0, 3, 3),
-        (0 * single, True, 0, 3, 3),
-        # Three branches, a frame at a time: the two anchors, then all three frames; logits once for plain and biased.
-        (single, False, 3 * 5, 0, 3 * 5),
-        (single, True, 3 * 5, 0, 3 * 5),
-    ]
-    for beta, isolated, biases, attentions, logits in wanted:
-        counts.update(bias=0, attention=0, logits=0)
-        run(*case.branches, None, control(beta, isolated)).block_until_ready()
-        jax.effects_barrier()
-        assert counts == {"bias": biases, "attention": attentions, "logits": logits}
-    assert run._cache_size() == 1
-
-
-def largest(function, *args):
-    """Elements of the largest array that a program makes, sub-programs included."""
-
-    def of(jaxpr):
-        sizes = [0]
-        for equation in jaxpr.eqns:
-            sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-            for parameter in equation.params.values():
-                for sub in parameter if isinstance(parameter, (tuple, list)) else [parameter]:
-                    inner = getattr(sub, "jaxpr", sub)
-                    if hasattr(inner, "eqns"):
-                        sizes.append(of(inner))
-        return max(sizes)
-
-    return of(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def test_probabilities_of_all_frames_never_exist(monkeypatch):
-    case = Case(21, queries=8, heads=4, sizes=(40, 20, 20), batch=1)
-    q, keys, values = case.branches
-    active = control(case.beta(), False)
-    per_frame = case.total // 21
-    rows = case.q.size
-    assert per_frame < rows < case.total // 3
-    assert largest(both, q, keys, values) >= case.total, "the walk sees all logits"
-    # A caller's bias, and KAB's: the largest array is the output itself.
-    assert largest(both, q, keys, values, bias_from(case.added)) == rows
-    assert largest(partial(both, inspect=True), q, keys, values, None, active) == rows
-    # With attention in blocks of about a frame the whole program, cond's branches and all, stays small.
-    monkeypatch.setattr(wanjax.attention.xla, "CHUNK_BYTES", 4 * per_frame)
-    assert largest(both, q, keys, values, None, active) < case.total // 3
 
 
 PLACES = {0: [(2, 5)], 1: [(3,)], 2: [(0, 3, 6)], 3: [(3,), (2, 5), (0, 6), (1, 2, 6)]}
@@ -417,28 +222,20 @@ def test_any_number_of_images_and_anchors(images, isolated):
     """The two are different numbers, and anchors also lie inside the clip."""
     case = Case(7, sizes=(11, *[6] * images))
     for at in PLACES[images]:
-        beta = np.float32(np.multiply.outer((1.0, 0.5), oracle.strength(50, 40, 7, (5, 12), at=at)[10, 8]))
-        check(case, isolated and images > 1, beta, case.added, at=at)
-
-
-def test_places_and_shares_are_traced():
-    case, outs, programs = Case(7), [], []
-    for at in ((2, 5), (0, 6)):
-        outs.append(attend(*case.branches, None, control(case.beta(), True, at=at)))
-        programs.append(attend._cache_size())
-    assert programs[0] == programs[1] and relative_error(*outs) > 1e-3
+        strength = np.float32(np.multiply.outer((1.0, 0.5), oracle.strength(50, 40, 7, (5, 12), anchors=at)[10, 8]))
+        check(case, isolated and images > 1, strength, case.added, anchors=at)
 
 
 def test_weights_of_three_images():
-    check(Case(7, sizes=(11, 6, 6, 6)), True, Case(7).beta(), weights=(0.5, 2.0, 1.25, 0.0))
+    check(Case(7, sizes=(11, 6, 6, 6)), True, Case(7).strength(), weights=(0.5, 2.0, 1.25, 0.0))
 
 
 @BOTH
 def test_no_anchor(isolated):
     """Without anchors the strength is zero and nothing changes."""
     case = Case(7)
-    free = control(0 * case.beta(), isolated, at=())
-    same = control(0 * case.beta(), isolated)
+    free = control(0 * case.strength(), isolated, anchors=())
+    same = control(0 * case.strength(), isolated)
     assert np.array_equal(attend(*case.branches, None, free), attend(*case.branches, None, same))
     for own in (None, bias_from(case.added)):
         assert np.isfinite(attend(*case.branches, own, free)).all()
@@ -449,70 +246,17 @@ def test_no_anchor(isolated):
 def test_minus_infinity_hides_a_whole_image(isolated, strong):
     """It gets no share and puts nothing out; the others are what they are without it."""
     case, rest = Case(7, sizes=(11, 6, 6, 6)), Case(7, sizes=(11, 6, 6, 6))
-    beta = case.beta(1.0, 0.5) if strong else 0 * case.beta()
+    strength = case.strength(1.0, 0.5) if strong else 0 * case.strength()
     hidden = [None, np.zeros((2, 7, 6), np.float32), np.full((2, 7, 6), -np.inf, np.float32), np.zeros((2, 7, 6))]
-    out = attend(*case.branches, bias_from(hidden), control(beta, isolated, images=3))
+    out = attend(*case.branches, bias_from(hidden), control(strength, isolated, images=3))
     assert np.isfinite(out).all()
     case.v[2][:] = 1e6
-    assert np.array_equal(out, attend(*case.branches, bias_from(hidden), control(beta, isolated, images=3)))
+    assert np.array_equal(out, attend(*case.branches, bias_from(hidden), control(strength, isolated, images=3)))
     if not strong:
         for parts in (rest.k, rest.v):
             del parts[2]
-        assert relative_error(out, oracle.cross_attention(rest.q, rest.k, rest.v, beta, isolated)) <= 1e-6
+        assert relative_error(out, oracle.cross_attention(rest.q, rest.k, rest.v, strength, isolated)) <= 1e-6
     everything = [None, *[np.full((2, 7, 6), -np.inf, np.float32)] * 3]
-    text = oracle.cross_attention(rest.q, rest.k[:1], rest.v[:1], 0 * beta, True)
-    plain = attend(*case.branches, bias_from(everything), control(0 * beta, isolated, images=3))
+    text = oracle.cross_attention(rest.q, rest.k[:1], rest.v[:1], 0 * strength, True)
+    plain = attend(*case.branches, bias_from(everything), control(0 * strength, isolated, images=3))
     assert relative_error(plain, text) <= 1e-6
-
-
-def test_one_conditional():
-    """The window of KAB; all else that a control decides is arithmetic."""
-    case = Case(7)
-    text = str(jax.make_jaxpr(both)(*case.branches, None, control(case.beta(), True)))
-    assert text.count(" cond[") == 1
-
-
-def test_gradients():
-    """Of the log-sum-exp form, against finite differences of itself in one direction."""
-    case, rng = Case(3), np.random.default_rng(0)
-    way = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), case.branches)
-
-    @jax.jit
-    def loss(step, active):
-        return jnp.sin(attend(*jax.tree.map(lambda x, d: x + step * d, case.branches, way), None, active)).sum()
-
-    slope = jax.jit(jax.grad(loss))
-    for isolated in (False, True):
-        active = control(case.beta(1.0, 0.5), isolated)
-        ahead, behind = (loss(step, active) for step in (3e-3, -3e-3))
-        assert abs((ahead - behind) / 6e-3 / slope(0.0, active) - 1) < 1e-2
-
-
-MESHES = [({"sequence": 8}, 4, False), ({"sequence": 8}, 8, True), ({"sequence": 8}, 12, False),
-          ({"sequence": 4, "tensor": 2}, 4, True), ({"tensor": 8}, 4, True)]  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes, queries, placed", MESHES, ids=str)
-def test_sharded(sizes, queries, placed):
-    """Devices' shares of the queries end within frames; 21 * 4 and 21 * 12 do not even divide by 8."""
-    case = Case(21, queries=queries, heads=8)
-    q, keys, values = case.branches
-    mesh = make_mesh(sizes)
-    beta = case.beta(1.0, 0.5)
-    plain = {
-        isolated: [np.float64(attend(q, keys, values, None, control(b, isolated))) for b in (beta, 0 * beta)]
-        for isolated in (False, True)
-    }
-
-    @jax.jit
-    def run(q, keys, values, control):
-        return both(constrain(q, None, "sequence", "tensor", None), keys, values, None, control)[0]
-
-    with jax.set_mesh(mesh):
-        if placed:
-            q = jax.device_put(q, NamedSharding(mesh, P(None, "sequence", "tensor")))
-        for isolated, (wanted, unbiased) in plain.items():
-            outs = [run(q, keys, values, control(b, isolated)) for b in (beta, 0 * beta)]
-            assert relative_error(np.float64(outs[0]) - np.float64(outs[1]), wanted - unbiased) <= 1e-5
-    assert len(outs[0].sharding.device_set) == 8
-    assert outs[0].sharding.is_fully_replicated != placed, "uneven outputs are gathered by jit"

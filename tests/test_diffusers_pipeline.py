@@ -50,7 +50,7 @@ def unipc(shift):
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
-EULER = {"solver": "euler", "grid": "diffusers-euler", "timesteps": "exact"}
+EULER = {"solver": "euler", "schedule": "diffusers-euler", "timesteps": "exact"}
 CASES = {
     "unipc": Case(unipc(wan.SHIFT)),  # the shift by the converted folder alone
     "unipc, no guidance": Case(unipc(wan.SHIFT), 1.0),
@@ -125,7 +125,7 @@ def test_every_stage(model, theirs, name):
 
 ROWS = {
     "timesteps": ("exact", "latents"),
-    "grid": ("wan", "latents"),
+    "schedule": ("wan", "latents"),
     "solver": ("dpm++", "latents"),
     "shift": (5.0, "latents"),
     "guidance": (4.0, "latents"),

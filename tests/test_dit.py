@@ -279,12 +279,13 @@ def slim_params(config):
     return jax.tree.map(lambda s: np.float32(0.3 * rng.normal(size=s.shape)), shapes(config))
 
 
-def control_of(config, frames, at, images, batch=2, strong=True):
-    """An isolated one, as `wanjax.method` makes it, with KAB in every layer."""
-    beta = kab.strength(KAB(layers=(0, config.num_layers - 1)), 4, config.num_layers, frames, at)[1]
-    beta = np.repeat(beta[:, None], batch, 1) * strong
-    share, weights = kab.anchor_shares(KAB(), frames, at), np.linspace(1, 0.5, 1 + images, dtype=np.float32)
-    return CrossControl(beta, np.int32(at), share, np.float32(5e-4), np.bool_(True), weights)
+def control_of(config, frames, anchors, images, batch=2, strong=True):
+    """An isolated one, as `wanjax.method` makes it, and the strength of KAB in every layer."""
+    strength = kab.strength(KAB(layers=(0, config.num_layers - 1)), 4, config.num_layers, frames, anchors)[1]
+    strength = np.repeat(strength[:, None], batch, 1) * strong
+    curve, weights = kab.anchor_curve(KAB(), frames, anchors), np.linspace(1, 0.5, 1 + images, dtype=np.float32)
+    control = CrossControl(np.int32(anchors), curve, np.float32(5e-4), np.bool_(True), weights)
+    return {"control": control, "strength": strength}
 
 
 @pytest.mark.parametrize("name, images", [("t2v", 0), ("i2v", 1), ("flf2v", 2), ("i2v", 3)])
@@ -296,7 +297,7 @@ def test_images_and_anchors_are_different_numbers(name, images):
     apply = jax.jit(WanDiT(config, inspect=True).apply)
     outs, programs = [], []
     for at in ((1, 3), (0, 4)):
-        velocity, seen = apply({"params": params}, *inputs, control=control_of(config, 5, at, images))
+        velocity, seen = apply({"params": params}, *inputs, **control_of(config, 5, at, images))
         outs.append(np.asarray(velocity))
         programs.append(apply._cache_size())
     assert programs[0] == programs[1] and relative_error(*outs) > 1e-5
@@ -320,18 +321,19 @@ def test_one_image_twice_is_the_image():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("strength", np.zeros((2, 2, 4)), r"control.strength is \[2, 2, 4\]; this model takes \[2, 2, 5\]"),
-        ("at", np.zeros((1, 2)), r"control.at is \[1, 2\]; this model takes \[A\]"),
-        ("share", np.zeros((5, 3)), r"control.share is \[5, 3\]; this model takes \[5, 2\]"),
+        ("strength", np.zeros((2, 2, 4)), r"strength is \[2, 2, 4\]; this model takes \[2, 2, 5\]"),
+        ("anchors", np.zeros((1, 2)), r"control.anchors is \[1, 2\]; this model takes \[A\]"),
+        ("curve", np.zeros((5, 3)), r"control.curve is \[5, 3\]; this model takes \[5, 2\]"),
         ("floor", np.zeros(2), r"control.floor is \[2\]; this model takes \[\]"),
         ("weights", np.ones(4), r"control.weights is \[4\]; this model takes \[3\]"),
     ],
 )
 def test_wrong_controls_are_named(field, value, message):
     config = SLIM["flf2v"]
-    control = control_of(config, 5, (0, 4), 2).replace(**{field: value})
+    told = control_of(config, 5, (0, 4), 2)
+    told |= {field: value} if field in told else {"control": told["control"].replace(**{field: value})}
     with pytest.raises(ValueError, match=f"^{message}(\n|$)"):
-        WanDiT(config).init(jax.random.key(0), *make_inputs(config, (5, 1, 4, 4)), control=control)
+        WanDiT(config).init(jax.random.key(0), *make_inputs(config, (5, 1, 4, 4)), **told)
 
 
 def test_the_config_names_the_kernel():

@@ -21,7 +21,9 @@ from wanjax.types import Branches, CrossBias
 
 FRAMES = 5  # latent, of 17
 # Strong, so that the random model's faint structure shows.
-ANCHORED = dataclasses.replace(method.named("paper"), kab=KAB(beta_end=0.9, beta_mid=0.6, eps=1e-6, curve="ease-in"))
+ANCHORED = dataclasses.replace(
+    method.named("paper"), kab=KAB(strength_end=0.9, strength_mid=0.6, floor=1e-6, curve="ease-in")
+)
 
 
 def settings(**changes):
@@ -111,7 +113,7 @@ def test_files(run):
 def test_numbers_of_the_attention(run):
     _, _, report, _ = run
     assert (report["layer"], report["step"], report["kab"], report["isolated"]) == (0, 1, True, True)
-    assert report["settings"]["method"]["kab"]["beta_end"] == 0.9
+    assert report["settings"]["method"]["kab"]["strength_end"] == 0.9
     assert report["attention"]["text"]["labels"] == ["a", "red", "circle", "</s>", "padding (4)"]
     assert report["attention"]["first"]["labels"] == ["class", "patch 0", "patch 1", "patch 2", "patch 3"]
     assert report["pixel_frames"] == [[0, 0], [1, 4], [5, 8], [9, 12], [13, 16]]
@@ -129,20 +131,20 @@ def test_numbers_are_those_of_the_method(run):
     assert len(layers) == NANO.dit.num_layers
     q, *keys = layers[0]
     q = q.reshape(FRAMES, -1, *q.shape[1:])
-    frame, beta, tau = 1, 0.9 * 0.5 + 0.6 * 0.5, (1 / 4) ** 2
+    frame, strength, curve = 1, 0.9 * 0.5 + 0.6 * 0.5, (1 / 4) ** 2
     for (name, branch), k in zip(report["attention"].items(), keys, strict=True):
         logits = np.einsum("fqnd,knd->fnqk", q, k) / np.sqrt(q.shape[-1])
         seen = softmax(logits).mean((1, 2))
-        target = (1 - tau) * seen[0] + tau * seen[-1]
-        bias = beta * (np.log(np.maximum(target, 1e-6)) - np.log(np.maximum(seen[frame], 1e-6)))
+        target = (1 - curve) * seen[0] + curve * seen[-1]
+        bias = strength * (np.log(np.maximum(target, 1e-6)) - np.log(np.maximum(seen[frame], 1e-6)))
         biased = softmax(logits[frame] + bias).mean((0, 1))
         for key, wanted in (("plain", seen[frame]), ("biased", biased)):
             if name == "text":
                 wanted = np.append(wanted[:4], wanted[4:].sum())
             np.testing.assert_allclose(branch[key][frame], wanted, atol=2e-6, err_msg=f"{name} {key}")
-    np.testing.assert_allclose(report["strength"]["beta"][1], [0, 0.75, 0.6, 0.75, 0], atol=1e-7)
-    np.testing.assert_allclose(report["strength"]["curve"], [0, 1 / 16, 1 / 4, 9 / 16, 1], atol=1e-7)
-    assert not np.any(report["strength"]["beta"][0])
+    np.testing.assert_allclose(report["strength"]["by_step"][1], [0, 0.75, 0.6, 0.75, 0], atol=1e-7)
+    np.testing.assert_allclose(np.transpose(report["strength"]["curve"])[-1], [0, 1 / 16, 1 / 4, 9 / 16, 1], atol=1e-7)
+    assert not np.any(report["strength"]["by_step"][0])
 
 
 def softmax(logits):
@@ -198,6 +200,15 @@ def test_titles_say_where_nothing_is_done(model, observed):
         assert strength in plots.draw_strength(numbers).get_suptitle()
     axes = plots.draw_attention(numbers).axes
     assert "prompt, with own bias" in [ax.get_title() for ax in axes]
+
+
+def test_every_keyframes_curve_is_plotted(model, observed):
+    numbers = explain._numbers(model, Plan.of(NANO, settings(), (0, 8, -1)), 0, 1, observed, False)
+    lines = [line for axes in plots.draw_strength(numbers).axes for line in axes.lines]
+    curves = {line.get_label(): line.get_ydata() for line in lines if "curve" in line.get_label()}
+    assert list(curves) == [f"anchor curve of frame {anchor}" for anchor in (0, 2, 4)]
+    np.testing.assert_allclose(np.sum(list(curves.values()), 0), 1, atol=1e-6)
+    np.testing.assert_allclose([curve[[0, 2, 4]] for curve in curves.values()], np.eye(3), atol=1e-6)
 
 
 def test_a_model_of_one_image_has_one_column_less(model, observed):

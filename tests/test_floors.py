@@ -7,7 +7,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("wanjax", "convert", "samplers", "benchmarks")
 
 FLOORS = (
-    {"types", "config", "settings", "environment", "hosts", "compare", "marks", "publishing", "rooms", "writing"},
+    {
+        "types",
+        "config",
+        "settings",
+        "environment",
+        "hosts",
+        "compare",
+        "marks",
+        "publishing",
+        "rooms",
+        "targets",
+        "writing",
+    },
     {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding", "layout"},
     {"dit", "vae", "umt5", "clip", "tokenizer", "shapes"},
     {"keyframes", "colour", "frames", "conditioning", "guidance", "manifest", "store", "residency", "checkpoint"},

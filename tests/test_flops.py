@@ -103,15 +103,14 @@ def test_kab_against_xla(anchors):
     keys = Branches(text, jax.ShapeDtypeStruct((2, 2, config.image_tokens, *heads), jnp.float32))
     number = jax.ShapeDtypeStruct((), jnp.float32)
     control = CrossControl(
-        strength=jax.ShapeDtypeStruct((2, 1), jnp.float32),
-        at=jax.ShapeDtypeStruct((anchors,), jnp.int32),
-        share=jax.ShapeDtypeStruct((1, anchors), jnp.float32),
+        anchors=jax.ShapeDtypeStruct((anchors,), jnp.int32),
+        curve=jax.ShapeDtypeStruct((1, anchors), jnp.float32),
         floor=number,
         isolated=jax.ShapeDtypeStruct((), bool),
         weights=jax.ShapeDtypeStruct((3,), jnp.float32),
     )
-    run = lambda q, k, v, control: cross_attention(q, k, v, None, control, inspect=True)  # noqa: E731
-    xla = counted_by_xla(run, q, keys, keys, control)
+    run = lambda q, k, v, *own: cross_attention(q, k, v, None, *own, inspect=True)  # noqa: E731
+    xla = counted_by_xla(run, q, keys, keys, control, jax.ShapeDtypeStruct((2, 1), jnp.float32))
     ours = flops.total(flops.kab(config, grid, batch=2, anchors=anchors)) / anchors
     assert ours < xla < 1.06 * ours  # softmax and mean are not products
 

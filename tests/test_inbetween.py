@@ -183,13 +183,13 @@ def test_bad_files(job, tmp_path, capsys, no_compute, name, message):
         (["--devices", "9"], "devices 9: there are 8; give a number from 1 to 8, or all"),
         (["--devices", "2", "--mesh", "fsdp=8"], "a mesh says already how many devices"),
         (["--size", "65536x65536"], "largest size of this shape is"),
-        (["--beta-end", 0.5], "beta_end 0.5: kab is off; switch it on (--kab, or --method paper)"),
+        (["--strength-end", 0.5], "strength_end 0.5: kab is off; switch it on (--kab, or --method paper)"),
         (["--no-retro", "--s-mid", 0.9, "--method", "paper"], "s_mid 0.9: retro is off"),
-        (["--kab", "--beta-end", -0.1], "beta_end -0.1: give a number from 0"),
-        (["--kab", "--beta-mid", "nan"], "beta_mid nan"),
+        (["--kab", "--strength-end", -0.1], "strength_end -0.1: give a number from 0"),
+        (["--kab", "--strength-mid", "nan"], "strength_mid nan"),
         (["--kab", "--kab-layers", "5-12"], "kab layers 5-12: the model has layers 0 to 1"),
         (["--kab", "--kab-steps", "0.4-0.1"], "kab steps 0.4-0.1"),
-        (["--kab", "--kab-eps", 0], "kab eps 0"),
+        (["--kab", "--kab-floor", 0], "kab floor 0"),
         (["--kab", "--anchor-curve", "0,1,1"], "anchor curve of 3 numbers: give one for each of the 2 latent frames"),
         (["--kab", "--anchor-curve", "0,1.5"], "anchor curve: every number must lie within 0..1"),
         (["--kab", "--anchor-curve", "bend"], "anchor curve 'bend': choose linear"),
@@ -226,6 +226,21 @@ def test_bad_syntax_exits_with_2(job, extra):
     with pytest.raises(SystemExit) as stop:
         command.main(arguments(job, *extra))
     assert stop.value.code == 2
+
+
+RENAMED = [
+    ("grid", "schedule", "linear"),
+    ("beta-end", "strength-end", "0.5"),
+    ("beta-mid", "strength-mid", "0.5"),
+    ("kab-eps", "kab-floor", "0.1"),
+]
+
+
+@pytest.mark.parametrize("old, new, value", RENAMED)
+def test_old_names_of_options(old, new, value):
+    read = command.parser().parse_args
+    for line in ([f"--{old}", value], [f"--{old}={value}"]):
+        assert read(command.renamed(line)) == read([f"--{new}", value]) != read([])
 
 
 def test_damaged_weights_fail_in_one_line(job, tmp_path, capsys):

@@ -20,30 +20,30 @@ from wanjax.types import Branches, CrossBias, CrossControl
     ],
 )  # fmt: skip
 def test_strength_against_float64(steps, layers, frames, window):
-    beta = kab.strength(KAB(), steps, layers, frames)
-    assert beta.shape == (steps, layers, frames) and beta.dtype == np.float32
-    np.testing.assert_allclose(beta, oracle.strength(steps, layers, frames, window), rtol=1e-6)
+    strength = kab.strength(KAB(), steps, layers, frames)
+    assert strength.shape == (steps, layers, frames) and strength.dtype == np.float32
+    np.testing.assert_allclose(strength, oracle.strength(steps, layers, frames, window), rtol=1e-6)
 
 
 def test_strength_of_other_settings():
-    chosen = KAB(beta_end=0.1, beta_mid=1.5, layers=(3, 29), steps=(0.2, 0.7))
-    beta = kab.strength(chosen, 20, 30, 9)
-    np.testing.assert_allclose(beta, oracle.strength(20, 30, 9, (3, 29), 0.1, 1.5, 0.2, 0.7), rtol=1e-6)
-    assert [int(i) for i in np.flatnonzero(beta.any((1, 2)))] == list(range(5, 15))
-    assert not kab.strength(KAB(beta_end=0.0, beta_mid=0.0), 20, 30, 9).any()
+    chosen = KAB(strength_end=0.1, strength_mid=1.5, layers=(3, 29), steps=(0.2, 0.7))
+    strength = kab.strength(chosen, 20, 30, 9)
+    np.testing.assert_allclose(strength, oracle.strength(20, 30, 9, (3, 29), 0.1, 1.5, 0.2, 0.7), rtol=1e-6)
+    assert [int(i) for i in np.flatnonzero(strength.any((1, 2)))] == list(range(5, 15))
+    assert not kab.strength(KAB(strength_end=0.0, strength_mid=0.0), 20, 30, 9).any()
 
 
 def test_published_run():
     """50 steps, 40 layers, 21 latent frames: where it acts, and strengths worked out by hand."""
-    beta = kab.strength(KAB(), 50, 40, 21)
-    active = np.argwhere(beta != 0)
+    strength = kab.strength(KAB(), 50, 40, 21)
+    active = np.argwhere(strength != 0)
     steps, layers, frames = (np.unique(column) for column in active.T)
     assert np.array_equal(steps, np.arange(1, 21))
     assert np.array_equal(layers, np.arange(5, 13))
     assert np.array_equal(frames, np.arange(1, 20))
     assert len(active) == 20 * 8 * 19
-    assert (beta[1:21, 5:13] == beta[1, 5]).all()
-    row = beta[1, 5]
+    assert (strength[1:21, 5:13] == strength[1, 5]).all()
+    row = strength[1, 5]
     assert np.array_equal(row, row[::-1])
     # 0.3 + 0.4 * (1 + cos(pi * i / 10)) / 2
     wanted = {0: 0, 1: 0.6902113, 2: 0.6618034, 4: 0.5618034, 5: 0.5, 6: 0.4381966, 9: 0.3097887, 10: 0.3}
@@ -65,7 +65,7 @@ def test_given_layers_are_kept():
 
 def test_curves():
     assert set(CURVES) == {"linear", "ease-in", "ease-out", "ease-in-out"}
-    shares = {name: kab.anchor_shares(KAB(curve=name), 9) for name in CURVES}
+    shares = {name: kab.anchor_curve(KAB(curve=name), 9) for name in CURVES}
     for share in shares.values():
         np.testing.assert_array_equal(share[:, 0], np.float32(1) - share[:, 1])
     curves = {name: share[:, 1] for name, share in shares.items()}
@@ -82,7 +82,7 @@ def test_curves():
 
 def test_callers_curve():
     given = (0.0, 0.1, 0.1, 0.9, 1.0)
-    assert np.array_equal(kab.anchor_shares(KAB(curve=given), 5)[:, 1], np.float32(given))
+    assert np.array_equal(kab.anchor_curve(KAB(curve=given), 5)[:, 1], np.float32(given))
 
 
 ANCHORS = [
@@ -100,14 +100,14 @@ ANCHORS = [
 @pytest.mark.parametrize("frames, at", ANCHORS, ids=str)
 def test_anchors_inside_against_float64(frames, at):
     """Strength and shares of one, two, three and four anchors, for named curves and a caller's."""
-    beta = kab.strength(KAB(), 10, 6, frames, at)
-    np.testing.assert_allclose(beta, oracle.strength(10, 6, frames, (1, 1), at=at), rtol=1e-6)
-    assert not beta[..., list(at)].any() and beta[1, 1].astype(bool).sum() == frames - len(at)
-    np.testing.assert_allclose(kab.anchor_shares(KAB(), frames, at), oracle.shares(frames, at), atol=1e-7)
-    tau = tuple(np.random.default_rng(0).uniform(size=frames))
-    given = kab.anchor_shares(KAB(curve=tau), frames, at)
-    np.testing.assert_allclose(given, oracle.shares(frames, at, tau), atol=1e-7)
-    eased = kab.anchor_shares(KAB(curve="ease-in"), frames, at)
+    strength = kab.strength(KAB(), 10, 6, frames, at)
+    np.testing.assert_allclose(strength, oracle.strength(10, 6, frames, (1, 1), anchors=at), rtol=1e-6)
+    assert not strength[..., list(at)].any() and strength[1, 1].astype(bool).sum() == frames - len(at)
+    np.testing.assert_allclose(kab.anchor_curve(KAB(), frames, at), oracle.anchor_curve(frames, at), atol=1e-7)
+    curve = tuple(np.random.default_rng(0).uniform(size=frames))
+    given = kab.anchor_curve(KAB(curve=curve), frames, at)
+    np.testing.assert_allclose(given, oracle.anchor_curve(frames, at, curve), atol=1e-7)
+    eased = kab.anchor_curve(KAB(curve="ease-in"), frames, at)
     assert given.dtype == eased.dtype == np.float32 and given.shape == (frames, len(at))
     np.testing.assert_allclose([given.sum(1), eased.sum(1)], 1, atol=1e-7)
     np.testing.assert_array_equal(eased[list(at)], np.eye(len(at)))
@@ -118,21 +118,21 @@ def test_two_anchors_at_the_ends_are_the_default():
         ends = (0, frames - 1)
         assert np.array_equal(kab.strength(KAB(), 50, 40, frames, ends), kab.strength(KAB(), 50, 40, frames))
         for curve in CURVES:
-            shares = (kab.anchor_shares(KAB(curve=curve), frames, at) for at in (ends, None))
+            shares = (kab.anchor_curve(KAB(curve=curve), frames, at) for at in (ends, None))
             assert np.array_equal(*shares)
 
 
 def test_a_segment_is_a_clip_of_its_own():
     whole, part = (kab.strength(KAB(), 50, 40, 21, (0, 8, 20)), kab.strength(KAB(), 50, 40, 9))
     assert np.array_equal(whole[..., :9], part)
-    shares = kab.anchor_shares(KAB(curve="ease-out"), 21, (0, 8, 20))
-    assert np.array_equal(shares[:9, :2], kab.anchor_shares(KAB(curve="ease-out"), 9)) and not shares[:9, 2].any()
+    shares = kab.anchor_curve(KAB(curve="ease-out"), 21, (0, 8, 20))
+    assert np.array_equal(shares[:9, :2], kab.anchor_curve(KAB(curve="ease-out"), 9)) and not shares[:9, 2].any()
 
 
 def test_no_anchor():
     with pytest.raises(ValueError, match="^KAB needs a keyframe to anchor to: give one, or switch it off$"):
         kab.strength(KAB(), 50, 40, 21, ())
-    assert kab.anchor_shares(KAB(), 21, ()).shape == (21, 0)
+    assert kab.anchor_curve(KAB(), 21, ()).shape == (21, 0)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -141,23 +141,23 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"beta_end": -0.1}, "beta_end -0.1"),
-        ({"beta_end": NAN}, "beta_end nan"),
-        ({"beta_end": INF}, "beta_end inf"),
-        ({"beta_mid": -0.1}, "beta_mid -0.1"),
-        ({"beta_mid": NAN}, "beta_mid nan"),
-        ({"beta_mid": INF}, "beta_mid inf"),
-        ({"eps": 0.0}, "kab eps 0.0"),
-        ({"eps": -5e-4}, "kab eps -0.0005"),
-        ({"eps": NAN}, "kab eps nan"),
-        ({"eps": INF}, "kab eps inf"),
+        ({"strength_end": -0.1}, "strength_end -0.1"),
+        ({"strength_end": NAN}, "strength_end nan"),
+        ({"strength_end": INF}, "strength_end inf"),
+        ({"strength_mid": -0.1}, "strength_mid -0.1"),
+        ({"strength_mid": NAN}, "strength_mid nan"),
+        ({"strength_mid": INF}, "strength_mid inf"),
+        ({"floor": 0.0}, "kab floor 0.0"),
+        ({"floor": -5e-4}, "kab floor -0.0005"),
+        ({"floor": NAN}, "kab floor nan"),
+        ({"floor": INF}, "kab floor inf"),
         ({"layers": (5, 40)}, "kab layers 5-40: the model has layers 0 to 39"),
         ({"layers": (-1, 3)}, "kab layers -1-3"),
         ({"layers": (12, 5)}, "kab layers 12-5"),
         ({"layers": (1, 2, 3)}, "kab layers 1-2-3"),
         ({"layers": (1.5, 3)}, "kab layers (1.5, 3)"),
         ({"steps": 0.4}, "kab steps 0.4: give two shares"),
-        ({"beta_end": "strong"}, "beta_end 'strong': give a number"),
+        ({"strength_end": "strong"}, "strength_end 'strong': give a number"),
         ({"curve": np.zeros((7, 1, 2))}, "anchor curve array"),
         ({"steps": (0.0, 0.2, 0.4)}, "kab steps 0-0.2-0.4"),
         ({"steps": (0.4, 0.2)}, "kab steps 0.4-0.2"),
@@ -176,7 +176,7 @@ def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError) as error:
         chosen = KAB(**changes)
         kab.strength(chosen, 50, 40, 21)
-        kab.anchor_shares(chosen, 21)
+        kab.anchor_curve(chosen, 21)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -195,9 +195,9 @@ def arrays(frames, queries=5, heads=3, keys=7):
 def frame_attention(q, k, frames, bias=None):
     """As a report shows it: (without, with the bias), under a control of no strength."""
     none = np.zeros((2, frames), np.float32)
-    control = CrossControl(none, np.int32([0]), np.ones((frames, 1), np.float32), 5e-4, False, np.ones(1))
+    control = CrossControl(np.int32([0]), np.ones((frames, 1), np.float32), 5e-4, False, np.ones(1))
     branch = Branches(k)
-    _, seen = cross_attention(q, branch, branch, CrossBias(bias), control, inspect=True)
+    _, seen = cross_attention(q, branch, branch, CrossBias(bias), control, none, inspect=True)
     return seen.plain.text, seen.biased.text
 
 
@@ -234,14 +234,14 @@ LINEAR = np.stack([np.linspace(1, 0, 7), np.linspace(0, 1, 7)], 1)
 @pytest.mark.parametrize("curve", [*CURVES, (0.0, 0.2, 0.3, 0.3, 0.3, 0.9, 1.0)], ids=str)
 def test_anchor_bias_against_float64(curve):
     rows = attention()
-    beta = np.random.default_rng(1).uniform(0, 1, (2, 7))
-    beta[1, 2] = 0
-    share = kab.anchor_shares(KAB(curve=curve), 7)
-    bias = kab.anchor_bias(*(jnp.asarray(x, jnp.float32) for x in (rows, target(rows, share), beta, 5e-4)))
-    assert relative_error(bias, oracle.anchor_bias(rows, beta, share[:, 1])) <= 1e-6
+    strength = np.random.default_rng(1).uniform(0, 1, (2, 7))
+    strength[1, 2] = 0
+    share = kab.anchor_curve(KAB(curve=curve), 7)
+    bias = kab.anchor_bias(*(jnp.asarray(x, jnp.float32) for x in (rows, target(rows, share), strength, 5e-4)))
+    assert relative_error(bias, oracle.anchor_bias(rows, strength, share[:, 1])) <= 1e-6
     assert not bias[1, 2].any() and bias[0, 2].any()
     if curve != "linear":
-        assert relative_error(bias, oracle.anchor_bias(rows, beta)) > 1e-2
+        assert relative_error(bias, oracle.anchor_bias(rows, strength)) > 1e-2
 
 
 def test_full_strength_turns_attention_into_its_target():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wanjax import keyframes
+from wanjax import keyframes, settings
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -291,8 +291,8 @@ def test_area_size_against_the_formula():
 
 
 def test_check_size_names_the_nearest():
-    keyframes.check_size(480, 864, 16)
-    keyframes.check_size(32, 32, 8)
+    settings.check_size(480, 864, 16)
+    settings.check_size(32, 32, 8)
     for size, nearest in {
         (481, 864): "480x864",
         (480, 860): "480x864",
@@ -300,13 +300,13 @@ def test_check_size_names_the_nearest():
         (8, 7): "16x16",
     }.items():
         with pytest.raises(ValueError, match=f"size {size[0]}x{size[1]}.* of 16; .*{nearest}$"):
-            keyframes.check_size(*size, 16)
+            settings.check_size(*size, 16)
 
 
 def test_check_frames_names_the_two_nearest():
     for frames in (5, 25, 33, 65, 81, 401):
-        keyframes.check_frames(frames, 4)
-    keyframes.check_frames(3, 2)
+        settings.check_frames(frames, 4)
+    settings.check_frames(3, 2)
     for frames, nearest in {
         80: "77 and 81",
         26: "25 and 29",
@@ -315,4 +315,4 @@ def test_check_frames_names_the_two_nearest():
         -7: "5 and 9",
     }.items():
         with pytest.raises(ValueError, match=f"frames {frames}: .*{nearest}$"):
-            keyframes.check_frames(frames, 4)
+            settings.check_frames(frames, 4)

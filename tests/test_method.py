@@ -26,7 +26,8 @@ def test_profiles():
         chosen = METHODS[name]
         assert chosen.isolation.weights == (1, 1, 1)
         kab, retro = chosen.kab, chosen.retro
-        assert (kab.beta_end, kab.beta_mid, kab.eps, kab.steps, kab.curve) == (0.7, 0.3, 5e-4, (0.0, 0.4), "linear")
+        assert (kab.strength_end, kab.strength_mid, kab.floor) == (0.7, 0.3, 5e-4)
+        assert (kab.steps, kab.curve) == ((0.0, 0.4), "linear")
         assert (retro.s_edge, retro.s_mid, retro.w_edge, retro.smooth) == (1.06, 0.94, None, 2)
     with pytest.raises(TypeError):
         METHODS["wan"] = Method()
@@ -59,15 +60,14 @@ def test_shapes(name, model, frames, size, steps, grid, pairs):
         "cos": (made.table.cos, (np.prod(grid), pairs), np.float32),
         "sin": (made.table.sin, (np.prod(grid), pairs), np.float32),
         "strength": (made.strength, (steps, config.dit.num_layers, grid[0]), np.float32),
-        "at": (made.control.at, (2,), np.int32),
-        "share": (made.control.share, (grid[0], 2), np.float32),
+        "anchors": (made.control.anchors, (2,), np.int32),
+        "curve": (made.control.curve, (grid[0], 2), np.float32),
         "floor": (made.control.floor, (), np.float32),
         "isolated": (made.control.isolated, (), np.bool_),
         "weights": (made.control.weights, (3,), np.float32),
     }
     for part, (array, shape, dtype) in wanted.items():
         assert (array.shape, array.dtype) == (shape, dtype), part
-    assert made.control.strength is None
 
 
 def arrays(chosen):
@@ -95,19 +95,19 @@ def test_profiles_against_float64(name):
     assert relative_error(made.table.sin, exact.imag) <= 1e-6
     assert made.control.isolated and np.array_equal(made.control.weights, np.ones(3))
     assert made.control.floor == np.float32(5e-4)
-    np.testing.assert_allclose(made.control.share[:, 1], np.arange(7) / 6, rtol=1e-6)
-    assert np.array_equal(made.control.at, [0, 6])
+    np.testing.assert_allclose(made.control.curve[:, 1], np.arange(7) / 6, rtol=1e-6)
+    assert np.array_equal(made.control.anchors, [0, 6])
 
 
 def test_parts_are_switched_one_by_one():
     isolation = arrays(Method(isolation=Isolation((1.0, 0.5, 2.0))))
     assert isolation.control.isolated and same_table(isolation) and not isolation.strength.any()
     assert np.array_equal(isolation.control.weights, np.float32([1, 0.5, 2]))
-    anchored = arrays(Method(kab=KAB(eps=1e-3, curve="ease-in", layers=(2, 5))))
+    anchored = arrays(Method(kab=KAB(floor=1e-3, curve="ease-in", layers=(2, 5))))
     assert not anchored.control.isolated and same_table(anchored)
     np.testing.assert_allclose(anchored.strength, oracle.strength(10, 6, 7, (2, 5)), rtol=1e-6)
     assert anchored.control.floor == np.float32(1e-3)
-    np.testing.assert_allclose(anchored.control.share[:, 1], (np.arange(7) / 6) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(anchored.control.curve[:, 1], (np.arange(7) / 6) ** 2, rtol=1e-6)
     rescaled = arrays(Method(retro=ReTRo("position")))
     assert not rescaled.control.isolated and not rescaled.strength.any() and not same_table(rescaled)
     exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2), "position")
@@ -141,19 +141,19 @@ def test_places_of_keyframes(at, tokens):
     assert method.token_frames(TINY, 25, at) == tokens
     chosen = Method(Isolation(), KAB() if at else None, ReTRo())
     made = method.arrays(chosen, TINY, 25, (32, 48), 10, at)
-    assert np.array_equal(made.control.at, tokens) and made.control.at.dtype == np.int32
-    np.testing.assert_allclose(made.control.share, oracle.shares(7, tokens), atol=1e-7)
-    wanted = oracle.strength(10, 6, 7, (1, 1), at=tokens) if at else np.zeros((10, 6, 7))
+    assert np.array_equal(made.control.anchors, tokens) and made.control.anchors.dtype == np.int32
+    np.testing.assert_allclose(made.control.curve, oracle.anchor_curve(7, tokens), atol=1e-7)
+    wanted = oracle.strength(10, 6, 7, (1, 1), anchors=tokens) if at else np.zeros((10, 6, 7))
     np.testing.assert_allclose(made.strength, wanted, rtol=1e-6)
-    exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2, at=tokens), "frequency")
+    exact = oracle.rope_factors((7, 4, 6), 48, oracle.scale_vector(25, 7, 2, anchors=tokens), "frequency")
     assert relative_error(made.table.cos, exact.real) <= 1e-6
     described = method.describe(chosen, TINY, 25, at)["retro_scale"]
-    np.testing.assert_allclose(described, oracle.scale_vector(25, 7, 2, at=tokens), atol=1e-6)
+    np.testing.assert_allclose(described, oracle.scale_vector(25, 7, 2, anchors=tokens), atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [25, -26, 1000])
 def test_a_place_outside_the_clip(place):
-    with pytest.raises(ValueError, match=f"^keyframe at frame {place}: the clip has frames 0 to 24"):
+    with pytest.raises(ValueError, match=f"^keyframe at {place}: give a whole number from -25 to 24$"):
         method.arrays(Method(), TINY, 25, (32, 48), 10, (0, place))
 
 
@@ -175,4 +175,4 @@ def test_weights_of_any_number_of_images(name, images):
 def test_weights_of_published_models(model, images):
     """A model that sees one image may still have two keyframes to anchor to."""
     made = method.arrays(METHODS["paper"], preset(model), 25, (32, 48), 10)
-    assert made.control.weights.shape == (1 + images,) and made.control.at.shape == (2,)
+    assert made.control.weights.shape == (1 + images,) and made.control.anchors.shape == (2,)

@@ -12,10 +12,11 @@ from nano import NANO, write_model
 from PIL import Image
 from reference import relative_error
 
-from samplers import pipeline
+from samplers import ahead, pipeline
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings
+from samplers.programs import Programs
 from wanjax import checkpoint, sharding
 from wanjax.method import METHODS
 
@@ -69,7 +70,7 @@ def test_values_do_not_recompile(model, mode):
     assert compiled, "the counter sees compilations"
     changes = [
         {"prompt": "a blue square moves up over"}, {"seed": 7}, {"guidance": 4.5}, {"guidance": 1.0},
-        {"shift": 11.0}, {"solver": "euler"}, {"grid": "linear"}, {"negative_prompt": "red"}, {"steps": 4},
+        {"shift": 11.0}, {"solver": "euler"}, {"schedule": "linear"}, {"negative_prompt": "red"}, {"steps": 4},
         {"guidance_interval": (0.5, 1.0)}, {"timesteps": "truncated"},
     ]  # fmt: skip
     with count_compilations() as compiled:
@@ -351,7 +352,7 @@ def test_parts_of_any_size_and_what_the_host_sees(model):
 
 
 def test_programs_compiled_ahead_are_those_of_the_run(model):
-    """Nothing is compiled or traced again in the stages they are for."""
+    """Nothing is compiled or traced again in the stages they are for, and the bits are those of the jitted ones."""
     jax.clear_caches()
     chosen = settings(seed=9)
     plan = Plan.of(NANO, chosen)
@@ -361,16 +362,43 @@ def test_programs_compiled_ahead_are_those_of_the_run(model):
             ready(stage)
         with count_compilations() as compiled:
             (made,) = pipeline.make(model, plan, [batch], ready=ready)
-    stages = [pipeline._denoise, pipeline._decode, pipeline._encode_keyframes]
-    before = [stage._cache_size() for stage in stages]
-    assert np.array_equal(made.latents, inbetween(model, images(), chosen).latents)
-    assert before == [stage._cache_size() for stage in stages]
+    stages = [getattr(Programs.of(plan), field.name).func for field in dataclasses.fields(Programs)]
+    assert not any(stage._cache_size() for stage in stages)
     assert len(compiled) <= 8, "small helpers alone"
+    again = inbetween(model, images(), chosen)
+    assert np.array_equal(made.latents, again.latents) and np.array_equal(made.video, again.video)
+    assert all(stage._cache_size() for stage in stages)
+
+
+@pytest.mark.parametrize(
+    "at, solver, precision",
+    [((0, -1), "unipc", "float32"), ((-1,), "lcm", "bfloat16"), ((0, 2, -1), "lcm", "float32")],
+)
+def test_shapes_compiled_ahead_are_those_that_programs_give(at, solver, precision):
+    """What one program gives is what the next was compiled for, without tracing any to know it."""
+    config = checkpoint.with_dtype(NANO, precision)
+    plan = Plan.of(config, Settings.of(config, solver=solver), at)
+    given, made = ahead.shapes(plan), {}
+    for name, arguments in given.items():
+        program = getattr(Programs.of(plan), name)
+        made[name] = program.func.eval_shape(*program.args, *arguments, **program.keywords)
+    _, carry, _, _, conditions, negative, *_ = given["denoise"]
+    (text, _), (tokens, _), (latent, _) = (made[name] for name in ("text", "images", "keyframes"))
+    assert (2, *conditions.text.shape[1:]) == text.shape and conditions.text.dtype == negative.dtype == text.dtype
+    assert conditions.images.shape[2:] == tokens.shape[1:] and conditions.images.dtype == tokens.dtype
+    assert (conditions.latent.shape, conditions.latent.dtype) == (latent.shape, latent.dtype)
+    assert made["denoise"] == carry and made["denoise"].sample == given["decode"][1] == made["noise"]
 
 
 def test_presets_and_profiles_by_name():
     chosen = Settings.of(NANO, "lightx2v-4", shift=7.0)
-    assert (chosen.steps, chosen.guidance, chosen.grid, chosen.solver, chosen.shift) == (4, 1.0, "linear", "euler", 7.0)
+    assert (chosen.steps, chosen.guidance, chosen.schedule, chosen.solver, chosen.shift) == (
+        4,
+        1.0,
+        "linear",
+        "euler",
+        7.0,
+    )
     assert Settings.of(NANO, method="paper").method == METHODS["paper"]
     with pytest.raises(ValueError, match="preset 'turbo': choose lightx2v-4"):
         Settings.of(NANO, "turbo")

@@ -74,7 +74,9 @@ def test_equal_factors_are_kept_to_the_last_bit(value):
 @pytest.mark.parametrize("at", [(0,), (3,), (0, 3, 6), (2, 4), (1, 5, 6)], ids=str)
 def test_edges_at_every_keyframe(frames, at):
     found = retro.scale_vector(ReTRo(), frames, latent(frames), at)
-    np.testing.assert_allclose(found, oracle.scale_vector(frames, latent(frames), edge_of(frames), at=at), rtol=1e-12)
+    np.testing.assert_allclose(
+        found, oracle.scale_vector(frames, latent(frames), edge_of(frames), anchors=at), rtol=1e-12
+    )
     bare = retro.scale_vector(ReTRo(smooth=0), frames, latent(frames), at)
     assert (bare[list(at)] == 1.06).all() and (bare == 0.94).any()
 

@@ -28,8 +28,8 @@ def make_noise(seed=0):
     return np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32)
 
 
-def make_table(solver="unipc", steps=6, shift=5.0, grid="wan"):
-    return sampling.rows(solvers.table(solver, schedule.sigmas(grid, steps, shift)))
+def make_table(solver="unipc", steps=6, shift=5.0, name="wan"):
+    return sampling.rows(solvers.table(solver, schedule.sigmas(name, steps, shift)))
 
 
 def denoise(x, row, state):
@@ -69,12 +69,12 @@ def run():
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
 def test_float32_scan_against_float64(steps, run):
     for solver in ("euler", "unipc", "dpm++"):
-        for grid in schedule.GRIDS:
-            levels = schedule.sigmas(grid, steps, 16.0)
-            latents, failed = run(make_noise(), make_table(solver, steps, 16.0, grid))
+        for name in schedule.SCHEDULES:
+            levels = schedule.sigmas(name, steps, 16.0)
+            latents, failed = run(make_noise(), make_table(solver, steps, 16.0, name))
             assert latents.dtype == jnp.float32 and failed.dtype == jnp.int32 and failed.shape == ()
             assert int(failed) == -1
-            assert relative_error(latents, oracle(solver, levels, make_noise())) <= 3e-6, (solver, grid)
+            assert relative_error(latents, oracle(solver, levels, make_noise())) <= 3e-6, (solver, name)
 
 
 def test_equals_a_plain_loop(run):
@@ -180,11 +180,11 @@ def test_any_division_into_parts_gives_the_same_bits(run):
 
 
 def test_one_program_for_other_values_tables_and_step_counts():
-    """Noise, shift, solver, grid and the number of steps change; nothing compiles anew."""
+    """Noise, shift, solver, schedule and the number of steps change; nothing compiles anew."""
     traces = []
     part = make_part(traces)
     ends = []
-    for seed, solver, steps, shift, grid in (
+    for seed, solver, steps, shift, name in (
         (0, "unipc", 6, 5.0, "wan"),
         (1, "unipc", 6, 5.0, "wan"),
         (0, "dpm++", 6, 5.0, "wan"),
@@ -194,7 +194,7 @@ def test_one_program_for_other_values_tables_and_step_counts():
         (0, "unipc", 7, 5.0, "wan"),
         (0, "unipc", 64, 5.0, "wan"),
     ):
-        table = make_table(solver, steps, shift, grid)
+        table = make_table(solver, steps, shift, name)
         ends.append(np.asarray(host.run(part, sampling.start(make_noise(seed)), table, steps).sample))
     assert len(traces) == 1
     assert all(relative_error(end, ends[0].astype(np.float64)) > 1e-4 for end in ends[1:])

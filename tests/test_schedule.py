@@ -1,4 +1,4 @@
-"""Sigma grids against diffusers' schedulers and against the formulas written out."""
+"""Schedules against diffusers' schedulers and against the formulas written out."""
 
 import math
 
@@ -56,10 +56,10 @@ def test_linear_grid_one_by_one(steps, shift):
     assert levels[0] == 1 and levels[-1] == 0
 
 
-@pytest.mark.parametrize("grid", schedule.GRIDS)
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
 @pytest.mark.parametrize(("steps", "shift"), CASES)
-def test_every_grid_falls_strictly_to_zero_in_float64(grid, steps, shift):
-    levels = schedule.sigmas(grid, steps, shift)
+def test_every_schedule_falls_strictly_to_zero_in_float64(name, steps, shift):
+    levels = schedule.sigmas(name, steps, shift)
     assert levels.dtype == np.float64 and levels.shape == (steps + 1,)
     assert np.all(np.diff(levels) < 0) and levels[0] <= 1 and levels[-1] == 0
     assert schedule.timesteps(levels).dtype == np.float64 and schedule.timesteps(levels).shape == (steps,)

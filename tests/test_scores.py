@@ -98,6 +98,17 @@ def test_another_run_is_refused_by_name(folder, change, named):
     assert (folder / CONFIG).read_bytes() == before
 
 
+def test_settings_by_their_old_names_are_the_same_run(tmp_path):
+    arms = [{"wan": {"kind": "method", "method": {"kab": {end: 0.7, floor: 5e-4}}}}
+            for end, floor in (("beta_end", "eps"), ("strength_end", "floor"))]  # fmt: skip
+    old, new = (CONFIGURATION | {"settings": {name: "wan"}, "arms": own}
+                for name, own in zip(("grid", "schedule"), arms, strict=True))  # fmt: skip
+    with Scores(tmp_path / "out", old) as scores:
+        scores.append([line("a")])
+    with Scores(tmp_path / "out", new) as scores:
+        assert scores.config["settings"] == {"schedule": "wan"} and scores.config["arms"] == arms[1]
+
+
 def test_lengths_arms_and_seeds_may_join(folder):
     planned = {"25": {"wan": [1], "kab": [1]}, "33": {"vae": [None]}}
     more = {"arms": {"kab": {}, "vae": {}}, "planned": planned, "sets": {"33": {"ids": ["a"]}}}

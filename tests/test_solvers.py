@@ -1,6 +1,6 @@
 """Coefficient tables against diffusers' schedulers, known solutions and the limits at sigma 1 and 0.
 
-The schedulers are run in float64, sample and sigmas, on our float64 grid: theirs are float32, whose 1 - sigma
+The schedulers are run in float64, sample and sigmas, on our float64 schedule: theirs are float32, whose 1 - sigma
 near sigma 1 has three digits left. One test runs them as they come. The field depends on sigma, not on the
 timestep, so that their integer timesteps have no part in it.
 """
@@ -66,8 +66,8 @@ def reference_trajectory(scheduler, x):
     return samples
 
 
-# First the scheduler's own grid. "linear" begins at sigma 1, where their logarithms are infinite too.
-GRID_OF = {
+# First the scheduler's own schedule. "linear" begins at sigma 1, where their logarithms are infinite too.
+SCHEDULES_OF = {
     "euler": ("diffusers-euler", "linear", "wan"),
     "dpm++": ("wan", "linear"),
     "unipc": ("diffusers-unipc", "wan", "linear"),
@@ -77,9 +77,9 @@ GRID_OF = {
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize(("solver", "grid"), [(s, g) for s, grids in GRID_OF.items() for g in grids])
-def test_every_step_of_diffusers_trajectory(solver, grid, steps, shift):
-    levels = schedule.sigmas(grid, steps, shift)
+@pytest.mark.parametrize(("solver", "name"), [(s, n) for s, names in SCHEDULES_OF.items() for n in names])
+def test_every_step_of_diffusers_trajectory(solver, name, steps, shift):
+    levels = schedule.sigmas(name, steps, shift)
     scheduler = reference_scheduler(solver, shift)
     scheduler.set_timesteps(steps)
     scheduler.sigmas = torch.from_numpy(levels)
@@ -103,7 +103,7 @@ def test_diffusers_as_it_comes_in_float32(solver, steps, shift):
     scheduler = reference_scheduler(solver, shift)
     scheduler.set_timesteps(steps)
     expected = reference_trajectory(scheduler, noise(np.float32))
-    table = solvers.table(solver, schedule.sigmas(GRID_OF[solver][0], steps, shift))
+    table = solvers.table(solver, schedule.sigmas(SCHEDULES_OF[solver][0], steps, shift))
     actual = trajectory(table.corrector, table.predictor, table.sigma, field, noise(np.float32))
     for i in range(steps):
         assert relative_error(actual[i], expected[i]) <= 1e-5, i
@@ -116,10 +116,10 @@ def gaussian_velocity(x, sigma):
     return -0.4 + slope * (x - alpha * 0.4)
 
 
-def convergence(solver, grids):
-    """Observed orders of the error at the end, between grids of doubling step counts."""
+def convergence(solver, schedules):
+    """Observed orders of the error at the end, between schedules of doubling step counts."""
     errors = []
-    for levels in grids:
+    for levels in schedules:
         begin, end = (
             (1 - sigma) * 0.4 + np.hypot((1 - sigma) * 0.7, sigma) * noise() for sigma in (levels[0], levels[-1])
         )
@@ -128,36 +128,36 @@ def convergence(solver, grids):
     return np.log2(np.array(errors[:-1]) / errors[1:])
 
 
-@pytest.mark.parametrize("grid", ["linear", "wan"])
+@pytest.mark.parametrize("name", ["linear", "wan"])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2), ("unipc", 2)])
-def test_order_of_convergence_from_noise_to_data(solver, order, grid):
+def test_order_of_convergence_from_noise_to_data(solver, order, name):
     """Over the whole range the first-order first and last steps hold UniPC at order 2.
 
     Near both ends lambda moves by log 2 and more a step however many steps there are: DPM++ gets a log(steps)
     there.
     """
-    orders = convergence(solver, [schedule.sigmas(grid, steps, 3.0) for steps in (200, 400, 800)])
+    orders = convergence(solver, [schedule.sigmas(name, steps, 3.0) for steps in (200, 400, 800)])
     assert np.all(np.abs(orders - order) < 0.35), orders
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2), ("unipc", 3)])
 def test_order_of_convergence_inside(solver, order):
     """Even steps of lambda with a short first and last one: UniPC's corrector then shows its third order."""
-    grids = []
+    schedules = []
     for steps in (20, 40, 80, 160):
         h = 6 / steps
         log_snr = np.concatenate([[-3], np.linspace(-3 + 0.1 * h**2, 3 - 0.1 * h**2, steps), [3]])
-        grids.append(1 / (1 + np.exp(log_snr)))
-    orders = convergence(solver, grids)
+        schedules.append(1 / (1 + np.exp(log_snr)))
+    orders = convergence(solver, schedules)
     assert np.all(np.abs(orders[-2:] - order) < 0.2), orders
 
 
 @pytest.mark.parametrize("solver", ODE)
-@pytest.mark.parametrize("grid", schedule.GRIDS)
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 1000])
-def test_weights_are_finite_and_keep_constant_data(solver, grid, steps):
+def test_weights_are_finite_and_keep_constant_data(solver, name, steps):
     """If every estimate is the same m, then x = (1 - sigma) m + sigma * noise must hold at every level."""
-    levels = schedule.sigmas(grid, steps, 16.0)
+    levels = schedule.sigmas(name, steps, 16.0)
     corrector, predictor = solvers.coefficients(solver, levels)
     assert np.isfinite(corrector).all() and np.isfinite(predictor).all()
     assert corrector.shape == (steps, 5) and predictor.shape == (steps, 3)

@@ -74,9 +74,9 @@ def test_holm_counts_the_rivals_alone(runs):
 
 def test_an_own_arm_is_told_by_its_settings(tmp_path):
     run = write_run(tmp_path / "run", {"mine": (0.1, 1.0)}, clips=4)
-    run.config["arms"]["mine"] = Arm("mine", "own", "", "random-bias", Method(kab=KAB(beta_mid=0.1))).plain()
+    run.config["arms"]["mine"] = Arm("mine", "own", "", "random-bias", Method(kab=KAB(strength_mid=0.1))).plain()
     text = report.markdown(report.collect([run], ["one"], [{}]))
-    assert "- `wan`: Wan2.1 as it is\n- `mine`: random-bias; kab {beta_end: 0.7, beta_mid: 0.1, eps: " in text
+    assert "- `wan`: Wan2.1 as it is\n- `mine`: random-bias; kab {strength_end: 0.7, strength_mid: 0.1, floor: " in text
 
 
 def verdicts(runs):

@@ -105,7 +105,7 @@ def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip, repeats):
 
     @jax.jit
     def expected(x):
-        levels = schedule.sigmas(settings.grid, settings.steps, settings.shift)
+        levels = schedule.sigmas(settings.schedule, settings.steps, settings.shift)
         weight = jnp.linspace(1, 0, x.shape[1])[None, :, None, None, None]
         steps = [(here, after, here) for here, after in zip(levels[:1], levels[1:2], strict=True)] * repeats
         steps += [(here, after, after) for here, after in zip(levels[:-1], levels[1:], strict=True)]
@@ -133,7 +133,7 @@ def test_vibid_goes_both_ways_in_every_step(model, setup, flip):
 
     @jax.jit
     def expected(x):
-        here = schedule.sigmas(settings.grid, 1, settings.shift)[0]
+        here = schedule.sigmas(settings.schedule, 1, settings.shift)[0]
         ahead = x - here * velocity(model, settings, forwards, negative, x, here)
         x = (1 - here) * ahead + here * fresh(keys, 0, x.shape)
         return behind(model, settings, backwards, negative, reverse, x, ahead, here)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from flax.traverse_util import flatten_dict, unflatten_dict
 from reference import listing, numpy_state, randomize, relative_error
 
 from convert import vae as names
 from convert.keymap import CONV3D, check, convert
-from wanjax import vae
-from wanjax.config import BFLOAT16, VAEConfig, preset
+from wanjax import checkpoint, vae
+from wanjax.config import BFLOAT16, VAE_BFLOAT16, VAEConfig, preset
 
 CONFIGS = {
     "wan": VAEConfig(base_dim=8, conv3d="taps"),
@@ -243,3 +244,34 @@ def test_bad_video_shapes(shape: tuple[int, ...], message: str) -> None:
 def test_bad_latent_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"latents: got shape .* give \[B, F, h, w, 16\]"):
         vae.decode(CONFIGS["tiny"], {}, jnp.zeros(shape))
+
+
+def decibels(a, b):
+    """PSNR of clips in [-1, 1]."""
+    return 10 * np.log10(4 / np.mean((np.float64(a) - np.float64(b)) ** 2))
+
+
+WIDE = dataclasses.replace(preset("flf2v_14b").vae, conv3d="taps")
+
+
+@pytest.mark.parametrize("name", ["bundled", pytest.param("full width", marks=pytest.mark.slow)])
+def test_production_policy_decodes_the_same_pictures(name):
+    """Decoded under --dtype bfloat16, a clip is at least 55 dB from float32's, on trained and on random weights."""
+    rng = np.random.default_rng(0)
+    if name == "bundled":
+        config = dataclasses.replace(preset("tiny").vae, conv3d="taps")
+        weights = checkpoint.load("tiny").params["vae"]
+    else:
+        config = WIDE
+        shapes = flatten_dict(expected_params(config), sep="/")
+        weights = {path: rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1]) or 1)
+                   if path.endswith("kernel") else np.float32("gamma" in path) + 0.02 * rng.standard_normal(leaf.shape)
+                   for path, leaf in shapes.items()}  # fmt: skip
+        weights = unflatten_dict(jax.tree.map(jnp.float32, weights), sep="/")
+    latents = jnp.asarray(rng.standard_normal((1, 2, 2, 3, 16)), jnp.float32)
+    fast = dataclasses.replace(config, precision=VAE_BFLOAT16)
+    clips = [jax.jit(lambda p, x, c=c: vae.decode(c, p, x), compiler_options=QUICK)(weights, latents)
+             for c in (config, fast)]  # fmt: skip
+    assert np.std(clips[0]) > 0.1
+    assert decibels(*clips) >= 55
+    assert decibels(*clips) <= 100, "the policy changed nothing"

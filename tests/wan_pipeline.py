@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, processors
 
 from samplers import pipeline
 from samplers.plan import Plan
+from samplers.programs import Programs
 from wanjax.checkpoint import Model
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config
 
@@ -151,7 +152,7 @@ def ours(model: Model, plan: Plan, first: Image.Image, last: Image.Image) -> Sta
     end = pipeline.denoise(model, plan, encoded, jnp.asarray(noise())[None],
                            on_step=lambda done, carry: carries.append(np.asarray(carry.sample[0])))  # fmt: skip
     # Before the rounding of `pipeline.decode`, by the same program.
-    video, _ = pipeline._decode(plan.config.vae, model.part("vae"), end)
+    video, _ = Programs.of(plan).decode(model.part("vae"), end)
     one = encoded.conditions
     text, negative, images, latent = (np.asarray(x[0]) for x in (one.text, encoded.negative, one.images, one.latent))
     return Stages(text, negative, images, latent, plan.table.step.timestep[: plan.settings.steps], carries[1:],

@@ -8,7 +8,6 @@ What `python -m convert` writes is an Orbax checkpoint for each model, what `sav
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,16 +19,17 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from wanjax import compare, manifest, sharding, store
-from wanjax import config as configs
-from wanjax.config import BFLOAT16, FLOAT32, ModelConfig
+from wanjax import compare, manifest, sharding, store, writing
+from wanjax.config import BFLOAT16, FLOAT32, VAE_BFLOAT16, ModelConfig, from_json, to_json
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
 from wanjax.residency import POLICIES, Model, Parts
+from wanjax.settings import refuse
 from wanjax.shapes import param_shapes
 from wanjax.tokenizer import Tokenizer
 
 __all__ = ["CONFIG", "TOKENIZER", "CheckpointError", "Folder", "Model", "bundled", "is_folder", "load", "open_folder",
-           "param_shapes", "policy", "read_config", "save", "sign"]  # fmt: skip
+           "param_shapes", "read_config", "save", "sign",
+           "with_dtype"]  # fmt: skip
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
@@ -102,18 +102,16 @@ def open_folder(model: str | os.PathLike[str], whole: bool = True) -> Folder:
 
 
 def _open(path: Path, whole: bool) -> Folder:
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
-    config, shapes = _config(path / CONFIG)
+    config, shapes = _config(path)
     found = manifest.manifest_of(path)
     _compare_files(path, found)
     if not whole:
         return Folder(path, config, None)
-    if found is None and any((path / part).is_dir() for part in shapes):
-        raise CheckpointError(f"model {path}: {MANIFEST} missing; convert the weights again")
     stored = found is not None and found.form != SAFETENSORS
     named = (*(part if stored else f"{part}.safetensors" for part in shapes), TOKENIZER)
     lacking = [name for name in named if not (path / name).exists()]
+    if found is None and any((path / part).is_dir() for part in shapes):
+        lacking = [MANIFEST]
     if lacking:
         raise CheckpointError(f"model {path}: {', '.join(lacking)} missing; convert the weights again")
     for part, tree in shapes.items():
@@ -123,10 +121,13 @@ def _open(path: Path, whole: bool) -> Folder:
     return Folder(path, config, _tokenizer(path / TOKENIZER, config), notes)
 
 
-def _config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration in a file and its parameters' shapes."""
+def _config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration in a folder and its parameters' shapes."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
     try:
-        config = configs.from_json(file.read_text(encoding="utf-8"))
+        config = from_json(file.read_text(encoding="utf-8"))
         return config, param_shapes(config)
     except UNREADABLE as error:
         raise CheckpointError(f"{file}: {manifest.first_line(error)}") from error
@@ -162,8 +163,7 @@ def load(
 
     Args:
       model: "tiny" for the bundled one, a model folder, or one that `open_folder` has checked.
-      dtype: "float32" or "bfloat16" policy for transformer and encoders; None takes the folder's own.
-        The VAE stays as it is stored in the config.
+      dtype: "float32" or "bfloat16" policy, see `with_dtype`; None takes the folder's own.
       mesh: where the params are put, by `rules`; None puts them on the default device.
       fast: leave the digests be, see `store.restore`.
       policy: "keep" reads all parts now and keeps them. "stage" reads a part when it is asked for and frees the
@@ -175,7 +175,7 @@ def load(
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r}: choose {' or '.join(POLICIES)}")
     folder = model if isinstance(model, Folder) else open_folder(model)
-    config = folder.config if dtype is None else _with_dtype(folder.config, dtype)
+    config = folder.config if dtype is None else with_dtype(folder.config, dtype)
     shapes = param_shapes(config)
 
     def read(part: str, mesh: Mesh | None, rules: sharding.Rules) -> Any:
@@ -189,16 +189,14 @@ def load(
     return Model(config, parts.held, folder.tokenizer, parts)
 
 
-def policy(dtype: str) -> configs.Precision:
-    """The precision policy of a name. ValueError for another than float32 and bfloat16."""
-    policies = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The same model under the policy of a name: "float32" computes as the original does, "bfloat16" is what
+    accelerators are fast at, VAE included. ValueError for another name."""
+    policies = {"float32": (FLOAT32, FLOAT32), "bfloat16": (BFLOAT16, VAE_BFLOAT16)}
     if dtype not in policies:
         raise ValueError(f"dtype {dtype!r}: choose {' or '.join(policies)}")
-    return policies[dtype]
-
-
-def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
-    return config.with_precision(policy(dtype))
+    dit, vae = policies[dtype]
+    return config.with_precision(dit, vae=vae)
 
 
 def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[str, Any], tokenizer: Path) -> None:
@@ -213,13 +211,10 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[st
       CheckpointError: the folder exists, params are not the config's, or there is no such tokenizer.
     """
     folder = Path(folder).expanduser().resolve()
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists; choose another name or remove it")
+    refuse((folder.exists(), f"{folder}: exists; choose another name or remove it"), error=CheckpointError)
     _compare(folder, config, params)
-    if not Path(tokenizer).is_file():
-        raise CheckpointError(f"{tokenizer}: no such file; give a tokenizer.json")
-    with tempfile.TemporaryDirectory(prefix=".wanjax-", dir=folder.parent) as hidden:
-        new = Path(hidden) / "new"
+    refuse((not Path(tokenizer).is_file(), f"{tokenizer}: no such file; give a tokenizer.json"), error=CheckpointError)
+    with writing.beside(folder, folder=True) as new:
         new.mkdir()
         arrays = {}
         for part, tree in params.items():
@@ -227,10 +222,9 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[st
             flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
             save_file(flat, new / f"{part}.safetensors")
             arrays |= {f"{part}/{name}": manifest.entry_of(array) for name, array in flat.items()}
-        (new / CONFIG).write_text(configs.to_json(config) + "\n", encoding="utf-8")
+        (new / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer, new / TOKENIZER)
         (new / MANIFEST).write_text(_manifest(new, arrays).dumps(), encoding="utf-8")
-        os.replace(new, folder)
 
 
 def _compare(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
@@ -254,9 +248,7 @@ def sign(folder: str | os.PathLike[str]) -> None:
       CheckpointError: not a model folder, or the arrays are not the config's.
     """
     path = Path(folder).expanduser().resolve()
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
-    _, shapes = _config(path / CONFIG)
+    _, shapes = _config(path)
     found = manifest.manifest_of(path)
     if found is not None and found.form != SAFETENSORS:
         new = replace(found, files=_files(path))
@@ -266,9 +258,7 @@ def sign(folder: str | os.PathLike[str]) -> None:
             store.check(path, part, tree, None)
             arrays |= store.entries(path, part)
         new = _manifest(path, arrays)
-    hidden = path / f".{MANIFEST}.new"
-    hidden.write_text(new.dumps(), encoding="utf-8")
-    os.replace(hidden, path / MANIFEST)
+    writing.write_text(path / MANIFEST, new.dumps(), overwrite=True, anything=True)
 
 
 def _manifest(path: Path, arrays: Mapping[str, Mapping[str, Any]]) -> Manifest:

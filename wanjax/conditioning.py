@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wanjax.keyframes import check_frames
-from wanjax.settings import pixel_frames
+from wanjax.settings import check_frames, pixel_frames
 
 
 def mask(frames: int, temporal_stride: int, at: Sequence[int] = (0, -1)) -> jax.Array:
@@ -28,7 +27,7 @@ def mask(frames: int, temporal_stride: int, at: Sequence[int] = (0, -1)) -> jax.
     """
     check_frames(frames, temporal_stride)
     given = np.zeros(frames, np.float32)
-    given[_distinct(at, frames)] = 1
+    given[list(pixel_frames(at, frames))] = 1
     return jnp.asarray(np.concatenate([np.repeat(given[:1], temporal_stride), given[1:]]).reshape(-1, temporal_stride))
 
 
@@ -44,14 +43,7 @@ def keyframe_video(images: jax.Array, at: Sequence[int], frames: int) -> jax.Arr
         raise ValueError(f"{images.shape[1]} keyframes at {len(at)} places: give a place for each")
     batch, _, *size = images.shape
     gray = jnp.zeros((batch, frames, *size), images.dtype)
-    return gray.at[:, _distinct(at, frames)].set(images)
-
-
-def _distinct(at: Sequence[int], frames: int) -> np.ndarray:
-    places = pixel_frames(at, frames)
-    if len(set(places)) < len(places):
-        raise ValueError(f"keyframes at {', '.join(map(str, at))} of {frames} frames: give each a frame of its own")
-    return np.asarray(places, int)
+    return gray.at[:, np.asarray(pixel_frames(at, frames), int)].set(images)
 
 
 def latent_condition(latent: jax.Array, mask: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ def cross_attention(
     values: Branches,
     bias: CrossBias | None = None,
     control: CrossControl | None = None,
+    strength: jax.Array | None = None,
     precision: Precision = FLOAT32,
     kernel: str = "xla",
     inspect: bool = False,
@@ -54,7 +55,8 @@ def cross_attention(
       q: [B, S, N, d], as `layout` lays the tokens of F frames.
       keys, values: text [B, K, N, d], images [B, M, K, N, d].
       bias: a caller's, of one layer. KAB's is added to it.
-      control: of one layer (strength [B, F]); None is plain Wan2.1.
+      control: None is plain Wan2.1.
+      strength: KAB's in this layer, float32 [B, F]; goes with a control.
       precision: policy of the model.
       kernel: of attention without a bias.
       inspect: report too, at the cost of the path with a bias; needs a control.
@@ -69,25 +71,25 @@ def cross_attention(
     chex.assert_rank([q, keys.text, values.text], 4)
     dtype, own = jnp.dtype(precision.compute), bias or CrossBias()
     if layout is None:
-        rows = [x for x in (own.text, own.images, None if control is None else control.strength) if x is not None]
+        rows = [x for x in (own.text, own.images, strength) if x is not None]
         frames = rows[0].shape[1] if rows else 1
         if q.shape[1] % frames:
             raise ValueError(f"{q.shape[1]} queries are not {frames} frames of equal size")
         layout = parallel.layout(frames, q.shape[1] // frames, kernel)
-        out, seen = cross_attention(layout.lay(q), keys, values, bias, control, precision, kernel, inspect, layout)
+        out, seen = cross_attention(
+            layout.lay(q), keys, values, bias, control, strength, precision, kernel, inspect, layout
+        )
         return layout.restore(out), seen
-    strength = None if control is None else jnp.asarray(control.strength)
-    rest = None if control is None else jax.tree.map(jnp.asarray, control.replace(strength=None))
+    control, strength = jax.tree.map(jnp.asarray, (control, strength))
     asked = inspect or own.text is not None or own.images is not None
 
-    def run(q, keys, values, rows, rest, part, axes) -> tuple[jax.Array, CrossReport | None]:
+    def run(q, keys, values, rows, control, part, axes) -> tuple[jax.Array, CrossReport | None]:
         """What one device does, or all of it."""
         strength, own = rows
-        control = None if rest is None else rest.replace(strength=strength)
         k, v = _parts(keys, 1), _parts(values, 1)
 
         def biased() -> tuple[jax.Array, CrossReport | None]:
-            return _by_frame(q, k, v, own, control, precision, inspect, layout, part, axes)
+            return _by_frame(q, k, v, own, control, strength, precision, inspect, layout, part, axes)
 
         def plain() -> tuple[jax.Array, None]:
             found = [attention(q, *kv, scale=1.0, precision=precision, kernel=kernel, residual=True)
@@ -104,7 +106,7 @@ def cross_attention(
         return lax.cond(jnp.any(strength != 0), biased, plain)
 
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731  before it travels
-    return parallel.cross_attention(run, cast(parallel.scaled(q)), cast(keys), cast(values), (strength, own), rest)
+    return parallel.cross_attention(run, cast(parallel.scaled(q)), cast(keys), cast(values), (strength, own), control)
 
 
 def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array]:
@@ -130,7 +132,7 @@ def _shares(residuals: list[Residual], control: CrossControl | None) -> list[tup
 
 
 def _by_frame(
-    q, keys, values, own, control, precision, inspect, layout: TokenLayout, part, axes
+    q, keys, values, own, control, strength, precision, inspect, layout: TokenLayout, part, axes
 ) -> tuple[jax.Array, CrossReport | None]:
     """Attention with KAB's bias and the caller's, a frame at a time: neither the probabilities nor the bias of every
     query exist all at once. A frame's logits serve its frame attention and its output.
@@ -143,7 +145,7 @@ def _by_frame(
     added += [nothing] * (len(keys) - len(added))
     q = layout.split(q)
     counted, count = layout.counted(part), layout.queries * lax.psum(q.shape[3], [a for a in axes if a == "tensor"])
-    first = jnp.zeros(0, jnp.int32) if control is None else control.at
+    first = jnp.zeros(0, jnp.int32) if control is None else control.anchors
     order = jnp.concatenate([first, jnp.arange(frames)])
 
     def attend(scores: list[jax.Array], look: bool) -> tuple[list[jax.Array] | None, list[jax.Array]]:
@@ -159,24 +161,24 @@ def _by_frame(
         return [x / count for x in lax.psum([x.sum((1, 2)) for x in looked], axes)], weighed
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
-        (anchors, out), (index, frame) = carry, step
+        (anchored, out), (index, frame) = carry, step
         scores, plain = [xla.logits(q[frame], k, 1.0, precision) for k in keys], None
         bias = [x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores, True)
-            place, share = (jnp.arange(len(first)) == index)[:, None, None], control.share[frame][:, None, None]
-            anchors = [jnp.where(place, row, x) for x, row in zip(anchors, plain, strict=True)]
-            targets = [(share * x).sum(0) for x in anchors]
-            bias = [kab.anchor_bias(row, target, control.strength[:, frame], control.floor) + x
+            place, curve = (jnp.arange(len(first)) == index)[:, None, None], control.curve[frame][:, None, None]
+            anchored = [jnp.where(place, row, x) for x, row in zip(anchored, plain, strict=True)]
+            targets = [(curve * x).sum(0) for x in anchored]
+            bias = [kab.anchor_bias(row, target, strength[:, frame], control.floor) + x
                     for row, target, x in zip(plain, targets, bias, strict=True)]  # fmt: skip
         scores = [x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, bias, strict=True)]
         biased, probabilities = attend(scores, inspect)
         mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
         out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)
-        return (anchors, out), (plain, biased, bias) if inspect else None
+        return (anchored, out), (plain, biased, bias) if inspect else None
 
-    anchors = [jnp.zeros((len(first), k.shape[0], k.shape[1]), jnp.float32) for k in keys]
-    (_, out), seen = lax.scan(turn, (anchors, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
+    anchored = [jnp.zeros((len(first), k.shape[0], k.shape[1]), jnp.float32) for k in keys]
+    (_, out), seen = lax.scan(turn, (anchored, jnp.zeros_like(q)), (jnp.arange(len(order)), order))
     out = layout.join(out)
     if not inspect:
         return out, None

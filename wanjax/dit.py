@@ -97,6 +97,7 @@ class CrossAttention(nn.Module):
         context: Branches,
         bias: CrossBias | None,
         control: CrossControl | None,
+        strength: jax.Array | None,
         layout: TokenLayout,
     ) -> tuple[jax.Array, CrossReport | None]:
         c, p = self.config, self.config.precision
@@ -104,18 +105,23 @@ class CrossAttention(nn.Module):
         def heads(a: jax.Array) -> jax.Array:
             return rearrange(a, "... (N D) -> ... N D", N=c.num_heads)
 
+        def columns(name: str, a: jax.Array) -> jax.Array:
+            # Of the few tokens of a condition each device computes some columns: less travels than weights would.
+            y = Dense(c.dim, p, name=name)(a)
+            return constrain(y, *[None] * (a.ndim - 1), ("tensor", *TOKENS))
+
         def keys(a: jax.Array, suffix: str = "") -> jax.Array:
-            return heads(RMSNorm(c.eps, name=f"norm_k{suffix}")(Dense(c.dim, p, name=f"k{suffix}")(a)))
+            return heads(RMSNorm(c.eps, name=f"norm_k{suffix}")(columns(f"k{suffix}", a)))
 
         def values(a: jax.Array, suffix: str = "") -> jax.Array:
-            return heads(Dense(c.dim, p, name=f"v{suffix}")(a))
+            return heads(columns(f"v{suffix}", a))
 
         q = heads(RMSNorm(c.eps, name="norm_q")(Dense(c.dim, p, name="q")(x)))
         k, v = Branches(keys(context.text)), Branches(values(context.text))
         if context.images is not None:
             k = k.replace(images=keys(context.images, "_image"))
             v = v.replace(images=values(context.images, "_image"))
-        out, seen = cross_attention(q, k, v, bias, control, p, c.attention, self.inspect, layout)
+        out, seen = cross_attention(q, k, v, bias, control, strength, p, c.attention, self.inspect, layout)
         return Dense(c.dim, p, name="o")(rearrange(out, "B S N D -> B S (N D)")), seen
 
 
@@ -138,8 +144,6 @@ class Block(nn.Module):
         control: CrossControl | None,
     ) -> tuple[jax.Array, CrossReport | None]:
         c, p = self.config, self.config.precision
-        if control is not None:
-            control = control.replace(strength=strength)  # this layer's
         stddev = 1 / math.sqrt(c.dim)
         own = self.param("modulation", nn.initializers.normal(stddev), (6, c.dim), jnp.float32)
         six = own + modulation
@@ -152,7 +156,8 @@ class Block(nn.Module):
         y = layer_norm(x, c.eps) * (1 + scale1) + shift1
         x = add(x, gate1 * SelfAttention(c, name="self_attn")(y, table, self.layout).astype(jnp.float32))
         y = LayerNorm(c.eps, name="cross_norm")(x)
-        y, seen = CrossAttention(c, self.inspect, name="cross_attn")(y, context, bias, control, self.layout)
+        attend = CrossAttention(c, self.inspect, name="cross_attn")
+        y, seen = attend(y, context, bias, control, strength, self.layout)
         x = add(x, y.astype(jnp.float32))
         y = layer_norm(x, c.eps) * (1 + scale2) + shift2
         y = nn.gelu(Dense(c.ffn_dim, p, name="ffn_in")(y), approximate=True)
@@ -199,6 +204,7 @@ class WanDiT(nn.Module):
         table: RopeTable,
         cross_bias: CrossBias | None = None,
         control: CrossControl | None = None,
+        strength: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, CrossReport]:
         """One evaluation.
 
@@ -210,22 +216,22 @@ class WanDiT(nn.Module):
           table: rotary factors of the token grid (F, h/2, w/2), from `rope.table`.
           cross_bias: a caller's additive cross-attention bias, text [L, B, F, K], images [L, B, F, M, K]; None adds
             nothing. Frames F are token frames.
-          control: KAB's strength and isolation, see `CrossControl`; None is plain Wan2.1. KAB's bias and the
-            caller's are added.
+          control: KAB and isolation, see `CrossControl`; None is plain Wan2.1. KAB's bias and the caller's are added.
+          strength: KAB's, float32 [L, B, F], goes with a control; a layer of zeros computes no bias.
 
         Returns:
           [B, F, h, w, out_channels] float32 velocity.
 
         Raises:
-          ValueError: conditions, bias or control that are not this model's.
+          ValueError: conditions, bias, control or strength that are not this model's.
         """
         c, p = self.config, self.config.precision
         check_conditions(c, conditions, latents.shape)
         grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
         images = 0 if conditions.images is None else conditions.images.shape[1]
-        check_cross(c, (latents.shape[0], grid[0]), cross_bias, control, images)
+        check_cross(c, (latents.shape[0], grid[0]), cross_bias, control, strength, images)
         if self.inspect and control is None:
-            raise ValueError("inspect: give a control too, such as wanjax.method.arrays(...).at(step)")
+            raise ValueError("inspect: give a control too, such as that of wanjax.method.arrays(...)")
         if conditions.latent is not None:
             latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
         layout = parallel.layout(grid[0], math.prod(grid[1:]), c.attention)
@@ -240,9 +246,6 @@ class WanDiT(nn.Module):
         if not jax.sharding.get_abstract_mesh().empty:
             block = nn.map_variables(block, "params", sharding.whole, init=self.is_initializing())
         axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
-        strength = None
-        if control is not None:
-            strength, control = control.strength, control.replace(strength=None)
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
         )
@@ -310,10 +313,11 @@ def check_cross(
     config: DiTConfig,
     rows: tuple[int, int],
     bias: CrossBias | None,
-    control: CrossControl | None,
+    control: CrossControl | None = None,
+    strength: jax.Array | None = None,
     images: int | None = None,
 ) -> None:
-    """Compares a caller's bias and a control with the model.
+    """Compares a caller's bias, a control and its strength with the model.
 
     Args:
       rows: (batch, token frames).
@@ -328,22 +332,27 @@ def check_cross(
                   "images": (layers, *rows, images, config.image_tokens) if images else None}  # fmt: skip
         _check("cross_bias", bias, {name: shape for name, shape in shapes.items() if getattr(bias, name) is not None})
     if control is not None:
-        anchors = "A" if np.ndim(control.at) != 1 else np.shape(control.at)[0]
-        _check("control", control, {"strength": (layers, *rows), "at": (anchors,), "share": (rows[1], anchors),
-                                    "floor": (), "isolated": (), "weights": (1 + images,)})  # fmt: skip
+        anchors = "A" if np.ndim(control.anchors) != 1 else np.shape(control.anchors)[0]
+        _check("control", control, {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
+                                    "weights": (1 + images,)})  # fmt: skip
+    _check_leaf("strength", strength, None if control is None else (layers, *rows))
 
 
 def _check(name: str, value: Any, shapes: dict[str, tuple | None]) -> None:
-    """Compares fields of `value` with shapes; None is absent, a letter any size but 0."""
+    """Compares fields of `value` with shapes."""
+    for field, wanted in shapes.items():
+        _check_leaf(f"{name}.{field}", getattr(value, field), wanted)
+
+
+def _check_leaf(name: str, leaf: Any, wanted: tuple | None) -> None:
+    """Compares an array with a shape; None is absent, a letter any size but 0."""
 
     def show(shape: tuple | None) -> str:
         return "absent" if shape is None else f"[{', '.join(map(str, shape))}]"
 
-    for field, wanted in shapes.items():
-        leaf = getattr(value, field)
-        found = None if leaf is None else tuple(np.shape(leaf))
-        fits = found == wanted
-        if found is not None and wanted is not None and len(found) == len(wanted):
-            fits = all(n == size or (isinstance(size, str) and n > 0) for n, size in zip(found, wanted, strict=True))
-        if not fits:
-            raise ValueError(f"{name}.{field} is {show(found)}; this model takes {show(wanted)}")
+    found = None if leaf is None else tuple(np.shape(leaf))
+    fits = found == wanted
+    if found is not None and wanted is not None and len(found) == len(wanted):
+        fits = all(n == size or (isinstance(size, str) and n > 0) for n, size in zip(found, wanted, strict=True))
+    if not fits:
+        raise ValueError(f"{name} is {show(found)}; this model takes {show(wanted)}")

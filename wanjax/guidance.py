@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from wanjax.types import Conditions, CrossBias, CrossControl
+from wanjax.types import Conditions, CrossBias
 
 GuidanceMode = Literal["sequential", "batched"]
 MODES: tuple[str, ...] = get_args(GuidanceMode)
 
-Model = Callable[[jax.Array, jax.Array, Conditions, CrossControl | None, CrossBias | None], jax.Array]
-"""(latents [B, F, h, w, C], timestep [B], conditions, control, bias) -> velocity [B, F, h, w, C]."""
+Model = Callable[[jax.Array, jax.Array, Conditions, jax.Array | None, CrossBias | None], jax.Array]
+"""(latents [B, F, h, w, C], timestep [B], conditions, KAB's strength [L, B, F], bias) -> velocity [B, F, h, w, C]."""
 
 
 def guided(
@@ -27,10 +27,11 @@ def guided(
     negative_text: ArrayLike,
     scale: ArrayLike,
     mode: GuidanceMode = "sequential",
-    control: CrossControl | None = None,
     cross_bias: CrossBias | None = None,
 ) -> Callable[..., jax.Array]:
-    """The model with guidance: (latents, timestep [], strength) -> velocity float32, a part of the sampler's denoise.
+    """The model with guidance: (latents, timestep [], strength [L, F]) -> velocity float32.
+
+    In "batched" mode KAB's work is done for both halves of the batch, to no effect in the second.
 
     Args:
       model: the conditional model.
@@ -40,8 +41,6 @@ def guided(
       mode: "sequential" runs the passes one after the other through one copy of the model (least memory);
         "batched" stacks them on the batch axis, positive first (fewer, larger products; the batch axis can
         be sharded).
-      control: without its strength, which the sampler gives for each step as [layers, F]. In "batched" mode KAB's
-        work is done for both halves of the batch, to no effect in the second.
       cross_bias: a caller's, leaves [layers, B, F, K]. The unconditional pass gets zeros of it.
 
     Raises:
@@ -55,16 +54,16 @@ def guided(
     def denoise(latents: jax.Array, timestep: jax.Array, strength: jax.Array | None = None) -> jax.Array:
         batch = latents.shape[0]
         timesteps = jnp.broadcast_to(timestep, (batch,)).astype(jnp.float32)
-        own = control
-        if own is not None:
+        if strength is not None:
             layers, frames = strength.shape
-            own = own.replace(strength=jnp.broadcast_to(strength[:, None], (layers, batch, frames)))
-        return run(model, latents, timesteps, conditions, jnp.asarray(negative_text), scale, own, cross_bias)
+            strength = jnp.broadcast_to(strength[:, None], (layers, batch, frames))
+        own = strength, cross_bias
+        return run(model, latents, timesteps, conditions, jnp.asarray(negative_text), scale, own)
 
     return denoise
 
 
-def _sequential(model, latents, timesteps, conditions, negative_text, scale, control, bias) -> jax.Array:
+def _sequential(model, latents, timesteps, conditions, negative_text, scale, own) -> jax.Array:
     """A loop whose length is traced: one pass at scale 1, else two, weighted scale and 1 - scale."""
     texts = jnp.stack([conditions.text, negative_text])
     weights = jnp.stack([scale, 1 - scale])
@@ -73,29 +72,27 @@ def _sequential(model, latents, timesteps, conditions, negative_text, scale, con
         def conditional_only(leaf: jax.Array) -> jax.Array:
             return jnp.where(index == 0, leaf, 0)  # not a product: a bias may be -inf
 
-        own = None if control is None else control.replace(strength=conditional_only(control.strength))
-        own_bias = jax.tree.map(conditional_only, bias)
-        one = model(latents, timesteps, conditions.replace(text=texts[index]), own, own_bias)
+        told = conditions.replace(text=texts[index])
+        one = model(latents, timesteps, told, *jax.tree.map(conditional_only, own))
         return velocity + weights[index] * one.astype(jnp.float32)
 
     passes = jnp.where(scale == 1, 1, 2)
     return lax.fori_loop(0, passes, add_pass, jnp.zeros(latents.shape, jnp.float32))
 
 
-def _batched(model, latents, timesteps, conditions, negative_text, scale, control, bias) -> jax.Array:
+def _batched(model, latents, timesteps, conditions, negative_text, scale, own) -> jax.Array:
     def with_zeros(leaf: jax.Array) -> jax.Array:
         return jnp.concatenate([leaf, jnp.zeros_like(leaf)], 1)  # [layers, 2B, ...]
 
     def both() -> jax.Array:
         negative = conditions.replace(text=negative_text)
         twice = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditions, negative)
-        own = None if control is None else control.replace(strength=with_zeros(control.strength))
         pair = (jnp.concatenate([x] * 2) for x in (latents, timesteps))
-        out = model(*pair, twice, own, jax.tree.map(with_zeros, bias))
+        out = model(*pair, twice, *jax.tree.map(with_zeros, own))
         conditional, unconditional = jnp.split(out.astype(jnp.float32), 2)
         return unconditional + scale * (conditional - unconditional)
 
     def one() -> jax.Array:
-        return model(latents, timesteps, conditions, control, bias).astype(jnp.float32)
+        return model(latents, timesteps, conditions, *own).astype(jnp.float32)
 
     return lax.cond(scale == 1, one, both)

@@ -17,7 +17,8 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from wanjax import colour, frames
+from wanjax.settings import refuse
 from wanjax.writing import absolute
 
 Fit = Literal["stretch", "crop", "pad"]
@@ -39,6 +41,16 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # What Pillow's readers raise on damaged files, found by feeding them cut and altered files of every format.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError,
             RuntimeError, struct.error, zlib.error)  # fmt: skip
+_REACHED = (
+    (FileNotFoundError, "no such file; check the path of the keyframe"),
+    (Exception, "cannot be reached ({}); check the path of the keyframe"),
+)
+_OPENED = (
+    (Image.DecompressionBombError, "too many pixels ({}); make the image smaller"),
+    (PermissionError, "no permission to read it; run chmod +r on it"),
+    (frames.NoVideo, "neither an image nor a video that can be read ({}); convert it or copy it again"),
+    (Exception, "truncated or damaged image ({}); save or copy it again"),
+)
 
 
 class KeyframeError(ValueError):
@@ -78,14 +90,12 @@ def split(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     Raises:
       KeyframeError: a name that no file can have.
     """
-    try:
+    with _in_words(path, _REACHED):
         whole = absolute(path)
         told = re.fullmatch(r"(?s)(.*[^/\\])@(-?\d+)", os.fspath(path))
         if told is None or os.path.lexists(whole):
             return whole, None
         return absolute(told[1]), int(told[2])
-    except ValueError as error:
-        raise KeyframeError(f"{path}: cannot be reached ({error}); check the path of the keyframe") from error
 
 
 def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Image:
@@ -108,23 +118,16 @@ def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Im
     path, index = split(path)
     _check_file(path)
     try:
-        opened = Image.open(path)
+        with _in_words(path):
+            opened = Image.open(path)
     except Image.UnidentifiedImageError as error:
         return _frame(path, index, error)
-    except Image.DecompressionBombError as error:
-        raise KeyframeError(f"{path}: too many pixels ({error}); make the image smaller") from error
-    except PermissionError as error:
-        raise KeyframeError(f"{path}: no permission to read it; run chmod +r on it") from error
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
     with opened:
         if index is not None:
             _seek(opened, path, index)
-        try:
+        with _in_words(path):
             # A phone's MPO file is a JPEG followed by previews: no reason to warn about the rest.
             several = index is None and opened.format != "MPO" and getattr(opened, "is_animated", False)
-        except _DAMAGED as error:
-            raise _damaged(path, error) from error
         if several:
             warnings.warn(
                 f"{path}: holds several frames; the first is used; name another as {path.name}@N",
@@ -135,58 +138,58 @@ def read(path: str | os.PathLike[str], matte: Sequence[int] = BLACK) -> Image.Im
 
 
 def _seek(opened: Image.Image, path: Path, index: int) -> None:
-    try:
+    with _in_words(path):
         count = getattr(opened, "n_frames", 1)
-        if -count <= index < count:
-            opened.seek(index % count)
-            return
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-    raise _no_frame(path, index, count)
+        if not -count <= index < count:
+            raise _no_frame(path, index, count)
+        opened.seek(index % count)
 
 
 def _frame(path: Path, index: int | None, error: Exception) -> Image.Image:
     """A frame of what Pillow does not know."""
-    if index is None and path.suffix.lower() in frames.SUFFIXES:
-        raise KeyframeError(f"{path}: a video; name one of its frames, such as {path.name}@0 or, the last, "
-                            f"{path.name}@-1") from error  # fmt: skip
     if index is None:
-        raise KeyframeError(
-            f"{path}: not an image Pillow can open; convert it to PNG, JPEG or another common format"
-        ) from error
+        mend = "not an image Pillow can open; convert it to PNG, JPEG or another common format"
+        if path.suffix.lower() in frames.SUFFIXES:
+            mend = f"a video; name one of its frames, such as {path.name}@0 or, the last, {path.name}@-1"
+        raise KeyframeError(f"{path}: {mend}") from error
     try:
-        return Image.fromarray(frames.frame(path, index))
+        with _in_words(path):
+            return Image.fromarray(frames.frame(path, index))
     except frames.NoFrame as missing:
-        if missing.count:
-            raise _no_frame(path, index, missing.count) from None
-        raise KeyframeError(f"{path}: holds no frame that can be decoded; save or copy it again") from None
-    except frames.NoVideo as unknown:
-        raise KeyframeError(f"{path}: neither an image nor a video that can be read ({unknown}); convert it or copy it "
-                            f"again") from unknown  # fmt: skip
+        raise _no_frame(path, index, missing.count) from None
 
 
 def _no_frame(path: Path, index: int, count: int) -> KeyframeError:
+    if not count:
+        return KeyframeError(f"{path}: holds no frame that can be decoded; save or copy it again")
     valid = f"0 to {count - 1}, or -{count} to -1 from the end" if count > 1 else "0 or -1"
     return KeyframeError(f"{path}@{index}: no such frame; the file holds {count}: give {valid}")
 
 
-def _damaged(path: Path | str, error: Exception) -> KeyframeError:
-    reason = " ".join(str(error).split())
-    return KeyframeError(f"{path}: truncated or damaged image ({reason}); save or copy it again")
+@contextmanager
+def _in_words(name: os.PathLike[str] | str, table: tuple[tuple[type, str], ...] = _OPENED) -> Iterator[None]:
+    """What libraries raise of a file becomes a `KeyframeError`; where the caller has another way, it goes on."""
+    try:
+        yield
+    except (KeyframeError, Image.UnidentifiedImageError, frames.NoFrame):
+        raise
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        words = next(words for kind, words in table if isinstance(error, kind))
+        raise KeyframeError(f"{name}: {words.format(' '.join(str(error).split()))}") from error
 
 
 def _finish(opened: Image.Image, name: str, matte: Sequence[int]) -> Image.Image:
     """Upright RGB of an opened image."""
-    try:
+    with _in_words(name):
         opened.load()
         # Turned before any conversion: Pillow keeps the palette and the transparent entry through it.
         upright = ImageOps.exif_transpose(opened)
-    except _DAMAGED as error:
-        raise _damaged(name, error) from error
-    if 0 in upright.size:
-        raise KeyframeError(f"{name}: {upright.height}x{upright.width} pixels; give an image that has some")
-    if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
-        raise KeyframeError(f"{name}: holds NaN or infinite values; save it with finite ones")
+    endless = upright.mode == "F" and not np.isfinite(np.asarray(upright)).all()
+    refuse(
+        (0 in upright.size, f"{name}: {upright.height}x{upright.width} pixels; give an image that has some"),
+        (endless, f"{name}: holds NaN or infinite values; save it with finite ones"),
+        error=KeyframeError,
+    )
     converted, unused = colour.to_srgb(upright, tuple(matte))
     if unused is not None:
         warnings.warn(
@@ -202,8 +205,7 @@ def _pixels(array: Any, name: str) -> np.ndarray:
     given = f"{name}: array {array.dtype} {tuple(array.shape)}"
     shape = tuple(array.shape)
     mend = "give uint8 [H, W, 3], values 0 to 255"
-    if 0 in shape:
-        raise KeyframeError(f"{given}: holds no pixels; {mend}")
+    refuse((0 in shape, f"{given}: holds no pixels; {mend}"), error=KeyframeError)
     if len(shape) == 4 and shape[0] == 1:
         mend = "give one image, array[0]"
     elif len(shape) == 2 or shape[-1:] == (1,):
@@ -212,17 +214,15 @@ def _pixels(array: Any, name: str) -> np.ndarray:
         mend = "with alpha: give Image.fromarray(array), which is composited over the matte"
     elif len(shape) == 3 and shape[0] == 3 and shape[-1] != 3:
         mend = "channels last: give array.transpose(1, 2, 0)"
-    if len(shape) != 3 or shape[-1] != 3:
-        raise KeyframeError(f"{given}: not [H, W, 3]; {mend}")
+    refuse((len(shape) != 3 or shape[-1] != 3, f"{given}: not [H, W, 3]; {mend}"), error=KeyframeError)
     try:
         pixels = np.asarray(array)
     except Exception as error:  # whatever another library's arrays raise: on another device, with gradients, deleted
         raise KeyframeError(f"{given}: cannot be read ({str(error).splitlines()[0]}); give a NumPy array") from error
-    if pixels.dtype != np.uint8:
-        mend = "np.rint(array * 255).astype(np.uint8) for values 0 to 1, keyframes.from_unit(array) for -1 to 1"
-        if np.issubdtype(pixels.dtype, np.integer):
-            mend = "array.astype(np.uint8) for values 0 to 255"
-        raise KeyframeError(f"{given}: not uint8; give {mend}")
+    mend = "np.rint(array * 255).astype(np.uint8) for values 0 to 1, keyframes.from_unit(array) for -1 to 1"
+    if np.issubdtype(pixels.dtype, np.integer):
+        mend = "array.astype(np.uint8) for values 0 to 255"
+    refuse((pixels.dtype != np.uint8, f"{given}: not uint8; give {mend}"), error=KeyframeError)
     return np.ascontiguousarray(pixels)
 
 
@@ -286,8 +286,7 @@ def clip_input(
 
 
 def _kernel(resample: str) -> Image.Resampling:
-    if resample not in RESAMPLE:
-        raise ValueError(f"resample {resample!r}: choose {', '.join(RESAMPLE)}")
+    refuse((resample not in RESAMPLE, f"resample {resample!r}: choose {', '.join(RESAMPLE)}"))
     return RESAMPLE[resample]
 
 
@@ -315,42 +314,12 @@ def area_size(image_size: tuple[int, int], area: int, multiple: int = 16) -> tup
     return rows, columns
 
 
-def check_size(height: int, width: int, multiple: int) -> None:
-    """Raises ValueError naming the nearest allowed size unless both sides are positive multiples.
-
-    `multiple` is the VAE's spatial stride times the DiT's spatial patch: 16 for Wan2.1.
-    """
-    nearest = [max(1, (side + multiple // 2) // multiple) * multiple for side in (height, width)]
-    if [height, width] != nearest:
-        raise ValueError(
-            f"size {height}x{width}: height and width must be positive multiples of {multiple}; "
-            f"the nearest size is {nearest[0]}x{nearest[1]}"
-        )
-
-
-def check_frames(frames: int, temporal_stride: int) -> None:
-    """Raises ValueError naming the two nearest counts unless frames = temporal_stride * n + 1 with n >= 1.
-
-    n = 0 would be one frame, which cannot be both keyframes.
-    """
-    below = max(1, (frames - 1) // temporal_stride) * temporal_stride + 1
-    if frames != below:
-        raise ValueError(
-            f"frames {frames}: must be {temporal_stride}n+1 with n at least 1; "
-            f"the nearest are {below} and {below + temporal_stride}"
-        )
-
-
 def _check_file(path: Path) -> None:
-    try:
+    with _in_words(path, _REACHED):
         status = path.stat()
-    except FileNotFoundError as error:
-        raise KeyframeError(f"{path}: no such file; check the path of the keyframe") from error
-    except (OSError, ValueError) as error:
-        raise KeyframeError(f"{path}: cannot be reached ({error}); check the path of the keyframe") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise KeyframeError(f"{path}: a folder; name one image file in it")
-    if not stat.S_ISREG(status.st_mode):
-        raise KeyframeError(f"{path}: not a regular file; save the image to a file first")
-    if status.st_size == 0:
-        raise KeyframeError(f"{path}: an empty file; save or copy the image again")
+    refuse(
+        (stat.S_ISDIR(status.st_mode), f"{path}: a folder; name one image file in it"),
+        (not stat.S_ISREG(status.st_mode), f"{path}: not a regular file; save the image to a file first"),
+        (status.st_size == 0, f"{path}: an empty file; save or copy the image again"),
+        error=KeyframeError,
+    )

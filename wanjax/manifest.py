@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from wanjax.settings import refuse
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 ORBAX, SAFETENSORS = FORMS = ("orbax", "safetensors")
@@ -61,14 +63,12 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields["format"] != FORMAT:
-            number = fields["format"]
-            raise CheckpointError(
-                f"{file}: format {number}, this wanjax reads {FORMAT}; update wanjax or convert again"
-            )
-        form = fields.get("form", ORBAX)
-        if form not in FORMS:
-            raise CheckpointError(f"{file}: form {form!r}, this wanjax reads {' and '.join(FORMS)}; update wanjax")
+        number, form = fields["format"], fields.get("form", ORBAX)
+        refuse(
+            (number != FORMAT, f"{file}: format {number}, this wanjax reads {FORMAT}; update wanjax or convert again"),
+            (form not in FORMS, f"{file}: form {form!r}, this wanjax reads {' and '.join(FORMS)}; update wanjax"),
+            error=CheckpointError,
+        )
         arrays = {str(name): _entry(entry) for name, entry in fields["arrays"].items()}
         files = {str(name): str(digest) for name, digest in fields.get("files", {}).items()}
         loras = tuple(map(str, fields["loras"]))
@@ -79,12 +79,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = first_line(error)
         raise CheckpointError(f"{file}: not a readable manifest ({reason}); convert the weights again") from error
-    for name in arrays:
-        if "/" not in name or any(_leads_outside(step) for step in name.split("/")):
-            raise CheckpointError(f"{file}: array name {name!r} leads outside the folder")
-    for name in files:
-        if "/" in name or _leads_outside(name):
-            raise CheckpointError(f"{file}: file name {name!r} leads outside the folder")
+    outside = [f"array name {name!r}" for name in arrays if "/" not in name or any(map(_leads_out, name.split("/")))]
+    outside += [f"file name {name!r}" for name in files if "/" in name or _leads_out(name)]
+    refuse(*((True, f"{file}: {name} leads outside the folder") for name in outside), error=CheckpointError)
     return manifest
 
 
@@ -93,7 +90,7 @@ def manifest_of(folder: Path) -> Manifest | None:
     return read_manifest(folder) if os.path.lexists(folder / MANIFEST) else None
 
 
-def _leads_outside(step: str) -> bool:
+def _leads_out(step: str) -> bool:
     """Whether one step of a path is none, or may be several."""
     return step in ("", ".", "..") or "\\" in step or "\0" in step
 

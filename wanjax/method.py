@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 from flax import struct
 
-from wanjax import kab as kabs
-from wanjax import retro as retros
-from wanjax import rope
+from wanjax import kab, retro, rope
 from wanjax.config import ModelConfig
 from wanjax.kab import KAB
 from wanjax.retro import ReTRo
@@ -89,9 +87,9 @@ OVERRIDES: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "branch_weights": ("isolation", "weights"),
         "kab_layers": ("kab", "layers"),
         "kab_steps": ("kab", "steps"),
-        "beta_end": ("kab", "beta_end"),
-        "beta_mid": ("kab", "beta_mid"),
-        "kab_eps": ("kab", "eps"),
+        "strength_end": ("kab", "strength_end"),
+        "strength_mid": ("kab", "strength_mid"),
+        "kab_floor": ("kab", "floor"),
         "anchor_curve": ("kab", "curve"),
         "retro_mode": ("retro", "mode"),
         "s_edge": ("retro", "s_edge"),
@@ -144,18 +142,16 @@ class MethodArrays:
     Attributes:
       table: rotary factors with ReTRo in them.
       strength: float32 [steps, L, F], zero without KAB.
-      control: the rest, with strength None; `at` gives it whole.
+      control: the rest.
     """
 
     table: RopeTable
     strength: np.ndarray
     control: CrossControl
 
-    def at(self, step: int, batch: int = 1) -> CrossControl:
-        """The control of one step of the conditional pass, as `WanDiT.apply` takes it; strength [L, B, F]."""
-        strength = self.strength[step]
-        shape = (strength.shape[0], batch, strength.shape[1])
-        return self.control.replace(strength=np.broadcast_to(strength[:, None], shape))
+    def strength_of(self, step: int, batch: int = 1) -> np.ndarray:
+        """That of one step of the conditional pass, as `WanDiT.apply` takes it, [L, B, F]."""
+        return np.repeat(self.strength[step][:, None], batch, 1)
 
 
 def token_frames(config: ModelConfig, frames: int, at: Sequence[int]) -> tuple[int, ...]:
@@ -194,21 +190,20 @@ def arrays(
     dit = config.dit
     spatial = (side // config.vae.spatial_stride // patch for side, patch in zip(size, dit.patch_size[1:], strict=True))
     token_count, places = _token_count(config, frames), token_frames(config, frames, at)
-    retro, kab = method.retro or ReTRo(s_edge=1.0, s_mid=1.0), method.kab or KAB()
-    scale = retros.scale_vector(retro, frames, token_count, places)
+    scaling, anchoring = method.retro or ReTRo(s_edge=1.0, s_mid=1.0), method.kab or KAB()
+    scale = retro.scale_vector(scaling, frames, token_count, places)
     if method.kab is None:
         strength = np.zeros((steps, dit.num_layers, token_count), np.float32)
     else:
-        strength = kabs.strength(kab, steps, dit.num_layers, token_count, places)
+        strength = kab.strength(anchoring, steps, dit.num_layers, token_count, places)
     control = CrossControl(
-        strength=None,
-        at=np.asarray(places, np.int32),
-        share=kabs.anchor_shares(kab, token_count, places),
-        floor=np.float32(kab.eps),
+        anchors=np.asarray(places, np.int32),
+        curve=kab.anchor_curve(anchoring, token_count, places),
+        floor=np.float32(anchoring.floor),
         isolated=np.bool_(method.isolation is not None),
         weights=(method.isolation or Isolation()).of(dit.num_images if images is None else images),
     )
-    return MethodArrays(rope.table((token_count, *spatial), dit.head_dim, scale, retro.mode), strength, control)
+    return MethodArrays(rope.table((token_count, *spatial), dit.head_dim, scale, scaling.mode), strength, control)
 
 
 def _token_count(config: ModelConfig, frames: int) -> int:
@@ -219,9 +214,9 @@ def describe(method: Method, config: ModelConfig, frames: int, at: Sequence[int]
     """What the defaults came to for this model and clip length, for a report: KAB's layers, ReTRo's edge and scale."""
     found: dict[str, Any] = {}
     if method.kab is not None:
-        found["kab_layers"] = list(kabs.layer_window(method.kab, config.dit.num_layers))
+        found["kab_layers"] = list(kab.layer_window(method.kab, config.dit.num_layers))
     if method.retro is not None:
         places = token_frames(config, frames, at)
-        scale = retros.scale_vector(method.retro, frames, _token_count(config, frames), places)
-        found |= {"w_edge": retros.edge_width(method.retro, frames), "retro_scale": scale.round(6).tolist()}
+        scale = retro.scale_vector(method.retro, frames, _token_count(config, frames), places)
+        found |= {"w_edge": retro.edge_width(method.retro, frames), "retro_scale": scale.round(6).tolist()}
     return found

@@ -66,14 +66,14 @@ def edge_width(retro: ReTRo, frames: int) -> float:
     return retro.w_edge
 
 
-def scale_vector(retro: ReTRo, frames: int, latent_frames: int, at: Sequence[int] | None = None) -> np.ndarray:
+def scale_vector(retro: ReTRo, frames: int, latent_frames: int, anchors: Sequence[int] | None = None) -> np.ndarray:
     """The factors s of every latent frame; at the published widths symmetric in time if the keyframes are.
 
     Args:
       retro: settings.
       frames: pixel frames, at least 2.
       latent_frames: F of them, at least 2.
-      at: latent frames of the keyframes; None is the first and the last.
+      anchors: token frames of the keyframes; None is the first and the last.
 
     Returns:
       float64 [F]; exactly 1 everywhere when s_edge and s_mid are.
@@ -85,7 +85,7 @@ def scale_vector(retro: ReTRo, frames: int, latent_frames: int, at: Sequence[int
         raise ValueError(f"frames {frames}: ReTRo needs at least two latent frames")
     ratio = round(edge_width(retro, frames) / frames, 6)  # to 6 decimals, as the released code does
     time = np.arange(latent_frames) / (latent_frames - 1)
-    near = time[[0, -1] if at is None else list(at)]
+    near = time[[0, -1] if anchors is None else list(anchors)]
     edge = ((time >= near[:, None] - ratio) & (time < near[:, None] + ratio)).any(0)
     # Smoothed as a share of the edge, so that s_edge = s_mid stays that number to the last bit.
     share = np.convolve(np.pad(edge.astype(np.float64), retro.smooth, mode="edge"), np.ones(2 * retro.smooth + 1),

@@ -1,8 +1,24 @@
-"""What settings must be, declared once beside each field, and refused in one line."""
+"""What settings must be, declared once beside each field, and refused in one line: this file is for checking alone."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
+
+RENAMED: MappingProxyType[str, str] = MappingProxyType(
+    {"grid": "schedule", "beta_end": "strength_end", "beta_mid": "strength_mid", "eps": "floor"}
+)
+"""Fields of settings by the names that they had, for JSON that earlier versions wrote."""
+
+
+def renamed(fields: Any) -> Any:
+    """Settings read from JSON with today's names, at any depth."""
+    if isinstance(fields, Mapping):
+        return {RENAMED.get(name, name): renamed(value) for name, value in fields.items()}
+    return [renamed(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def setting(
@@ -56,13 +72,58 @@ def floats(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
+def refuse(*reasons: tuple[Any, str], error: type[ValueError] = ValueError) -> None:
+    """Raises the error with the message of the first reason that holds."""
+    for holds, message in reasons:
+        if holds:
+            raise error(message)
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in a range. ValueError else; a truth value or a float is none."""
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise ValueError(f"{name} {value!r}: give a whole number from {low} to {high}")
+    return number
+
+
 def pixel_frames(at: Sequence[int], frames: int) -> tuple[int, ...]:
     """Places of keyframes among the pixel frames of a clip, negative ones counted from its end, as 0 .. frames - 1.
 
     Raises:
-      ValueError: a place that the clip does not have.
+      ValueError: a place that the clip does not have, or one given twice.
     """
-    outside = [place for place in at if not -frames <= place < frames]
-    if outside:
-        raise ValueError(f"keyframe at frame {outside[0]}: the clip has frames 0 to {frames - 1} (-1 is the last)")
-    return tuple(int(place) % frames for place in at)
+    places = tuple(whole("keyframe at", place, -frames, frames - 1) % frames for place in at)
+    if len(set(places)) < len(places):
+        given = ", ".join(map(str, sorted(places)))
+        raise ValueError(f"keyframes at {given}: two at one frame; give each a frame of its own")
+    return places
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises ValueError naming the nearest allowed size unless both sides are positive multiples.
+
+    `multiple` is the VAE's spatial stride times the DiT's spatial patch: 16 for Wan2.1.
+    """
+    nearest = [max(1, (side + multiple // 2) // multiple) * multiple for side in (height, width)]
+    if [height, width] != nearest:
+        raise ValueError(
+            f"size {height}x{width}: height and width must be positive multiples of {multiple}; "
+            f"the nearest size is {nearest[0]}x{nearest[1]}"
+        )
+
+
+def check_frames(frames: int, temporal_stride: int) -> None:
+    """Raises ValueError naming the two nearest counts unless frames = temporal_stride * n + 1 with n >= 1.
+
+    n = 0 would be one frame, which cannot be both keyframes.
+    """
+    below = max(1, (frames - 1) // temporal_stride) * temporal_stride + 1
+    if frames != below:
+        raise ValueError(
+            f"frames {frames}: must be {temporal_stride}n+1 with n at least 1; "
+            f"the nearest are {below} and {below + temporal_stride}"
+        )

@@ -139,10 +139,8 @@ def whole(params: Any, rules: Rules = RULES) -> Any:
     flat = flatten_dict(params, sep="/")
     for path, leaf in flat.items():
         rule = next(spec for pattern, spec in rules if re.search(pattern, f"blocks/{path}"))[1:]
-        if TOKENS in rule:
-            kept = P(*(mesh_axes(mesh, None if axis == TOKENS else axis, n)
-                       for axis, n in zip(rule, leaf.shape, strict=True)))  # fmt: skip
-            flat[path] = jax.lax.with_sharding_constraint(leaf, kept)
+        kept = P(*(mesh_axes(mesh, None if axis == TOKENS else axis, n) for axis, n in zip(rule, leaf.shape)))  # noqa: B905
+        flat[path] = jax.lax.with_sharding_constraint(leaf, kept)
     return unflatten_dict(flat, sep="/")
 
 

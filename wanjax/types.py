@@ -53,21 +53,19 @@ class CrossBias:
 @struct.dataclass
 class CrossControl:
     """How one evaluation of the model changes its cross-attention (docs/method.md). All leaves are
-    traced: other values, or zeros, do not recompile. `wanjax.method.arrays(...).at(step)` makes it.
+    traced: other values do not recompile. `wanjax.method.arrays` makes it. KAB's strength, which differs from layer to
+    layer and step to step, travels beside it.
 
     Attributes:
-      strength: float32 [L, B, F] (inside a block [B, F]), KAB's beta; where a layer has none but zeros it
-        computes no bias.
-      at: int32 [A], the token frames of the anchors.
-      share: float32 [F, A], how much of each anchor's attention is in a frame's target; rows sum to 1.
-      floor: float32 [], KAB's epsilon: attention below it counts as it.
+      anchors: int32 [A], token frames, ascending.
+      curve: float32 [F, A], how much of each anchor's attention is in a frame's target; rows sum to 1.
+      floor: float32 []; for KAB attention below it counts as it.
       isolated: bool [], whether the images have a softmax each instead of a joint one.
       weights: float32 [1 + M], of (text, image 1, ... image M) in the sum of isolated branches.
     """
 
-    strength: ArrayLike
-    at: ArrayLike
-    share: ArrayLike
+    anchors: ArrayLike
+    curve: ArrayLike
     floor: ArrayLike
     isolated: ArrayLike
     weights: ArrayLike

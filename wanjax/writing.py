@@ -20,10 +20,8 @@ import contextlib
 import json
 import os
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,83 +30,12 @@ from filelock import FileLock, Timeout
 
 from wanjax import marks
 from wanjax.publishing import Move, OutputError, identity, publish, publish_all, put_back, sync, sync_folder
-from wanjax.rooms import begin, claim, done, leftovers, probe, rooms
+from wanjax.rooms import begin, claim, done, leftovers, rooms
+from wanjax.targets import Checked, Target, absolute, check, check_parent, parents, refuse_changed, standing
 
 __all__ = ["OutputError", "Target", "Checked", "absolute", "check", "staged", "beside", "write_bytes", "write_text",
            "write_json", "locked", "publish", "sync", "leftovers",
            "check_parent", "terminate_as_interrupt"]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file or folder that a run writes.
-
-    Attributes:
-      path: absolute, see `absolute`.
-      folder: whether it is a folder.
-      names: of a folder, which names its files can have; others are never replaced. None for any.
-      label: what messages call it.
-    """
-
-    path: Path
-    folder: bool = False
-    names: Callable[[str], Any] | None = None
-    label: str = "output"
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Targets that can be written, with what stood there: `identity` of each, None for nothing.
-
-    Attributes:
-      notes: lines that the user should see, on what dead runs had left.
-    """
-
-    targets: tuple[Target, ...]
-    seen: tuple[Any, ...]
-    notes: tuple[str, ...] = ()
-
-
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """A path that means the same to every library: from the root, without `~`, `.` and `..`.
-
-    Links on the way are followed, a link at the end is not: writing to it would replace the link. `..` is what the
-    system takes it for, also behind a link.
-
-    Raises:
-      ValueError: a name that no file can have.
-    """
-    given = Path(os.path.expanduser(path))
-    try:
-        if given.name in ("", ".."):
-            return given.resolve()
-        return given.parent.resolve() / given.name
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
-        raise ValueError(f"{str(path)!r}: not a usable name ({error}); choose another") from error
-
-
-def check(
-    targets: Sequence[Target], *, inputs: Iterable[str | os.PathLike[str]] = (), overwrite: bool = False
-) -> Checked:
-    """Checks, before any work, that all targets can be written, and removes what dead runs left beside them.
-
-    Args:
-      targets: of one result; the first ones get their names last.
-      inputs: files and folders that the run reads; none of them is ever replaced.
-      overwrite: whether what wanjax wrote earlier may be replaced.
-
-    Raises:
-      OutputError: a folder that is missing or cannot be written to (which is tried), a name that cannot be used, an
-        input, anything wanjax did not write, anything at all without `overwrite`, targets that lie in each other.
-    """
-    _refuse_overlap(targets)
-    for target in targets:
-        check_parent(target)
-    notes = [note for parent in _parents(targets) for note in leftovers(parent)]
-    inputs = list(inputs)
-    for target in targets:
-        _refuse_inputs(target, inputs)
-    return Checked(tuple(targets), tuple(_check_target(target, overwrite) for target in targets), tuple(notes))
 
 
 @contextlib.contextmanager
@@ -127,11 +54,11 @@ def staged(checked: Checked) -> Iterator[tuple[Path, ...]]:
         names.setdefault(target.path.parent, []).append(target.path.name)
     with rooms(list(names)) as made:
         claim(made, names)
-        _refuse_changed(checked)
+        refuse_changed(checked)
         moves = [Move(made[target.path.parent], target.path.name) for target in checked.targets]
         yield tuple(move.part for move in moves)
         moves = [move.finished() for move in moves]
-        _refuse_changed(checked)
+        refuse_changed(checked)
         _give_names(checked, moves, moves[0].room)
 
 
@@ -169,7 +96,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = 
     if not target.path.parent.is_dir():
         raise OutputError(f"output {path}: no folder {target.path.parent}; create it with mkdir -p")
     known = anything and overwrite and target.path.is_file() and not target.path.is_symlink()
-    seen = identity(target.path) if known else _check_target(target, overwrite)
+    seen = identity(target.path) if known else standing(target, overwrite)
     with staged(Checked((target,), (seen,))) as (part,):
         part.write_bytes(data)
 
@@ -275,94 +202,6 @@ def _send(number: int) -> None:
         signal.raise_signal(number)
 
 
-def _parents(targets: Sequence[Target]) -> list[Path]:
-    return list(dict.fromkeys(target.path.parent for target in targets))
-
-
-def check_parent(target: Target) -> None:
-    """Raises OutputError unless the folder that a target lies in exists and can be written to, which is tried."""
-    parent = target.path.parent
-    if not parent.exists():
-        raise OutputError(f"{target.label} {target.path}: no folder {parent}; create it with mkdir -p {parent}")
-    if not parent.is_dir():
-        raise OutputError(f"{target.label} {target.path}: {parent} is not a folder; choose another place")
-    try:
-        # Tried, not asked: permissions say little about read-only mounts, quotas, network drives and root.
-        probe(parent)
-    except OutputError as error:
-        raise OutputError(f"{target.label} {target.path}: {error}") from error
-    except OSError as error:
-        raise OutputError(
-            f"{target.label} {target.path}: cannot write in folder {parent} ({error.strerror}); choose another place"
-        ) from error
-
-
-def _check_target(target: Target, overwrite: bool) -> Any:
-    """What stands there, after all reasons not to touch it."""
-    path, told = target.path, f"{target.label} {target.path}"
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if not path.is_symlink():
-            return None
-        raise OutputError(f"{told}: a dangling link; remove it or choose another name") from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{told}: not a usable name ({error}); choose another") from error
-    if target.folder and (not stat.S_ISDIR(mode) or path.is_symlink()):
-        raise OutputError(f"{told}: exists and is not a folder; add a suffix or choose another name")
-    if not target.folder and stat.S_ISDIR(mode):
-        raise OutputError(f"{told}: exists and is a folder; choose another name")
-    if not target.folder and not stat.S_ISREG(mode):
-        raise OutputError(f"{told}: exists and is not a regular file; choose another name")
-    if target.folder and not any(path.iterdir()):
-        return identity(path)
-    if not overwrite and not target.folder:
-        raise OutputError(f"{told}: exists; pass --overwrite or choose another name")
-    if reason := marks.foreign(path, target.names):
-        raise OutputError(f"{told}: {reason}; move it away or choose another name")
-    if not overwrite:
-        raise OutputError(f"{told}: the folder holds earlier results; pass --overwrite or choose another name")
-    return identity(path)
-
-
-def _refuse_overlap(targets: Sequence[Target]) -> None:
-    for i, one in enumerate(targets):
-        for other in targets[i + 1 :]:
-            if one.path == other.path or one.path in other.path.parents or other.path in one.path.parents:
-                raise OutputError(f"{one.label} {one.path}: and {other.label} {other.path} are in each other's way; "
-                                  f"choose other names")  # fmt: skip
-
-
-def _refuse_inputs(target: Target, inputs: Sequence[str | os.PathLike[str]]) -> None:
-    if not os.path.lexists(target.path):
-        return
-    real = Path(os.path.realpath(target.path))  # `resolve` raises for a loop of links
-    for given in inputs:
-        for name in _chain(absolute(given)):
-            inside = real in name.parents or name == real or name == target.path
-            if inside or (name.exists() and target.path.exists() and name.samefile(target.path)):
-                kind = "holds" if target.folder else "is"
-                raise OutputError(f"{target.label} {target.path}: {kind} the input {given}; choose another name")
-            if name.is_dir() and name in real.parents:
-                raise OutputError(f"{target.label} {target.path}: lies in the input {given}; choose another name")
-
-
-def _chain(path: Path) -> Iterator[Path]:
-    """A path, and what it links to, link by link."""
-    for _ in range(40):  # as many as Linux follows
-        yield path
-        if not path.is_symlink():
-            return
-        path = absolute(path.parent / os.readlink(path))
-
-
-def _refuse_changed(checked: Checked) -> None:
-    for target, seen in zip(checked.targets, checked.seen, strict=True):
-        if identity(target.path) != seen:
-            raise OutputError(f"{target.label} {target.path}: {'appeared' if seen is None else 'changed'} while this "
-                              f"run worked, so it was left alone; choose another name")  # fmt: skip
-
-
 def _give_names(checked: Checked, moves: Sequence[Move], first: Path) -> None:
     """All parts get their names, or everything is as before."""
     if len(moves) == 1 and checked.seen[0] is not None and not checked.targets[0].folder:
@@ -376,5 +215,5 @@ def _give_names(checked: Checked, moves: Sequence[Move], first: Path) -> None:
                 done(first)
             raise
         done(first)
-    for parent in _parents(checked.targets):
+    for parent in parents(checked.targets):
         sync_folder(parent)

@@ -21,6 +21,7 @@ from benchmarks.tgi.run import Plan
 from benchmarks.tgi.scores import Scores, ScoresError, model_identity, unfinished
 from benchmarks.tgi.tgi_bench import tgi_bench
 from benchmarks.tgi.videos import videos
+from samplers.command import renamed
 from samplers.plan import Settings
 from wanjax import checkpoint
 
@@ -82,7 +83,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=int, default=12, help="clips at once (default %(default)s)")
     for name, kind, words in (("steps", int, "denoising steps"), ("guidance", float, "guidance scale"),
                               ("shift", float, "timestep shift"), ("solver", str, "sampler"),
-                              ("grid", str, "sigma grid"), ("negative-prompt", str, "what guidance steers away from"),
+                              ("schedule", str, "of sigmas"), ("negative-prompt", str, "what it steers away from"),
                               ("guidance-mode", str, "of the passes")):  # fmt: skip
         p.add_argument(f"--{name}", type=kind, help=f"{words} (default: the model's)")
 
@@ -107,7 +108,7 @@ def _sets(options: argparse.Namespace) -> tuple[DataSet, ...]:
 
 
 def _plan(options: argparse.Namespace, config: Any, chosen: Sequence[arms.Arm], **more: Any) -> Plan:
-    names = ("steps", "guidance", "shift", "solver", "grid", "negative_prompt", "guidance_mode")
+    names = ("steps", "guidance", "shift", "solver", "schedule", "negative_prompt", "guidance_mode")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.size is not None:
         given["size"] = tuple(options.size)
@@ -230,7 +231,7 @@ def _check_out(out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(renamed(sys.argv[1:] if arguments is None else arguments))
     try:
         _check_out(options.out)
         options.run(options)

@@ -23,6 +23,7 @@ from benchmarks.tgi.two_way import Options
 from wanjax.kab import KAB
 from wanjax.method import METHODS, Isolation, Method
 from wanjax.retro import ReTRo
+from wanjax.settings import renamed
 
 BASELINE = "wan"
 """The arm that every other one is compared with."""
@@ -183,7 +184,10 @@ def read_own(path: Path) -> tuple[Arm, ...]:
         for name, fields in told.items():
             fields = dict(fields)
             about, kind = fields.pop("about", "settings of one's own"), fields.pop("kind", "method")
-            made = {part: parts[part](**{k: _frozen(v) for k, v in given.items()}) for part, given in fields.items()}
+            made = {
+                part: parts[part](**{k: _frozen(v) for k, v in renamed(given).items()})
+                for part, given in fields.items()
+            }
             if kind not in OWN_KINDS or not all(part in made for part in OWN_KINDS[kind]):
                 known = (f"{one} with {', '.join(needs)}" if needs else one for one, needs in OWN_KINDS.items())
                 raise ValueError(f"{name}: kind {kind!r}; take {'; '.join(known)}")
@@ -193,7 +197,7 @@ def read_own(path: Path) -> tuple[Arm, ...]:
     except (OSError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a file of arms ({type(error).__name__}: {error}); "
-            'write {"name": {"kab": {"beta_mid": 0.5}, "isolation": {}}}'
+            'write {"name": {"kab": {"strength_mid": 0.5}, "isolation": {}}}'
         ) from error
     taken = {arm.name for arm in ARMS} & {arm.name for arm in arms}
     if taken:

@@ -23,7 +23,7 @@ from flax import struct
 from benchmarks.tgi import two_way
 from benchmarks.tgi.arms import Arm, shuffled_curve
 from benchmarks.tiny.evaluate import baselines
-from samplers import pipeline, sample
+from samplers import pipeline, programs, sample
 from samplers.pipeline import Encoded, Inputs
 from samplers.plan import Plan, Settings
 from samplers.run import check
@@ -320,7 +320,7 @@ def _bias_size(
     strength = jnp.broadcast_to(strength[:, None], (config.num_layers, batch, strength.shape[1]))
     _, seen = WanDiT(config, inspect=True).apply(
         {"params": params}, latents, jnp.broadcast_to(timestep, (batch,)), conditions, method.table, None,
-        method.control.replace(strength=strength),
+        method.control, strength,
     )  # fmt: skip
     text, images = seen.bias.text, seen.bias.images
     own, joint = images.mean(-1, keepdims=True), images.mean((-2, -1), keepdims=True)
@@ -342,14 +342,12 @@ def _sample_varied(
     bias: CrossBias | None,
 ) -> sample.Carry:
     """The sampler with conditions and bias that change from step to step; `hidden` replaces `conditions.latent`."""
-
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-        return WanDiT(config).apply({"params": params}, latents, timestep, conditions, method.table, bias, control)
+    model = programs.evaluator(config, params, method)
 
     def denoise(latents: jax.Array, row: sample.Row, state: Any) -> tuple[jax.Array, Any]:
         told = conditions.replace(latent=jnp.where(row.extra.hidden > 0, hidden, conditions.latent))
         given = jax.tree.map(lambda leaf: leaf * row.extra.biased, bias)
-        run = guided(model, told, negative, row.guidance, "sequential", method.control, given)
+        run = guided(model, told, negative, row.guidance, "sequential", given)
         return run(latents, row.step.timestep, row.strength), state
 
     return sample.sample(denoise, carry, table, 0, len(table.live))

@@ -9,7 +9,7 @@ before the clip's line; FID and FVD are computed from them when a report is made
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.tgi import frechet
 from benchmarks.tgi.networks import i3d, inception, lpips, weights
 from benchmarks.tgi.scores import Key, Scores
+from wanjax.writing import write_bytes
 
 RESIZE = "truth stretched to the run's size by Pillow bicubic; then the network's own resize"
 SETS = {"fid": "inception", "fvd": "i3d"}
@@ -111,10 +112,9 @@ def feature_file(folder: Path, network: str, key: Key) -> Path:
 
 def _store(file: Path, features: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part")
-    with open(beside, "wb") as target:
-        np.save(target, features.astype(np.float32))
-    os.replace(beside, file)
+    content = io.BytesIO()
+    np.save(content, features.astype(np.float32))
+    write_bytes(file, content.getvalue(), overwrite=True, anything=True)
 
 
 def distances(scores: Scores, length: int, arms: Sequence[str], draws: int = 200) -> dict[str, dict[str, Any]]:

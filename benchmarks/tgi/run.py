@@ -21,8 +21,7 @@ from benchmarks.tgi.data import DataSet, Item, stretched
 from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.neural import Neural
 from benchmarks.tgi.scores import Key, Scores, ScoresError, by_clip
-from samplers import plan as sampling
-from samplers import video
+from samplers import plan, video
 from samplers.plan import Settings
 from wanjax.checkpoint import Model
 from wanjax.config import ModelConfig
@@ -93,12 +92,12 @@ class Plan:
         for one in self.sets:
             for arm in self.arms:
                 settings = dataclasses.replace(self.settings, frames=one.length, method=arm.method)
-                plan = sampling.Plan.of(config, settings)
+                own = plan.Plan.of(config, settings)
                 if arm.kind == "two-way" and image_config is None:
                     raise ValueError(
                         f"arm {arm.name}: needs a model conditioned on the first frame alone; give --image-model"
                     )
-                if arm.kind == "random-bias" and not len(plan.kab_steps):
+                if arm.kind == "random-bias" and not len(own.kab_steps):
                     raise ValueError(
                         f"arm {arm.name}: KAB acts in none of {settings.steps} steps; take more steps, or leave it out"
                     )

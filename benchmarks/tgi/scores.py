@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from wanjax import checkpoint, manifest
+from wanjax.settings import renamed
 from wanjax.writing import write_json
 
 LINES, CONFIG = "scores.jsonl", "config.json"
@@ -138,7 +139,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         raise ScoresError(f"{file}: cannot be read ({error}); give another folder") from error
     if wrong := _damage(config):
         raise ScoresError(f"{file}: {wrong}, so damaged or not of this version; give another folder")
-    return config
+    return config | {name: renamed(config[name]) for name in ("settings", "arms") if name in config}
 
 
 def _damage(config: Any) -> str | None:

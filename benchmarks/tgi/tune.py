@@ -58,7 +58,7 @@ def _kab(rng: np.random.Generator, layers: int) -> KAB:
     low = float(rng.choice([0.0, 0.2, 0.5]))
     high = float(rng.choice([share for share in (0.2, 0.4, 0.7, 1.0) if share > low]))
     end, mid = (round(float(value), 2) for value in rng.uniform(0.05, 1.0, 2))
-    return KAB(beta_end=end, beta_mid=mid, layers=(first, last), steps=(low, high))
+    return KAB(strength_end=end, strength_mid=mid, layers=(first, last), steps=(low, high))
 
 
 def _retro(rng: np.random.Generator) -> ReTRo:

@@ -27,17 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import samplers.sample
 from samplers import schedule
 from samplers.plan import Plan, Settings
+from samplers.programs import evaluator
 from samplers.run import check
 from samplers.sample import Carry, Row, start
-from samplers.sample import rows as sample_rows
-from samplers.sample import sample as one_scan
 from samplers.solvers import StepTable
 from wanjax import vae
 from wanjax.checkpoint import Model
 from wanjax.config import ModelConfig
-from wanjax.dit import WanDiT
 from wanjax.guidance import guided
 from wanjax.method import MethodArrays
 from wanjax.types import Conditions
@@ -95,7 +94,7 @@ def rows(options: Options, levels: np.ndarray) -> Row:
     predictor = np.stack([keep * ratio, keep * (1 - ratio), np.zeros_like(ratio)], 1)
     columns = (sigma, schedule.TRAIN_TIMESTEPS * sigma, corrector, predictor, deviation)
     step = StepTable(*(np.asarray(column, np.float32) for column in columns))
-    return sample_rows(step, extra=backwards.astype(np.float32))
+    return samplers.sample.rows(step, extra=backwards.astype(np.float32))
 
 
 def renoise(level: np.ndarray, higher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,13 +122,13 @@ def sample(
       model: conditioned on one image: I2V, or one trained with the last keyframe withheld at times.
       forwards, backwards: conditions that hold the first, and the last keyframe as if it were the first.
       negative: text [B, L, text_dim] of the pass without the prompt.
-      settings: steps, shift, grid, guidance; the solver is Euler.
+      settings: steps, shift, schedule, guidance; the solver is Euler.
       options: see `Options`.
       noise: standard normal, in the latents' shape.
       keys: [B] of the noise that is put back, as `jax.random.key` makes them; a sample's depends on its own alone.
     """
     plan = Plan.of(model.config, settings)
-    table = rows(options, schedule.sigmas(settings.grid, settings.steps, settings.shift))
+    table = rows(options, schedule.sigmas(settings.schedule, settings.steps, settings.shift))
     params = {part: model.part(part) for part in ("dit", "vae")}
     carry = start(noise, state=jnp.zeros(noise.shape, jnp.float32), keys=keys)
     carry = _sample(plan.config, options, params, forwards, backwards, negative, np.float32(settings.guidance),
@@ -152,13 +151,10 @@ def _sample(
     carry: Carry,
     table: Row,
 ) -> Carry:
-    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, control, bias) -> jax.Array:
-        return WanDiT(config.dit).apply(
-            {"params": params["dit"]}, latents, timestep, conditions, method.table, bias, control
-        )
+    model = evaluator(config.dit, params["dit"], method)
 
     def velocity(conditions: Conditions) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        run = guided(model, conditions, negative, guidance, "sequential", method.control)
+        run = guided(model, conditions, negative, guidance, "sequential")
         return lambda latents, sigma: run(latents, schedule.TRAIN_TIMESTEPS * sigma, strength)
 
     def reverse(data: jax.Array) -> jax.Array:
@@ -189,4 +185,4 @@ def _sample(
         data = estimate(latents, row.step.sigma, row.extra, last)
         return (latents - data) / row.step.sigma, data
 
-    return one_scan(denoise, carry, table, 0, len(table.live))
+    return samplers.sample.sample(denoise, carry, table, 0, len(table.live))

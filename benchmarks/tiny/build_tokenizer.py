@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from benchmarks.tiny.clips import COLOURS, SHAPES, caption, scene
+from wanjax.writing import write_text
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 MAX_VOCABULARY = 768
@@ -74,10 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("path", type=Path, help="tokenizer.json to write")
     path = parser.parse_args(arguments).path
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
     tokenizer = build()
-    tokenizer.save(str(beside))
-    os.replace(beside, path)
+    write_text(path, tokenizer.to_str(pretty=True), overwrite=True, anything=True)
     print(f"{path}: {tokenizer.get_vocab_size()} pieces")
 
 

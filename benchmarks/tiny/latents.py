@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+import convert.vae
 from benchmarks.tiny.challenges import ChallengeClip, challenge
 from benchmarks.tiny.clips import Clip, clip
 from convert import keymap
-from convert import vae as vae_table
-from wanjax import conditioning, keyframes, vae
+from wanjax import conditioning, keyframes, vae, writing
 from wanjax.config import VAEConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -64,14 +63,14 @@ def load_vae(folder: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Any]
         config, latent_mean=tuple(stored["latents_mean"]), latent_std=tuple(stored["latents_std"])
     )
     expected = jax.eval_shape(lambda key: vae.init(config, key), jax.random.key(0))
-    return config, keymap.convert(vae_table.diffusers(config), expected, load_file(files[1]))
+    return config, keymap.convert(convert.vae.diffusers(config), expected, load_file(files[1]))
 
 
 def write_vae(folder: Path, config: VAEConfig, params: Any) -> None:
     """Writes a VAE in float32 as `load_vae` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = keymap.invert(vae_table.diffusers(config), params)
-    (folder / "config.json").write_text(json.dumps(vae_table.diffusers_config(config), indent=1), encoding="utf-8")
+    tensors = keymap.invert(convert.vae.diffusers(config), params)
+    (folder / "config.json").write_text(json.dumps(convert.vae.diffusers_config(config), indent=1), encoding="utf-8")
     save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 
@@ -168,9 +167,8 @@ def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: 
     for index in tqdm(range(-(-clips // SHARD)), desc=f"latents, {frames} frames", unit="shard", mininterval=20):
         file = folder / f"{index:04d}.npz"
         if not file.exists():
-            beside = folder / "part.npz"
-            np.savez(beside, **_shard(encode, index, variety, frames))
-            os.replace(beside, file)
+            with writing.beside(file) as part:
+                np.savez(part, **_shard(encode, index, variety, frames))
         with np.load(file) as stored:
             shards.append({name: stored[name] for name in stored.files})
     return _join(shards)

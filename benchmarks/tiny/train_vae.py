@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from PIL import Image
 
 from benchmarks.tiny.clips import clip
 from benchmarks.tiny.torch_vae import decode, encode, inflate, new_vae
+from wanjax import writing
 
 FRAMES = 25
 KL_WEIGHT = 3e-5
@@ -186,7 +187,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint beside its final name, then rename."""
+        """Write a checkpoint, whole or not at all, in the place of an earlier one."""
         state = {
             "vae": self.vae.state_dict(),
             "average": self.average.state_dict(),
@@ -194,9 +195,9 @@ class Trainer:
             "progress": [self.stage, self.step, self.seconds],
             "decoder_only": self.decoder_only,
         }
-        beside = path.with_suffix(".part")
-        torch.save(state, beside)
-        os.replace(beside, path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        writing.write_bytes(path, content.getvalue(), overwrite=True, anything=True)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint written by `save`."""
@@ -247,10 +248,8 @@ def finish(vae: AutoencoderKLWan, out: Path) -> None:
     heldout = np.stack([clip(i, "heldout", FRAMES).video for i in range(256)])
     psnr, outputs = evaluate(vae, heldout)
     save_sheet(heldout, outputs, out / "sheet.png")
-    vae.save_pretrained(out / "vae.part", safe_serialization=True)
-    if (out / "vae").exists():
-        raise ValueError(f"{out / 'vae'} exists; the new weights are in {out / 'vae.part'}, move one of them away")
-    os.replace(out / "vae.part", out / "vae")
+    with writing.beside(out / "vae", folder=True) as part:
+        vae.save_pretrained(part, safe_serialization=True)
     figures = {"psnr_mean": float(psnr.mean()), "psnr_worst_frame": float(psnr.min()), "psnr": psnr.tolist()}
     (out / "vae.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"256 held-out clips: PSNR {psnr.mean():.2f} dB, worst frame {psnr.min():.2f} dB", flush=True)

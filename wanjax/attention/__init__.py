@@ -65,5 +65,6 @@ def attention(
     chex.assert_equal_shape([q, k], dims=(0, 2, 3))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     q, k, v = (x.astype(jnp.dtype(precision.compute)) for x in (q, k, v))
-    out, found = KERNELS[kernel](q, k, v, bias, valid, scale, precision, residual)
+    with jax.named_scope("attention_kernel"):  # tells profiles and compiled modules it from what is around it
+        out, found = KERNELS[kernel](q, k, v, bias, valid, scale, precision, residual)
     return (out, found) if residual else out

@@ -13,9 +13,7 @@ and the sha256 of the files it was made from.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from benchmarks.tgi.networks import i3d, inception, lpips
 from benchmarks.tgi.networks.layout import differences
 from convert.tensors import SourceError, open_file, sha256
+from wanjax import writing
 
 BAD_INPUT = 2
 SUFFIX = ".safetensors"
@@ -96,15 +95,10 @@ def _read(sources: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _write(out: Path, content: bytes) -> None:
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, out)
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+        writing.write_bytes(out, content, overwrite=True, anything=True)
+    except (writing.OutputError, OSError) as error:
+        raise ValueError(f"{out}: cannot be written ({error})") from error
 
 
 def load(network: str, path: Path) -> dict[str, Any]:

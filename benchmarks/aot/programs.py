@@ -1,0 +1,60 @@
+"""The sampler's own programs, lowered for devices that are not there: from shapes with shardings."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import flops
+from samplers import ahead
+from samplers.plan import Plan
+from samplers.programs import Programs
+from wanjax import sharding
+
+PARTS: tuple[str, ...] = ("denoise", "text", "images", "keyframes", "decode")
+"""Programs that take time; a guided step is one call of "denoise"."""
+
+PICTURES = ("keyframes", "decode")
+"""Those that run on `sharding.picture_mesh`."""
+
+
+def lower(part: str, plan: Plan, devices: Sequence[Any], mesh: Mesh | None) -> jax.stages.Lowered:
+    """Traces and lowers one of PARTS as the pipeline does: weights by `sharding.specs`, all else whole, as is right for
+    one clip, on the mesh, or without one on the first device."""
+    program = getattr(Programs.of(plan, platform=devices[0].platform), part)
+    params, *arrays = ahead.shapes(plan)[part]
+    if mesh is None:
+        params, arrays = jax.tree.map(lambda leaf: _on(leaf, SingleDeviceSharding(devices[0])), (params, arrays))
+    else:
+        params = jax.tree.map(lambda leaf, spec: _on(leaf, NamedSharding(mesh, spec)), params,
+                              sharding.specs(params, mesh=mesh))  # fmt: skip
+        arrays = jax.tree.map(lambda leaf: _on(leaf, NamedSharding(mesh, P())), arrays)
+    used = mesh if mesh is None or part not in PICTURES else sharding.picture_mesh(mesh, plan.latent_shape[1:3])
+    with jax.set_mesh(used) if used is not None else nullcontext():
+        return program.func.lower(*program.args, params, *arrays, **program.keywords)
+
+
+def _on(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def operations(part: str, plan: Plan) -> int | None:
+    """Matrix products and convolutions of the whole call by formula, on however many devices; None without a formula.
+
+    KAB's own are not in it: outside its window they are not done.
+    """
+    formula = _FORMULAS.get(part)
+    return None if formula is None else flops.total(formula(plan))
+
+
+_FORMULAS: Mapping[str, Callable[[Plan], flops.Count]] = MappingProxyType(
+    {
+        "denoise": lambda plan: flops.dit(plan.config.dit, plan.latent_shape[:3], batch=2),
+        "keyframes": lambda plan: flops.vae_encode(plan.config.vae, plan.settings.frames, plan.settings.size),
+        "decode": lambda plan: flops.vae_decode(plan.config.vae, plan.settings.frames, plan.settings.size),
+    }
+)

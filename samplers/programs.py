@@ -1,0 +1,137 @@
+"""The programs of a run: each stage is one function of (config, params, arrays), and says whether its result is finite.
+
+Jitted, a second run with other values compiles nothing. Axis letters as in `wanjax.types`; A keyframes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from inspect import Parameter, signature
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from samplers import sample
+from samplers.plan import Plan
+from samplers.sample import Carry, Row
+from wanjax import conditioning, guidance, vae
+from wanjax.clip import CLIPVision
+from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from wanjax.dit import WanDiT
+from wanjax.method import MethodArrays
+from wanjax.types import Conditions, CrossBias
+from wanjax.umt5 import UMT5Encoder
+
+LEVELS = MappingProxyType({"denoise": 1, "decode": 1, "encode_keyframes": 0, "encode_text": 0, "encode_images": 0,
+                           "noise": 1})  # fmt: skip
+"""LLVM's optimisation level of each function on a CPU. The first compiles in two thirds of the third's time, and what
+it makes runs as fast: XLA shapes the loops itself, products and convolutions are a library's. The zeroth compiles in
+two fifths; the bundled model's keyframes are encoded in 1.4 times the time then, which is little beside the steps. The
+noise of a seed has the same bits at the first and the third level, not at the zeroth."""
+
+Program = Callable[..., Any]
+"""From params and arrays to arrays."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The programs of one plan: `Programs.of` gives the jitted functions, `ahead` puts compiled ones in their place.
+
+    Attributes:
+      text, images, keyframes, decode: (params, array...) -> (value, whether it is finite).
+      noise: (seed) -> latents of one clip.
+      denoise: (params, carry, table, first row, conditions, negative text, method, bias) -> carry.
+    """
+
+    text: Program
+    images: Program
+    keyframes: Program
+    noise: Program
+    denoise: Program
+    decode: Program
+
+    @classmethod
+    def of(cls, plan: Plan, chunk: int = 1, platform: str | None = None) -> "Programs":
+        """Jitted, for so many rows of the table in a call of `denoise`; the platform is the default device's."""
+        c, s, jit = plan.config, plan.settings, partial(jitted, platform=platform or jax.default_backend())
+        return cls(
+            text=partial(jit(encode_text), c.umt5),
+            images=partial(jit(encode_images), c.clip),
+            keyframes=partial(jit(encode_keyframes), c.vae, at=plan.at, frames=s.frames),
+            noise=partial(jit(noise), (1, *plan.latent_shape)),
+            denoise=partial(jit(denoise), c.dit, n=chunk, guidance_mode=s.guidance_mode),
+            decode=partial(jit(decode), c.vae),
+        )
+
+
+@cache
+def jitted(function: Program, platform: str) -> Any:
+    """One of the functions below jitted for a platform, the same at every call; its first and its named arguments are
+    static."""
+    named = [name for name, one in signature(function).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
+    options = {"xla_backend_optimization_level": LEVELS[function.__name__]} if platform == "cpu" else None
+    return jax.jit(function, static_argnums=0, static_argnames=named, compiler_options=options)
+
+
+def evaluator(config: DiTConfig, params: Any, method: MethodArrays) -> guidance.Model:
+    """The transformer under a method, as `guidance.guided` takes it."""
+
+    def model(latents: jax.Array, timestep: jax.Array, conditions: Conditions, strength, bias) -> jax.Array:
+        inputs = (latents, timestep, conditions, method.table, bias, method.control, strength)
+        return WanDiT(config).apply({"params": params}, *inputs)
+
+    return model
+
+
+def denoise(
+    config: DiTConfig,
+    params: Any,
+    carry: Carry,
+    table: Row,
+    first: jax.Array,
+    conditions: Conditions,
+    negative_text: jax.Array,
+    method: MethodArrays,
+    cross_bias: CrossBias | None,
+    *,
+    n: int,
+    guidance_mode: guidance.GuidanceMode,
+) -> Carry:
+    """`n` rows of a plan's table from row `first` on; without control and strength no code of the methods is in it."""
+    model = evaluator(config, params, method)
+
+    def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
+        evaluate = guidance.guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
+        return evaluate(latents, row.step.timestep, row.strength), state
+
+    return sample.sample(denoise, carry, table, first, n)
+
+
+def noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return value, jnp.isfinite(value).all()
+
+
+def encode_text(config: UMT5Config, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_finite(conditioning.pad_text(UMT5Encoder(config).apply({"params": params}, ids, mask), mask))
+
+
+def encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_finite(CLIPVision(config).apply({"params": params}, pixels))
+
+
+def encode_keyframes(
+    config: VAEConfig, params: Any, images: jax.Array, *, at: tuple[int, ...], frames: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mask and latent [B, F, h, w, s + 16] of keyframes [B, A, H, W, 3] in [-1, 1]."""
+    latent = vae.encode(config, params, conditioning.keyframe_video(images, at, frames))
+    return _with_finite(conditioning.latent_condition(latent, conditioning.mask(frames, config.temporal_stride, at)))
+
+
+def decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_finite(vae.decode(config, params, latents))
