@@ -304,8 +304,6 @@ def test_arrays_of_every_program_lie_where_the_pipeline_puts_them(plan, part):
     mesh = sharding.make_mesh({"sequence": 2, "tensor": 2}, devices)
     text = programs.lower(part, plan, devices, mesh).as_text()
     signature = next(line for line in text.splitlines() if "@main" in line)
-        line for line in programs.lower(part, plan, devices, mesh).as_text().splitlines() if "@main" in line
-    )
     for axis in ("tensor", "sequence"):  # of weights; the autoencoder's are whole everywhere
         assert (f'"{axis}"' in signature) is (part not in programs.PICTURES)
 
