@@ -81,7 +81,7 @@ def test_plots_that_fail_leave_no_video(job, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.explaining, "draw", fail)
+    monkeypatch.setattr(files.explain, "draw", fail)
     assert command.main(arguments(job, "--explain", tmp_path / "plots")) == 130
     assert "nothing was written under the final name" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]

@@ -17,8 +17,8 @@ from benchmarks import measure
 from benchmarks.aot import programs, report
 from benchmarks.aot.targets import GIB, TARGETS, Target
 from samplers.plan import Plan, Settings
-from wanjax import environment as machine
 from wanjax import checkpoint, sharding, writing
+from wanjax import environment as machine
 from wanjax.attention import KERNELS
 from wanjax.config import PRESETS, ModelConfig, preset
 from wanjax.guidance import MODES
