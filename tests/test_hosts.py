@@ -84,7 +84,9 @@ def test_two_hosts_make_the_video_of_one(job, tmp_path):
     more = ["--method", "paper", "--kab-steps", "0-1", "--solver", "lcm", "--quiet"]
     codes = end(two(*job, *more, "--out", tmp_path / "two", "--explain", tmp_path / "plots"))
     assert [code for code, *_ in codes] == [0, 0], codes
-    assert len(codes[0][1]) == 3 and codes[1] == (0, [], []), "host 0 alone prints"
+    # The CPU's collectives write to stdout too, from several threads into each other's lines.
+    printed = [str(tmp_path / "two") in "\n".join(out) for _, out, _ in codes]
+    assert printed == [True, False] and not codes[1][2], "host 0 alone prints"
     alone = ["--distributed", f"127.0.0.1:{free_port()},0,1", "--out", tmp_path / "one"]
     ((code, *output),) = end([begin(["-m", "samplers.inbetween", *job, *more, *alone], 8)])
     assert code == 0, output
