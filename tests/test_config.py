@@ -59,9 +59,9 @@ def test_fun_inp():
         assert config.sampling.negative_prompt.startswith("色调艳丽")
 
 
-PLATFORMS = {"cpu": ("xla", "taps", "float32"), "gpu": ("cudnn", "taps", "compute"),
-             "cuda": ("cudnn", "taps", "compute"), "rocm": ("xla", "taps", "compute"),
-             "tpu": ("xla", "conv3d", "compute")}  # fmt: skip
+PLATFORMS = {"cpu": ("xla", "pairs", "taps", "float32"), "gpu": ("cudnn", "pairs", "taps", "compute"),
+             "cuda": ("cudnn", "pairs", "taps", "compute"), "rocm": ("xla", "pairs", "taps", "compute"),
+             "tpu": ("splash", "product", "conv3d", "compute")}  # fmt: skip
 
 
 @pytest.mark.parametrize("platform, names", PLATFORMS.items(), ids=list(PLATFORMS))
@@ -70,13 +70,13 @@ def test_for_platform(name, platform, names):
     config = preset(name)
     assert config.dit.attention == config.vae.conv3d == "auto"
     found = config.for_platform(platform)
-    assert (found.dit.attention, found.vae.conv3d) == names[:2]
+    assert (found.dit.attention, found.dit.rotation, found.vae.conv3d) == names[:3]
     parts = [part for part in (found.dit, found.vae, found.umt5, found.clip) if part is not None]
-    assert {part.precision.product for part in parts} == {names[2]}
+    assert {part.precision.product for part in parts} == {names[3]}
     assert "auto" not in [value for part in parts for value in vars(part).values()]
     assert found.for_platform("tpu") == found, "what is chosen stays"
     back = json.loads(to_json(found))
-    back["dit"]["attention"] = back["vae"]["conv3d"] = "auto"
+    back["dit"]["attention"] = back["dit"]["rotation"] = back["vae"]["conv3d"] = "auto"
     for part in back.values():
         if isinstance(part, dict) and "precision" in part:
             part["precision"]["product"] = "auto"

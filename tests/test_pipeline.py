@@ -209,10 +209,10 @@ def sharded(model, sizes, devices=8):
 
 
 CASES = [
-    pytest.param({"data": 2, "sequence": 4}, "sequential", marks=pytest.mark.slow),
-    pytest.param({"data": 2, "sequence": 4}, "batched", marks=pytest.mark.slow),
-    ({"sequence": 8}, "sequential"),
-    ({"fsdp": 2, "sequence": 2, "tensor": 2}, "sequential"),
+    pytest.param({"data": 2, "fsdp": 2, "sequence": 2}, "sequential", marks=pytest.mark.slow),
+    pytest.param({"data": 2, "fsdp": 2, "sequence": 2}, "batched", marks=pytest.mark.slow),
+    ({"fsdp": 4, "sequence": 2}, "sequential"),
+    pytest.param({"fsdp": 4, "tensor": 2}, "sequential", marks=pytest.mark.slow),
 ]
 
 
