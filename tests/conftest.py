@@ -6,9 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-DEVICES = "--xla_force_host_platform_device_count=8"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # workers inherit it
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=1")
+for flag in FLAGS:
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):  # workers inherit them
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 OWN_CACHE = None
 if CACHE not in os.environ:
