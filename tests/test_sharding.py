@@ -62,8 +62,8 @@ def test_the_mesh_of_so_many_devices(devices, heads, wanted):
 
 
 @pytest.mark.parametrize("grid, devices, wanted", [
-    ((60, 108), 8, (4, 2)), ((90, 160), 8, (2, 4)), ((60, 108), 16, (4, 4)), ((90, 160), 16, (2, 8)),
-    ((60, 108), 3, (3, 1)), ((7, 11), 8, (1, 1)), ((60, 108), 64, (4, 4)), ((2, 3), 1, (1, 1)),
+    ((60, 108), 8, (2, 4)), ((90, 160), 8, (2, 4)), ((60, 108), 16, (4, 4)), ((90, 160), 16, (2, 8)),
+    ((60, 108), 3, (1, 3)), ((7, 11), 8, (1, 1)), ((60, 108), 64, (4, 4)), ((2, 3), 1, (1, 1)),
 ])  # fmt: skip
 def test_pictures_are_split_where_rows_and_columns_divide(grid, devices, wanted):
     assert sharding.split_picture(grid, devices) == wanted

@@ -125,6 +125,8 @@ def _conv3d_by_taps(
     frames = (x.shape[1] - taps) // step + 1
     total = None
     for tap in range(taps):
+        if total is not None:  # one copy of the frames at a time
+            x, total = lax.optimization_barrier((x, total))
         frame = x[:, tap : tap + (frames - 1) * step + 1 : step]
         y = lax.conv_general_dilated(
             frame.reshape(batch * frames, *x.shape[2:]), kernel[tap], strides[1:], padding[1:],
