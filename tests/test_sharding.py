@@ -32,9 +32,9 @@ def test_products_are_split_column_then_row():
     specs = sharding.specs({"blocks": shapes})["blocks"]
     for part in ("q", "k", "v"):
         assert specs["self_attn"][part]["kernel"] == P(None, TOKENS, "tensor")
-    assert specs["self_attn"]["o"]["kernel"] == P(None, "tensor", TOKENS)
+    assert specs["self_attn"]["o"]["kernel"] == P(None, ("tensor", *TOKENS), None)
     assert specs["ffn_in"]["kernel"] == P(None, TOKENS, "tensor")
-    assert specs["ffn_out"]["kernel"] == P(None, "tensor", TOKENS)
+    assert specs["ffn_out"]["kernel"] == P(None, ("tensor", *TOKENS), None)
     assert specs["self_attn"]["norm_q"]["scale"] == P()
 
 

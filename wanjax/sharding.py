@@ -23,14 +23,17 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Sequence[tuple[str, P]]
 
+COLUMNS = r"blocks/cross_attn/[kv](_image)?/kernel$"
+"""Of the few tokens of text and images every device computes some columns, for all of them: no weight travels."""
+
 RULES: Rules = (
-    # Of the few tokens of text and images every device computes some columns, for all of them; no weight travels.
-    (r"blocks/cross_attn/[kv](_image)?/kernel$", P(None, None, ("tensor", *TOKENS))),
+    (COLUMNS, P(None, None, ("tensor", *TOKENS))),
     # Column-parallel products: their outputs (heads, ffn) are split over `tensor`.
     (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/kernel$", P(None, TOKENS, "tensor")),
     (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/bias$", P(None, "tensor")),
-    # Row-parallel products: their inputs are split over `tensor`, outputs are summed.
-    (r"blocks/(.*/)?(o|ffn_out)/kernel$", P(None, "tensor", TOKENS)),
+    # Row-parallel products: their inputs are split over `tensor`, outputs are summed. Rows over TOKENS too: what is
+    # gathered along columns XLA keeps transposed, a second copy of the whole stack.
+    (r"blocks/(.*/)?(o|ffn_out)/kernel$", P(None, ("tensor", *TOKENS), None)),
     (r"token_embed$", P(TOKENS, None)),
     (r"(time|text|image).*/kernel$", P(TOKENS, None)),
     (r".*", P()),
@@ -138,10 +141,15 @@ def whole(params: Any, rules: Rules = RULES) -> Any:
         return params
     flat = flatten_dict(params, sep="/")
     for path, leaf in flat.items():
-        rule = next(spec for pattern, spec in rules if re.search(pattern, f"blocks/{path}"))[1:]
-        kept = P(*(mesh_axes(mesh, None if axis == TOKENS else axis, n) for axis, n in zip(rule, leaf.shape)))  # noqa: B905
-        flat[path] = jax.lax.with_sharding_constraint(leaf, kept)
+        spec = _spec(f"blocks/{path}", (1, *leaf.shape), rules, mesh)[1:]
+        if not re.search(COLUMNS, f"blocks/{path}"):
+            spec = [None if axis is None else _without_tokens(axis) for axis in spec]
+        flat[path] = jax.lax.with_sharding_constraint(leaf, P(*spec))
     return unflatten_dict(flat, sep="/")
+
+
+def _without_tokens(axes: str | tuple[str, ...]) -> tuple[str, ...] | None:
+    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if axis not in TOKENS) or None
 
 
 def shard_params(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
