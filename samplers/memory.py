@@ -1,7 +1,7 @@
 """How much memory a run takes, by formula, and the refusal of one that cannot fit.
 
-The factors are XLA's own figures for FLF2V-14B on a GPU (8.7 and 18.9 GiB to decode 480x864 and 720x1280, 6.9 GiB to
-encode, 3.7 and 8.1 GiB to denoise 81 frames), which grow with pixels and tokens; other models have them in proportion.
+The factors are XLA's own figures for FLF2V-14B on an H100 (`benchmarks.aot`), which grow with pixels and tokens; other
+models have them in proportion.
 """
 
 import math
@@ -12,13 +12,18 @@ import jax
 import numpy as np
 
 from samplers.plan import Settings
-from wanjax import checkpoint, keyframes
+from wanjax import checkpoint, keyframes, sharding
 from wanjax.config import ModelConfig
 
-DECODE, ENCODE = 232, 184
-"""Bytes a pixel of one frame and channel of the VAE's first width."""
-DENOISE = 22.5
+DECODE = {"float32": 210, "bfloat16": 115}
+ENCODE = {"float32": 178, "bfloat16": 100}
+"""Bytes a pixel of one frame and channel of the VAE's first width, by its compute dtype."""
+BORDERS = 1.7
+"""Where devices share a picture: what they hold of their neighbours', and buffers of what travels."""
+DENOISE = 16.4
 """Bytes a token and unit of the transformer's width."""
+GATHERED = 0.5
+"""Of one block's weights, what is whole on a device at once where they are split."""
 MARGIN = 0.8
 """A run is refused when this part of its estimate is more than there is: an estimate may be too high."""
 GIB = 2**30
@@ -50,20 +55,25 @@ class Estimate:
 
 
 def estimate(config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None) -> Estimate:
-    """What one clip takes; on a mesh, of one device: the weights and the tokens split over fsdp, sequence
-    and tensor."""
+    """What one clip takes; on a mesh, of one device: the weights and the tokens split over fsdp, sequence and tensor,
+    the VAE's pictures over all devices."""
     mesh = mesh or {}
     shapes = checkpoint.param_shapes(config)
     size = {part: sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
             for part, tree in shapes.items()}  # fmt: skip
     split = mesh.get("fsdp", 1) * mesh.get("sequence", 1) * mesh.get("tensor", 1)
+    gathered = GATHERED * size["dit"] / config.dit.num_layers if split > 1 else 0
     size = {part: n // split if part != "vae" else n for part, n in size.items()}
-    area = math.prod(settings.size)
+    area, stride = math.prod(settings.size), config.vae.spatial_stride
     frames = config.vae.latent_frames(settings.frames) // config.dit.patch_size[0]
-    tokens = frames * area // (config.vae.spatial_stride**2 * math.prod(config.dit.patch_size[1:]))
-    tokens = tokens * config.dit.dim * DENOISE / split
-    pixels = area * config.vae.base_dim
-    return Estimate(size, {"encode": ENCODE * pixels, "denoise": int(tokens), "decode": DECODE * pixels})
+    tokens = frames * area // (stride**2 * math.prod(config.dit.patch_size[1:]))
+    tokens = tokens * config.dit.dim * DENOISE / split + gathered
+    height, width = (side // stride for side in settings.size)
+    devices = math.prod(sharding.split_picture((height, width), math.prod(mesh.values())))
+    pixels = area * config.vae.base_dim / devices * (BORDERS if devices > 1 else 1)
+    kind = "float32" if config.vae.precision.compute == "float32" else "bfloat16"
+    return Estimate(size, {"encode": int(ENCODE[kind] * pixels), "denoise": int(tokens),
+                           "decode": int(DECODE[kind] * pixels)})  # fmt: skip
 
 
 def available() -> int | None:

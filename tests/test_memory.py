@@ -4,14 +4,20 @@ import pytest
 
 from samplers import memory
 from samplers.plan import Settings
-from wanjax.config import BFLOAT16, preset
+from wanjax import sharding
+from wanjax.config import BFLOAT16, VAE_BFLOAT16, preset
 
 GIB = 2**30
-# GiB that XLA's memory analysis gave for FLF2V-14B, 81 frames, bfloat16, VAE float32, compiled for an H100.
+# GiB that XLA's memory analysis gave for FLF2V-14B, 81 frames, bfloat16, compiled for H100s.
 FIGURES = {
-    (480, 864): {"encode": 6.89, "denoise": 3.68, "decode": 8.67},
-    (720, 1280): {"denoise": 8.08, "decode": 18.94},
+    ("float32", (480, 864), 1): {"encode": 6.60, "denoise": 2.66, "decode": 7.79},
+    ("bfloat16", (480, 864), 1): {"denoise": 2.66, "decode": 4.32},
+    ("bfloat16", (720, 1280), 1): {"encode": 8.23, "denoise": 5.82, "decode": 9.28},
+    ("bfloat16", (480, 864), 2): {"denoise": 1.66},
+    ("bfloat16", (480, 864), 8): {"denoise": 0.64},
+    ("bfloat16", (720, 1280), 8): {"encode": 1.39, "decode": 1.98},
 }
+"""By policy of the VAE, size and devices."""
 WEIGHTS = {"dit": 30.89, "umt5": 10.58, "clip": 1.14, "vae": 0.47}
 
 
@@ -20,18 +26,21 @@ def clip(size=(480, 864), **changes):
     return config, Settings.of(config, size=size, **changes)
 
 
-@pytest.mark.parametrize("size", FIGURES, ids=str)
-def test_estimates_are_near_the_compilers(size):
-    found = memory.estimate(*clip(size))
-    for stage, gib in FIGURES[size].items():
-        assert found.temporary[stage] / GIB == pytest.approx(gib, rel=0.05), stage
+@pytest.mark.parametrize("vae, size, devices", FIGURES, ids=str)
+def test_estimates_are_near_the_compilers(vae, size, devices):
+    config = preset("flf2v_14b").with_precision(BFLOAT16, vae=VAE_BFLOAT16 if vae == "bfloat16" else None)
+    mesh = sharding.choose_mesh(devices, 40)
+    found = memory.estimate(config, Settings.of(config, size=size), mesh)
+    for stage, gib in FIGURES[vae, size, devices].items():
+        assert found.temporary[stage] / GIB == pytest.approx(gib, rel=0.05 if devices == 1 else 0.3), stage
     for part, gib in WEIGHTS.items():
-        assert found.weights[part] / GIB == pytest.approx(gib, rel=0.02), part
+        split = 1 if part == "vae" else devices
+        assert found.weights[part] / GIB == pytest.approx(gib / split, rel=0.02), part
 
 
 def test_what_cannot_fit_is_refused_with_a_size_that_does():
     memory.check(*clip(), memory=80 * GIB)
-    with pytest.raises(ValueError, match=r"size 720x1280, 81 frames: takes about 62\.\d GiB.*largest size") as caught:
+    with pytest.raises(ValueError, match=r"size 720x1280, 81 frames: takes about 60\.\d GiB.*largest size") as caught:
         memory.check(*clip((720, 1280)), memory=45 * GIB)
     assert "\n" not in str(caught.value)
     height, width = (int(side) for side in str(caught.value).rpartition(" is ")[2].split("x"))
@@ -47,8 +56,9 @@ def test_weights_that_cannot_fit_are_told_by_themselves():
 
 def test_a_mesh_splits_weights_and_tokens():
     one, eight = (memory.estimate(*clip(), mesh) for mesh in ({}, {"tensor": 8}))
-    assert one.weights["dit"] // 8 == eight.weights["dit"] and one.temporary["decode"] == eight.temporary["decode"]
-    assert one.temporary["denoise"] // 8 == eight.temporary["denoise"]
+    assert one.weights["dit"] // 8 == eight.weights["dit"]
+    assert one.temporary["decode"] > 4 * eight.temporary["decode"]
+    assert one.temporary["denoise"] > 3 * eight.temporary["denoise"]
     memory.check(*clip(), {"tensor": 8}, memory=24 * GIB)
 
 
