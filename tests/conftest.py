@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=1")
+FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 for flag in FLAGS:
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):  # workers inherit them
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

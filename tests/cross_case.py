@@ -29,7 +29,7 @@ def attend(q, keys, values, bias=None, control=None, precision=FLOAT32):
     return both(q, keys, values, bias, control, precision)[0]
 
 
-# At LLVM's first level, which tests run at, what is computed twice need not be the same to the last bit.
+# At LLVM's zeroth level, which tests run at, what is computed twice need not be the same to the last bit.
 @partial(jax.jit, static_argnames="precision", compiler_options={"xla_backend_optimization_level": 3})
 def report_of(q, keys, bias, control, precision=FLOAT32):
     return both(q, keys, None, bias, control, precision, inspect=True)[1]

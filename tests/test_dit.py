@@ -98,6 +98,7 @@ def test_parity(config):
         assert relative_error(ours, reference) < 1e-5, (grid, timesteps)
 
 
+@pytest.mark.slow
 def test_parity_of_one_block_at_14b_width():
     config = dataclasses.replace(preset("flf2v_14b").dit, num_layers=1)
     model = reference_model(config)

@@ -45,6 +45,7 @@ def test_held_out_clips_are_the_held_out_ones():
         clip(0, "valid")
 
 
+@pytest.mark.slow
 def test_measure_runs_the_model(tmp_path):
     """Random weights lose to a cross-fade, and an untold model's caption gain is what the videos say."""
     config = dataclasses.replace(NANO, dit=dataclasses.replace(NANO.dit, text_length=32))

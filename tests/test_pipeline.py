@@ -231,6 +231,7 @@ def test_sharded_denoising_is_the_same(model, sizes, mode):
     assert relative_error(latents, plain) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_same_from_keyframes_to_pixels(model):
     """Encoders and VAE too; on two devices, as the VAE's program takes long to compile for eight."""
     chosen = settings()

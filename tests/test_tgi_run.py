@@ -29,6 +29,7 @@ def model(folder):
     return checkpoint.load(folder)
 
 
+@pytest.mark.slow
 def test_every_arm_runs_and_is_scored(tmp_path, model):
     """All arms that need no large program of their own; the rest is in test_two_way."""
     arms = [arm.name for arm in ARMS if arm.kind not in ("two-way", "random-bias")]
@@ -90,6 +91,7 @@ def test_another_image_model_concerns_the_two_way_arms_alone():
     assert "image_model" not in plan(["trf"]).describe({}, Neural(None))["arms"]["trf"]
 
 
+@pytest.mark.slow
 def test_two_way_arms_with_an_image_to_video_model(tmp_path, folder):
     """A model of one keyframe, as I2V-14B is, from the command line to the scores; one of other sizes is refused."""
     one = dataclasses.replace(CONFIG, name="nano-i2v", dit=dataclasses.replace(CONFIG.dit, num_images=1))

@@ -81,6 +81,7 @@ def test_lengths_share_the_steps(setup, vae_folder):
     assert {train_dit.MixedLengths(sets[:1], 0).draw(step).latents.shape[1] for step in range(5)} == {3}
 
 
+@pytest.mark.slow
 def test_training_sees_what_sampling_sees(setup):
     """The conditions of a batch equal those that the pipeline makes from keyframes and caption."""
     config, vae_params, tokenizer, data, _ = setup
@@ -123,6 +124,7 @@ def test_batches_depend_on_seed_and_step_alone(setup):
     assert not np.array_equal(one.draw(7).latents, one.draw(8).latents)
 
 
+@pytest.mark.slow
 def test_steps_lower_the_loss(setup):
     config, _, tokenizer, data, _ = setup
     state = train_dit.new_state(config, 0)
@@ -143,6 +145,7 @@ def test_rate():
     assert train_dit.rate_at(0, 0.0) == pytest.approx(1e-5)
 
 
+@pytest.mark.slow
 def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
     """The command, from latents to a model folder that loads; then a refusal to overwrite it."""
     config, _, _, _, folder = setup

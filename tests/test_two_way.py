@@ -94,7 +94,9 @@ def behind(model, settings, conditions, negative, reverse, x, ahead, here):
     return reverse(turned - here * velocity(model, settings, conditions, negative, turned, here))
 
 
-@pytest.mark.parametrize("flip, repeats", [("latent", 0), ("pixel", 0), ("latent", 1)])
+@pytest.mark.parametrize(
+    "flip, repeats", [("latent", 0), pytest.param("pixel", 0, marks=pytest.mark.slow), ("latent", 1)]
+)
 def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip, repeats):
     """With repeats, each step of the first half is taken again from renewed noise."""
     batch, settings = setup
@@ -123,7 +125,7 @@ def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip, repeats):
     assert relative_error(made, expected(noise)) < 2e-5
 
 
-@pytest.mark.parametrize("flip", two_way.FLIPS)
+@pytest.mark.parametrize("flip", ["latent", pytest.param("pixel", marks=pytest.mark.slow)])
 def test_vibid_goes_both_ways_in_every_step(model, setup, flip):
     batch, settings = setup
     _, forwards, backwards, negative = batch.one_way
