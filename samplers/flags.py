@@ -28,14 +28,11 @@ TPU: Mapping[str, str] = MappingProxyType(
         **FUSION,
     }
 )
-LARGE_VMEM: Mapping[str, str] = MappingProxyType({"xla_tpu_scoped_vmem_limit_kib": "65536"})
-"""KiB that one operation may use of VMEM; the generations in `_VMEM` have at least that."""
 GPUS: Mapping[str, str] = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": "true"})
 
 _GOOGLE = "0x1ae0"
 _TPUS = frozenset({"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"})
-_VMEM = frozenset({"0x0062", "0x0063", "0x006f", "0x0076"})
-"""PCI devices: v5p, v5e, v6e, v7x."""
+"""PCI devices from v2 to v7x."""
 
 
 def settle(
@@ -54,15 +51,15 @@ def settle(
     asked = {name for name in environment.get("JAX_PLATFORMS", "").lower().split(",") if name}
     tpus = _pci(root) if not asked or "tpu" in asked else frozenset()
     if tpus and (environment.get("TPU_LIBRARY_PATH") or _installed("libtpu")):
-        return _add(environment, "LIBTPU_INIT_ARGS", {**TPU, **(LARGE_VMEM if tpus <= _VMEM else {})})
+        return add(environment, "LIBTPU_INIT_ARGS", TPU)
     cuda = not asked or asked & {"cuda", "gpu"}
     if cuda and _gpus(environment, root) > (0 if distributed else 1) and _installed("jax_cuda12_plugin",
                                                                                    "jax_cuda13_plugin"):  # fmt: skip
-        return _add(environment, "XLA_FLAGS", GPUS)
+        return add(environment, "XLA_FLAGS", GPUS)
     return None
 
 
-def _add(environment: MutableMapping[str, str], variable: str, flags: Mapping[str, str]) -> str | None:
+def add(environment: MutableMapping[str, str], variable: str, flags: Mapping[str, str]) -> str | None:
     """Adds to a variable the flags whose names it does not hold yet."""
     present = environment.get(variable, "")
     given = dict(re.findall(r"--(\w+)(?:=(\S*))?", present))

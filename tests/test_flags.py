@@ -9,7 +9,7 @@ import pytest
 
 from samplers import flags
 
-V6E, V4 = "0x006f", "0x005e"
+V6E = "0x006f"
 
 
 def machine(root, tpus=(), gpus=0):
@@ -42,14 +42,9 @@ def settled(root, distributed=False, **environment):
 def test_tpus_get_theirs(tmp_path):
     environment, note = settled(machine(tmp_path, [V6E] * 4))
     added = environment.pop("LIBTPU_INIT_ARGS")
-    assert added.split() == [f"--{name}={value}" for name, value in {**flags.TPU, **flags.LARGE_VMEM}.items()]
+    assert added.split() == [f"--{name}={value}" for name, value in flags.TPU.items()]
     assert added in note and "\n" not in note and not environment
     assert flags.OVERLAP not in added
-
-
-def test_older_tpus_have_less_memory_for_an_operation(tmp_path):
-    environment, _ = settled(machine(tmp_path, [V4] * 4))
-    assert "scoped_vmem" not in environment["LIBTPU_INIT_ARGS"]
 
 
 def test_what_the_user_set_stays(tmp_path):
@@ -111,7 +106,7 @@ def test_names_are_known_to_libtpu():
     """It compiles for TPUs that are not there, and ends for a name that it does not know."""
     code = ("from jax.experimental import topologies; "
             "print(len(topologies.get_topology_desc(topology_name='v6e:2x4', platform='tpu').devices))")  # fmt: skip
-    known = " ".join(f"--{name}={value}" for name, value in {**flags.TPU, **flags.LARGE_VMEM}.items())
+    known = " ".join(f"--{name}={value}" for name, value in flags.TPU.items())
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-8",
         "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",

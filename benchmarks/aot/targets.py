@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from samplers import flags
+
 GIB = 2**30
 
 
@@ -104,6 +106,11 @@ class Target:
         }  # fmt: skip
         if self.chip.accelerator:
             os.environ["TPU_ACCELERATOR_TYPE"] = self.chip.accelerator
+        # As the command line sets them on such a machine.
+        if self.platform == "tpu":
+            flags.add(os.environ, "LIBTPU_INIT_ARGS", flags.TPU)
+        elif not self.name.endswith("x1"):
+            flags.add(os.environ, "XLA_FLAGS", flags.GPUS)
 
     def devices(self) -> Sequence[Any]:
         """Devices that can be compiled for and do nothing else. Call `prepare` before."""
