@@ -4,6 +4,7 @@ Left out unless asked for with `-m aot`: one compilation of two to three minutes
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,14 +23,16 @@ COMMAND = ("--target", TARGET, "--devices", "--size", "480x864", "--frames", "81
 
 EVEN_SHARE = 1.05
 """Operations of a device, at most, times its even share of all; padding included."""
-TOKENS = 34_020
-"""Of the whole video, 21 x 30 x 54: an array with an axis as long holds it whole."""
+TOKENS, WIDTH = 34_020, 5120
+"""Of the whole video, 21 x 30 x 54: an array as large holds it whole."""
 SMALL = 2**20
 """Bytes of collectives that do not matter."""
 TOKENS_EXCHANGED = 4
 """All-to-alls of a layer and pass, at most: q, k, v and the output."""
 TOKEN_BYTES = 2 * 34_816 * 5120 // DEVICES
 """One device's share of one of them, bfloat16, padded to blocks."""
+BESIDE = 0.7
+"""Share of the weights, at least, that is gathered beside work: a layer's first ones have nothing to hide behind."""
 SECONDS = 180
 """For compiling, on two idle cores."""
 KERNEL = "tpu_custom_call"
@@ -66,14 +69,16 @@ def test_tokens_are_exchanged_by_all_to_all_and_never_gathered(report):
     moved = [row for row in report["collectives_in_full"] if row["kind"] in ("all-to-all", "ragged-all-to-all")]
     assert 0 < sum(row["times"] for row in moved) <= TOKENS_EXCHANGED * LAYERS * PASSES
     assert all(row["bytes"] <= 1.1 * TOKEN_BYTES for row in moved)
-    large = [row["shape"] for row in report["collectives_in_full"] if row["bytes"] > SMALL]
-    assert not [shape for shape in large if any(max(dims, default=0) >= TOKENS for _, dims in arrays(shape))]
+    others = [row["shape"] for row in report["collectives_in_full"] if row not in moved]
+    assert not [shape for shape in others if any(math.prod(dims) >= TOKENS * WIDTH for _, dims in arrays(shape))]
 
 
 def test_weights_are_gathered_beside_work(report):
     rows = [row for row in report["collectives_in_full"] if row["kind"] == "all-gather" and row["bytes"] > SMALL]
     gathered = [row for row in rows if row["times"] >= LAYERS * PASSES]
-    assert gathered and all(row["asynchronous"] for row in gathered)
+    moved = sum(row["times"] * row["bytes"] for row in gathered)
+    beside = sum(row["times"] * row["bytes"] for row in gathered if row["asynchronous"])
+    assert moved and beside >= BESIDE * moved
 
 
 def test_it_compiles_in_time(report):

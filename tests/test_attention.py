@@ -1,5 +1,7 @@
 """Every attention kernel against a float64 oracle."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,11 +144,13 @@ def test_residual(kernel, shape):
     """(max, log sum) of every softmax; two halves of the keys put together by it are the whole."""
     q, k, v = arrays()
     bias = None if shape is None else 3 * jax.random.normal(jax.random.key(1), shape)
-    out, (top, log_sum) = jax.jit(lambda *x: attention(*x, kernel=kernel, residual=True))(q, k, v, bias)
+    # At LLVM's zeroth level, which tests run at, two programs need not round alike.
+    jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    out, (top, log_sum) = jit(lambda *x: attention(*x, kernel=kernel, residual=True))(q, k, v, bias)
     assert top.shape == log_sum.shape == (B, S, N) and top.dtype == log_sum.dtype == jnp.float32
     wanted, largest = residual_oracle(q, k, bias)
     assert relative_error(top, largest) <= 1e-6 and relative_error(top + log_sum, wanted) <= 1e-6
-    np.testing.assert_array_equal(out, jax.jit(lambda *x: attention(*x, kernel=kernel))(q, k, v, bias))
+    np.testing.assert_array_equal(out, jit(lambda *x: attention(*x, kernel=kernel))(q, k, v, bias))
 
     def half(part):
         some = None if bias is None else bias[..., part]
