@@ -66,6 +66,7 @@ def test_makes_video_sheet_and_settings(job, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_method_by_name_with_single_changes(job, tmp_path):
     extra = ["--method", "release", "--no-kab", "--s-mid", 0.9, "--branch-weights", "1,0.5,0.5", "--frames", 25]
     assert command.main(arguments(job, *extra, "--explain", tmp_path / "plots")) == 0
@@ -77,6 +78,7 @@ def test_method_by_name_with_single_changes(job, tmp_path):
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".json"}
 
 
+@pytest.mark.slow
 def test_plots_that_fail_leave_no_video(job, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise KeyboardInterrupt
@@ -285,6 +287,7 @@ def test_mesh_from_the_command_line(job, monkeypatch):
     assert json.loads(job["--out"].with_suffix(".json").read_text())["settings"]["mesh"] == {"sequence": 2}
 
 
+@pytest.mark.slow
 def test_matte_shows_around_padded_keyframes(job, tmp_path):
     extra = ["--fit", "pad", "--matte", "255,0,0", "--size", "16x40", "--steps", 1]
     prepared = files.prepare(job["--first"], job["--last"], job["--out"], model=job["--model"],

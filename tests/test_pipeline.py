@@ -61,7 +61,7 @@ def encoded_of(model, pairs, prompts, chosen):
     return plan, pipeline.encode(model, plan, [Inputs.prepare(pairs, plan)], [prompts])[0]
 
 
-@pytest.mark.parametrize("mode", ["sequential", "batched"])
+@pytest.mark.parametrize("mode", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])
 def test_values_do_not_recompile(model, mode):
     jax.clear_caches()  # of tests that came before
     base = settings(guidance_mode=mode)
@@ -215,7 +215,7 @@ def sharded(model, sizes, devices=8):
 CASES = [
     pytest.param({"data": 2, "fsdp": 2, "sequence": 2}, "sequential", marks=pytest.mark.slow),
     pytest.param({"data": 2, "fsdp": 2, "sequence": 2}, "batched", marks=pytest.mark.slow),
-    ({"fsdp": 4, "sequence": 2}, "sequential"),
+    pytest.param({"fsdp": 4, "sequence": 2}, "sequential", marks=pytest.mark.slow),
     pytest.param({"fsdp": 4, "tensor": 2}, "sequential", marks=pytest.mark.slow),
 ]
 

@@ -45,6 +45,7 @@ def test_every_arm_runs_and_is_scored(tmp_path, model):
     assert (tmp_path / "out" / "videos" / "wan" / "9" / "dev-00001-1.mp4").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_files_asked_for_later_are_made_and_scores_stay(tmp_path, model):
     """--videos and --strips on a finished folder: what lacks them is made again, and no line is written twice."""
     arms = ["wan", "nearest"]

@@ -101,7 +101,10 @@ def ours(name: str, kind: str, frames: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-@pytest.mark.parametrize(("name", "frames"), [("wan", 1), ("wan", 13), ("tiny", 5), ("tiny", 25), ("stride2", 9)])
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("wan", 1), ("wan", 13), ("tiny", 5), ("stride2", 9), pytest.param("tiny", 25, marks=pytest.mark.slow)],
+)
 def test_parity(name: str, frames: int, kind: str) -> None:
     wanted = theirs(name, kind, frames)
     assert wanted.std() > 0.1
