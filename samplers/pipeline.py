@@ -21,8 +21,8 @@ from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_plac
 from samplers.programs import Programs
 from samplers.sample import Carry, Row
 from wanjax import hosts, keyframes, sharding
+from wanjax.accepted import check_cross
 from wanjax.checkpoint import Model
-from wanjax.dit import check_cross
 from wanjax.residency import Parts
 from wanjax.settings import refuse
 from wanjax.types import Conditions, CrossBias

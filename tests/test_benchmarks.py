@@ -28,8 +28,8 @@ from benchmarks import (
 from samplers import programs, sample
 from samplers.plan import Plan, Settings
 from wanjax import shapes
+from wanjax.accepted import check_conditions
 from wanjax.config import BFLOAT16, PRESETS, preset
-from wanjax.dit import check_conditions
 
 ROOT = Path(__file__).parents[1]
 TINY = preset("tiny")

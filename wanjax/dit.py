@@ -5,7 +5,6 @@ Axis letters as in `types`. Blocks are stacked on a leading layer axis of their 
 
 import dataclasses
 import math
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -15,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from wanjax import rope, sharding
+from wanjax.accepted import check_conditions, check_cross
 from wanjax.attention import parallel
 from wanjax.config import DiTConfig, Precision
 from wanjax.cross import CrossReport, cross_attention
@@ -283,76 +283,3 @@ class WanDiT(nn.Module):
 def _float32(precision: Precision) -> Precision:
     """The policy of what stays float32, stored and computed: time embedding and head."""
     return dataclasses.replace(precision, param="float32", compute="float32")
-
-
-def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[int, ...]) -> None:
-    """Compares conditions with the model.
-
-    Args:
-      latents: shape [B, F, h, w, out_channels].
-
-    Raises:
-      ValueError: a missing, superfluous or wrongly shaped condition; latents that patches do not tile.
-    """
-    batch, *grid, channels = latents
-    if channels != config.out_channels or any(n % size for n, size in zip(grid, config.patch_size, strict=True)):
-        raise ValueError(
-            f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
-            f"of the patch {config.patch_size}"
-        )
-    images = None
-    if config.num_images:
-        count = "M" if config.num_images == 1 else config.num_images
-        images = (batch, count, config.image_tokens, config.image_dim)
-    latent = (batch, *grid, config.condition_channels) if config.condition_channels else None
-    _check("conditions", conditions, {"text": (batch, config.text_length, config.text_dim), "images": images,
-                                      "latent": latent})  # fmt: skip
-
-
-def check_cross(
-    config: DiTConfig,
-    rows: tuple[int, int],
-    bias: CrossBias | None,
-    control: CrossControl | None = None,
-    strength: jax.Array | None = None,
-    images: int | None = None,
-) -> None:
-    """Compares a caller's bias, a control and its strength with the model.
-
-    Args:
-      rows: (batch, token frames).
-      images: M of the conditions; None is what the model was trained with.
-
-    Raises:
-      ValueError: leaves that are not [L, B, F, K] or [L, B, F, M, K] of what the model sees; strength not [L, B, F].
-    """
-    layers, images = config.num_layers, config.num_images if images is None else images
-    if bias is not None:
-        shapes = {"text": (layers, *rows, config.text_length),
-                  "images": (layers, *rows, images, config.image_tokens) if images else None}  # fmt: skip
-        _check("cross_bias", bias, {name: shape for name, shape in shapes.items() if getattr(bias, name) is not None})
-    if control is not None:
-        anchors = "A" if np.ndim(control.anchors) != 1 else np.shape(control.anchors)[0]
-        _check("control", control, {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
-                                    "weights": (1 + images,)})  # fmt: skip
-    _check_leaf("strength", strength, None if control is None else (layers, *rows))
-
-
-def _check(name: str, value: Any, shapes: dict[str, tuple | None]) -> None:
-    """Compares fields of `value` with shapes."""
-    for field, wanted in shapes.items():
-        _check_leaf(f"{name}.{field}", getattr(value, field), wanted)
-
-
-def _check_leaf(name: str, leaf: Any, wanted: tuple | None) -> None:
-    """Compares an array with a shape; None is absent, a letter any size but 0."""
-
-    def show(shape: tuple | None) -> str:
-        return "absent" if shape is None else f"[{', '.join(map(str, shape))}]"
-
-    found = None if leaf is None else tuple(np.shape(leaf))
-    fits = found == wanted
-    if found is not None and wanted is not None and len(found) == len(wanted):
-        fits = all(n == size or (isinstance(size, str) and n > 0) for n, size in zip(found, wanted, strict=True))
-    if not fits:
-        raise ValueError(f"{name} is {show(found)}; this model takes {show(wanted)}")

@@ -1,0 +1,63 @@
+"""What the transformer takes: shapes of conditions, of a caller's bias, of a control. Axis letters as in `types`."""
+
+import jax
+import numpy as np
+
+from wanjax import compare
+from wanjax.config import DiTConfig
+from wanjax.types import Conditions, CrossBias, CrossControl
+
+
+def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[int, ...]) -> None:
+    """Compares conditions with the model.
+
+    Args:
+      latents: shape [B, F, h, w, out_channels].
+
+    Raises:
+      ValueError: a missing, superfluous or wrongly shaped condition; latents that patches do not tile.
+    """
+    batch, *grid, channels = latents
+    if channels != config.out_channels or any(n % size for n, size in zip(grid, config.patch_size, strict=True)):
+        raise ValueError(
+            f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
+            f"of the patch {config.patch_size}"
+        )
+    images = None
+    if config.num_images:
+        count = "M" if config.num_images == 1 else config.num_images
+        images = (batch, count, config.image_tokens, config.image_dim)
+    latent = (batch, *grid, config.condition_channels) if config.condition_channels else None
+    text = (batch, config.text_length, config.text_dim)
+    compare.check_fields("conditions", conditions, {"text": text, "images": images, "latent": latent})
+
+
+def check_cross(
+    config: DiTConfig,
+    rows: tuple[int, int],
+    bias: CrossBias | None,
+    control: CrossControl | None = None,
+    strength: jax.Array | None = None,
+    images: int | None = None,
+) -> None:
+    """Compares a caller's bias, a control and its strength with the model.
+
+    Args:
+      rows: (batch, token frames).
+      images: M of the conditions; None is what the model was trained with.
+
+    Raises:
+      ValueError: leaves that are not [L, B, F, K] or [L, B, F, M, K] of what the model sees; strength not [L, B, F].
+    """
+    layers, images = config.num_layers, config.num_images if images is None else images
+    if bias is not None:
+        shapes = {"text": (layers, *rows, config.text_length),
+                  "images": (layers, *rows, images, config.image_tokens) if images else None}  # fmt: skip
+        given = {name: shape for name, shape in shapes.items() if getattr(bias, name) is not None}
+        compare.check_fields("cross_bias", bias, given)
+    if control is not None:
+        anchors = "A" if np.ndim(control.anchors) != 1 else np.shape(control.anchors)[0]
+        shapes = {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
+                  "weights": (1 + images,)}  # fmt: skip
+        compare.check_fields("control", control, shapes)
+    compare.check_leaf("strength", strength, None if control is None else (layers, *rows))
