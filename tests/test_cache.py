@@ -51,6 +51,7 @@ def run(tmp_path, *extra, **environment):
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_every_program(tmp_path):
     """Kept ones without tracing them, with other settings too; in JAX's cache where those kept are lost."""
     write_model(tmp_path / "nano")

@@ -107,6 +107,7 @@ def test_parity_of_one_block_at_14b_width():
     assert relative_error(WanDiT(config).apply({"params": params}, *inputs), run_reference(model, *inputs)) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_policy_stays_near_float32():
     config = FLF2V
     params = converted(reference_model(config), config)

@@ -104,6 +104,7 @@ def said(results):
     return [own[0].removeprefix(f"{PROGRAM}: error: ") for own in lines]
 
 
+@pytest.mark.slow
 def test_what_stands_where_host_0_writes_stops_all(job, tmp_path):
     out = tmp_path / "clip.mp4"
     out.write_bytes(b"precious")
@@ -114,6 +115,7 @@ def test_what_stands_where_host_0_writes_stops_all(job, tmp_path):
     assert out.read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 def test_hosts_that_were_told_different_things(job, tmp_path):
     results = end(two(*job, "--out", tmp_path / "clip.mp4", own=(["--seed", 1], ["--seed", 2])))
     assert [code for code, *_ in results] == [2, 2]
@@ -122,6 +124,7 @@ def test_hosts_that_were_told_different_things(job, tmp_path):
     assert not list(tmp_path.glob("clip*"))
 
 
+@pytest.mark.slow
 def test_damaged_weights_on_one_host_end_all(job, tmp_path, model):
     """The manifests are the same, so that it is found when host 1 alone reads."""
     copy = shutil.copytree(model, tmp_path / "copy")

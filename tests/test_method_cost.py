@@ -10,6 +10,7 @@ from benchmarks.measure import Timing
 from wanjax.config import preset
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured_with_one_program(tmp_path, capsys):
     """`Steps` raises where two arms lower to different programs, or an arm does nothing."""
     out = tmp_path / "cost.json"

@@ -106,6 +106,7 @@ def test_several_clips_by_one_program(model):
     assert relative_error(seeds.latents[1], seeds.latents[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_batch_computes_its_clips(model):
     """Two clips in one program; the noise of each is that of its own seed."""
     pairs, prompts, chosen = [images(1), images(2)], ["a red circle", "a blue square moves right"], settings()

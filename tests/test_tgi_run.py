@@ -148,7 +148,13 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+        (signal.SIGINT, 130),
+    ],
+)
 def test_a_killed_process_goes_on(tmp_path, folder, model, number, code):
     """SIGKILL or Ctrl-C in the middle of the command, then the same command again."""
     options = ["run", "--data", "procedural-dev", "--lengths", str(FRAMES), "--clips", "6", "--batch", "1", "--model",

@@ -12,6 +12,7 @@ def videos(count: int, frames: int) -> torch.Tensor:
     return train_vae.to_tensor(np.stack([clip(seed, frames=frames).video for seed in range(count)]))
 
 
+@pytest.mark.slow
 def test_steps_lower_the_loss_and_resume_exactly(uncompiled, tmp_path):
     torch.manual_seed(0)
     trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, 0.25, seed=1)
@@ -30,6 +31,7 @@ def test_steps_lower_the_loss_and_resume_exactly(uncompiled, tmp_path):
     assert results[:2] == pytest.approx(results[2:], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_clips_stage_uses_every_length(uncompiled):
     torch.manual_seed(0)
     trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, 0.0, seed=1)
