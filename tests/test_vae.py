@@ -105,7 +105,6 @@ def ours(name: str, kind: str, frames: int) -> np.ndarray:
     ("name", "frames"),
     [
         ("wan", 1),
-        ("wan", 5),
         ("tiny", 5),
         ("stride2", 9),
         pytest.param("wan", 13, marks=pytest.mark.slow),
