@@ -216,9 +216,10 @@ def test_splash(queries, keys, width, holes):
     that do not count; the log-sum-exp in float32."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, width)), jnp.float32) for n in (queries, keys, keys))
-    q, k, v = (x.astype(jnp.bfloat16) for x in (parallel.scaled(q), k, v))
+    q, scale = parallel.scaled(q, "bfloat16")
+    k, v = (x.astype(jnp.bfloat16) for x in (k, v))
     valid = rng.random(keys) < 0.7 if holes else None
-    fixed = {"scale": 1.0, "valid": valid}
+    fixed = {"scale": scale, "valid": valid}
     with pltpu.force_tpu_interpret_mode():
         out, (top, log_sum) = attention(q, k, v, precision=BFLOAT16, kernel="splash", residual=True, **fixed)
         alone = attention(q, k, v, precision=BFLOAT16, kernel="splash", **fixed)

@@ -163,4 +163,3 @@ def test_sharded(sizes, queries, placed):
             outs = [run(q, keys, values, control(s, isolated)) for s in (strength, 0 * strength)]
             assert relative_error(np.float64(outs[0]) - np.float64(outs[1]), wanted - unbiased) <= 1e-5
     assert len(outs[0].sharding.device_set) == 8
-    assert outs[0].sharding.is_fully_replicated != placed, "uneven outputs are gathered by jit"

@@ -27,7 +27,7 @@ def test_it_runs_and_reports(tmp_path, capsys):
 def test_it_notices_other_numbers(tmp_path):
     config = load_time.preset("tiny").dit
     params = jax.device_get(load_time.random_model.params(shapes.dit(config)))
-    tensors = load_time.invert(load_time.table.original(config), params)
+    tensors = load_time.invert(load_time.dit.original(config), params)
     load_time._same(params, tensors, config)
     tensors["head.head.bias"] = tensors["head.head.bias"] + 1
     with pytest.raises(AssertionError, match="head.head.bias"):

@@ -277,7 +277,11 @@ def test_production_policy_decodes_the_same_pictures(name):
                    if path.endswith("kernel") else np.float32("gamma" in path) + 0.02 * rng.standard_normal(leaf.shape)
                    for path, leaf in shapes.items()}  # fmt: skip
         weights = unflatten_dict(jax.tree.map(jnp.float32, weights), sep="/")
-    latents = jnp.asarray(rng.standard_normal((1, 2, 2, 3, 16)), jnp.float32)
+    # A clip of soft shapes in motion, as the encoder sees it.
+    grid = np.stack(np.meshgrid(*(np.linspace(0, 3, n) for n in (5, 24, 24)), indexing="ij"), -1)
+    waves = np.sin(grid @ rng.standard_normal((3, 12))) @ rng.standard_normal((12, 3)) / 5
+    video = jnp.asarray(np.clip(waves, -1, 1)[None], jnp.float32)
+    latents = jax.jit(lambda p, x: vae.encode(config, p, x), compiler_options=QUICK)(weights, video)
     fast = dataclasses.replace(config, precision=VAE_BFLOAT16)
     clips = [jax.jit(lambda p, x, c=c: vae.decode(c, p, x), compiler_options=QUICK)(weights, latents)
              for c in (config, fast)]  # fmt: skip

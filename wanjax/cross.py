@@ -81,6 +81,7 @@ def cross_attention(
         )
         return layout.restore(out), seen
     control, strength = jax.tree.map(jnp.asarray, (control, strength))
+    q, scale = parallel.scaled(jnp.asarray(q), precision.compute)
     asked = inspect or own.text is not None or own.images is not None
 
     def run(q, keys, values, rows, control, part, axes) -> tuple[jax.Array, CrossReport | None]:
@@ -89,10 +90,10 @@ def cross_attention(
         k, v = _parts(keys, 1), _parts(values, 1)
 
         def biased() -> tuple[jax.Array, CrossReport | None]:
-            return _by_frame(q, k, v, own, control, strength, precision, inspect, layout, part, axes)
+            return _by_frame(q, scale, k, v, own, control, strength, precision, inspect, layout, part, axes)
 
         def plain() -> tuple[jax.Array, None]:
-            found = [attention(q, *kv, scale=1.0, precision=precision, kernel=kernel, residual=True)
+            found = [attention(q, *kv, scale=scale, precision=precision, kernel=kernel, residual=True)
                      for kv in zip(k, v, strict=True)]  # fmt: skip
             weights = [weight for _, weight in _shares([residual for _, residual in found], control)]
             out = sum(jnp.expand_dims(w, -1) * x.astype(jnp.float32) for w, (x, _) in zip(weights, found, strict=True))
@@ -106,7 +107,7 @@ def cross_attention(
         return lax.cond(jnp.any(strength != 0), biased, plain)
 
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731  before it travels
-    return parallel.cross_attention(run, cast(parallel.scaled(q)), cast(keys), cast(values), (strength, own), control)
+    return parallel.cross_attention(run, q, cast(keys), cast(values), (strength, own), control)
 
 
 def _parts(of: Branches | CrossBias, axis: int) -> list[jax.Array]:
@@ -132,7 +133,7 @@ def _shares(residuals: list[Residual], control: CrossControl | None) -> list[tup
 
 
 def _by_frame(
-    q, keys, values, own, control, strength, precision, inspect, layout: TokenLayout, part, axes
+    q, scale, keys, values, own, control, strength, precision, inspect, layout: TokenLayout, part, axes
 ) -> tuple[jax.Array, CrossReport | None]:
     """Attention with KAB's bias and the caller's, a frame at a time: neither the probabilities nor the bias of every
     query exist all at once. A frame's logits serve its frame attention and its output.
@@ -162,7 +163,7 @@ def _by_frame(
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
         (anchored, out), (index, frame) = carry, step
-        scores, plain = [xla.logits(q[frame], k, 1.0, precision) for k in keys], None
+        scores, plain = [xla.logits(q[frame], k, scale, precision) for k in keys], None
         bias = [x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores, True)

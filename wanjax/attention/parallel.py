@@ -40,9 +40,13 @@ def layout(frames: int, queries: int, kernel: str) -> TokenLayout:
     return TokenLayout.of(frames, queries, groups * split, unit)
 
 
-def scaled(q: jax.Array) -> jax.Array:
-    """Queries [..., d] over sqrt(d), in float32: before they are rounded, that costs nothing and rounds once."""
-    return q.astype(jnp.float32) * q.shape[-1] ** -0.5
+def scaled(q: jax.Array, dtype: str) -> tuple[jax.Array, float]:
+    """Queries [..., d] in the compute dtype, and what is left to scale their logits by.
+
+    Float32 is divided by sqrt(d) before it is rounded, which costs nothing; what is rounded already is left alone.
+    """
+    scale = q.shape[-1] ** -0.5
+    return ((q * scale).astype(dtype), 1.0) if q.dtype == jnp.float32 else (q.astype(dtype), scale)
 
 
 def self_attention(
@@ -61,8 +65,9 @@ def self_attention(
     Raises:
       ValueError: heads that `tensor` x `sequence` does not divide.
     """
-    q, k, v = (x.astype(precision.compute) for x in (scaled(q), k, v))  # before they travel
-    attend = partial(attention, valid=valid, scale=1.0, precision=precision, kernel=kernel)
+    q, scale = scaled(q, precision.compute)
+    k, v = (x.astype(precision.compute) for x in (k, v))  # before they travel
+    attend = partial(attention, valid=valid, scale=scale, precision=precision, kernel=kernel)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q, k, v)
