@@ -57,11 +57,15 @@ def run(model, tmp_path_factory):
     layers, folder = [], tmp_path_factory.mktemp("explain") / "plots"
     attend = dit.cross_attention
 
+    def kept(*arrays):
+        layers.append([np.asarray(a[0], np.float64) for a in arrays])
+        return arrays[0]
+
     def recorded(q, keys, *args, **options):
-        jax.debug.callback(
-            lambda *arrays: layers.append([np.asarray(a[0], np.float64) for a in arrays]),
-            q, keys.text, keys.images[:, 0], keys.images[:, 1], ordered=True,
-        )  # fmt: skip
+        # Without effects, which newer flax refuses in a scan; each layer needs the one before, which orders them.
+        q = jax.pure_callback(
+            kept, jax.ShapeDtypeStruct(q.shape, q.dtype), q, keys.text, keys.images[:, 0], keys.images[:, 1]
+        )
         return attend(q, keys, *args, **options)
 
     inspect = explain._inspect
