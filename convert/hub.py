@@ -85,7 +85,7 @@ def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) ->
     Raises:
       SourceError: as in `place`.
     """
-    import huggingface_hub  # here: it takes a while, and no other source needs it
+    import huggingface_hub.constants  # here: it takes a while, and no other source needs it
 
     def listing() -> list[str]:
         # Not list_repo_files: that tries for half a minute to reach a hub that is not there.

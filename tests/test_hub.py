@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import hub_server
 import huggingface_hub
+import huggingface_hub.errors
 import pytest
 from conversion import equal, plain_params, refused, started
 from foreign import SHARD, copy_of
