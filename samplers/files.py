@@ -151,10 +151,7 @@ def prepare(
     scale = video.enlarge_factor(*chosen.size) if scale is None else scale
     if scale < 1:
         raise ValueError(f"scale {scale}: give a whole number of at least 1")
-    passes = 2 if chosen.guidance_mode == "batched" and chosen.guidance != 1 else 1
-    if (copies := sharding.repeats(mesh, passes)) > 1:
-        notes.append(f"mesh data={copies}: {copies} times the same work, for there is {passes} clip or pass to divide; "
-                     + ("use --guidance-mode batched or --devices" if passes == 1 else "use --devices"))  # fmt: skip
+    notes += _about_repeats(mesh, chosen)
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
     sources = (keyframes.split(path)[0] for path in (first, last))
     outputs = video.name_outputs(out)  # of the other hosts, which write nothing
@@ -165,6 +162,15 @@ def prepare(
     paths = str(first), str(last)
     return Job(str(model), folder, config, inputs, paths, plan, dtype, outputs, fps, scale, mesh, tuple(notes),
                looked_at)  # fmt: skip
+
+
+def _about_repeats(mesh: dict[str, int], settings: Settings) -> list[str]:
+    """A line for a mesh whose devices do the same work."""
+    passes = 2 if settings.guidance_mode == "batched" and settings.guidance != 1 else 1
+    copies = sharding.repeats(mesh, passes)
+    mend = "use --guidance-mode batched or --devices" if passes == 1 else "use --devices"
+    what = f"mesh data={copies}: {copies} times the same work, for there is {passes} clip or pass to divide; {mend}"
+    return [what] if copies > 1 else []
 
 
 def _mesh(devices: int | str | None, mesh: dict[str, int], heads: int) -> dict[str, int]:

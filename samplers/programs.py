@@ -110,6 +110,7 @@ def denoise(
 
 
 def noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """Standard normal latents float32 of a shape [1, F, h, w, C], from a seed uint32 []."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
@@ -118,10 +119,12 @@ def _with_finite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def encode_text(config: UMT5Config, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Embeddings [B, K, D] of token ids and their mask int32 [B, K], zero after each text's end."""
     return _with_finite(conditioning.pad_text(UMT5Encoder(config).apply({"params": params}, ids, mask), mask))
 
 
 def encode_images(config: CLIPConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Vision tokens [B, K, D] of normalised images float32 [B, size, size, 3]."""
     return _with_finite(CLIPVision(config).apply({"params": params}, pixels))
 
 
@@ -134,4 +137,5 @@ def encode_keyframes(
 
 
 def decode(config: VAEConfig, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Video float32 [B, T, H, W, 3] in [-1, 1] of normalised latents [B, F, h, w, C]."""
     return _with_finite(vae.decode(config, params, latents))

@@ -163,8 +163,3 @@ def shard_params(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Puts arrays [B, ...] on the mesh: the batch over `data` where that divides it, all else on every device."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(mesh_axes(mesh, "data", x.shape[0])))), tree)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a pytree on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
