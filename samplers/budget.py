@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.families import SLOTS
 from convert.hub import HUB, NotGiven, Unreachable, parse, sizes
-from samplers import estimate, flops, memory
+from samplers import estimate, flops, memory, schedule
 from samplers.chips import Chip, Devices
 from samplers.plan import Settings, check_settings
 from wanjax import checkpoint, sharding
@@ -111,6 +111,7 @@ def report(
     config = found.config
     settings = Settings.of(config, **overrides)
     check_settings(config, settings)
+    schedule.sigmas(settings.schedule, settings.steps, settings.shift)
     chip = devices.chip
     mesh = sharding.choose_mesh(devices.count, config.dit.num_heads) if devices.count > 1 else {}
     host = UNKNOWN_HOST if devices.host is None else devices.host

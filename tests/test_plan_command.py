@@ -215,7 +215,7 @@ def test_shards_of_an_index(index, name, shard):
     (("--model", "t2v_1_3b"), "error: model t2v_1_3b: takes no keyframes"),
     (("--frames", "80"), "error: frames 80"), (("--frames", "-3"), "error: frames -3"),
     (("--size", "481x864"), "error: size 481x864"), (("--size", "0x0"), "error: size 0"),
-    (("--steps", "0"), "error: steps 0"), (("--guidance", "nan"), "error: guidance nan"),
+    (("--steps", "0"), "error: steps: got 0"), (("--guidance", "nan"), "error: guidance nan"),
     (("--size", "big"), "error: argument --size: 'big' is not HEIGHTxWIDTH"), (("--frames", "x"), "error: argument"),
     (("--vae-memory", "-1"), "error: argument --vae-memory: '-1' is not a number of GiB above 0"),
     (("--vae-memory", "nan"), "error: argument --vae-memory"),
