@@ -45,7 +45,8 @@ def compare(report: Mapping[str, Any]) -> dict[str, Any]:
     weights, tiles = own.get("weights", "bf16"), own.get("tiles", 1)
     tree = estimate.stored(config, weights)[estimate.STAGES[stage]]
     used = sum(n for name, n in estimate.split_sizes(tree, mesh).items() if name.startswith(PICTURES.get(stage, "")))
-    found = estimate.temporary(config, Settings.of(config, **fields), mesh, tiles, platform(report["target"]), weights)
+    settings, kind = Settings.of(config, **fields), platform(report["target"])
+    found = estimate.temporary(config, settings, mesh, own.get("memory", "stage"), weights, tiles, kind)
     return {"stage": stage, "weights_bytes": used, "estimated_bytes": found[stage],
             "compiled_bytes": report["memory_bytes"]["total"] - used}  # fmt: skip
 

@@ -59,9 +59,14 @@ class Factors:
 
 _GPU = Factors(16.3, 0.63, 0.43, 16, {"float32": 178, "bfloat16": 100}, {"float32": 210, "bfloat16": 115})
 FACTORS: Mapping[str, Factors] = MappingProxyType(
-    {"gpu": _GPU, "tpu": replace(_GPU, tokens=34.4, gathered=0.47), "cpu": _GPU}
-)
-"""Compiled for H100s and for v5e and v6e; CPUs are taken to be as GPUs."""
+    {
+        "gpu": _GPU,
+        "tpu": replace(_GPU, tokens=34.4, gathered=0.47),
+        "cpu": replace(_GPU, tokens=29.7, encode={"float32": 204, "bfloat16": 120},
+                       decode={"float32": 210, "bfloat16": 140}),
+    }
+)  # fmt: skip
+"""Compiled for H100s, for v5e and v6e, and for an x86 processor at 17 frames."""
 BORDERS = 1.7
 """Where devices share a picture: what they hold of their neighbours', and buffers of what travels."""
 LOGITS = 1.7
@@ -121,7 +126,7 @@ def estimate(
     """
     platform = platform or jax.default_backend()
     on_device, host = _weights(config, mesh or {}, policy, weights, platform)
-    return Estimate(policy, on_device, temporary(config, settings, mesh or {}, tiles, platform, weights), host)
+    return Estimate(policy, on_device, temporary(config, settings, mesh or {}, policy, weights, tiles, platform), host)
 
 
 def _weights(
@@ -194,8 +199,9 @@ def split_sizes(tree: Mapping[str, jax.ShapeDtypeStruct], mesh: Mapping[str, int
 
 
 def temporary(
-    config: ModelConfig, settings: Settings, mesh: Mapping[str, int], tiles: int | None, platform: str, weights: str
-) -> dict[str, int]:
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int], policy: str, weights: str, tiles: int | None,
+    platform: str,
+) -> dict[str, int]:  # fmt: skip
     """Bytes of each stage besides the weights, on one device."""
     c, s, factors = config, settings, FACTORS[platform]
     (height, width), frames = s.size, c.vae.latent_frames(s.frames)
@@ -212,7 +218,23 @@ def temporary(
     found["keyframes"] = int(factors.encode[kind] * shared) + 2 * 12 * area + condition
     found["denoise"] = _denoise(config, settings, mesh, factors, weights) + condition + 4 * 4 * 2 * latents
     found["decode"] = int(factors.decode[kind] * shared) + 12 * s.frames * area // devices
+    if platform == "cpu":
+        for stage in ("text", "images", "denoise"):
+            if stage in found:
+                found[stage] += _widened(config, STAGES[stage], policy, weights)
     return found
+
+
+def _widened(config: ModelConfig, part: str, policy: str, weights: str) -> int:
+    """What a CPU adds: it multiplies in float32, and XLA makes float32 copies of all layers' kernels before the loop
+    over them, unless they stream; of kernels that are float32 it copies one layer's at a time."""
+    tree, layers = stored(config, weights)[part], getattr(config, part).num_layers
+    kernels = [leaf for name, leaf in tree.items() if streamed(name) and name.endswith("/kernel")]
+    layer = 4 * sum(math.prod(leaf.shape) for leaf in kernels) // layers
+    if kernels[0].dtype == np.float32:
+        return int(0.8 * layer)
+    copied = layer if part == "dit" and policy == "stream" else layers * layer
+    return copied + layer // 2
 
 
 def _denoise(config: ModelConfig, settings: Settings, mesh: Mapping[str, int], factors: Factors, weights: str) -> float:
@@ -221,7 +243,7 @@ def _denoise(config: ModelConfig, settings: Settings, mesh: Mapping[str, int], f
     tokens = frames * math.prod(settings.size) // (config.vae.spatial_stride**2 * math.prod(c.patch_size[1:]))
     split, tensor = mesh.get("fsdp", 1) * mesh.get("sequence", 1), mesh.get("tensor", 1)
     numbers = tokens * c.dim * math.ceil(passes / mesh.get("data", 1))
-    wide = 2 if c.precision.compute == "float32" else 1
+    wide = 2 if c.precision.compute == "float32" and factors is not FACTORS["cpu"] else 1
     found = numbers / split * factors.tokens * wide * (factors.whole + (1 - factors.whole) / tensor)
     if mesh.get("fsdp", 1) > 1:
         found += numbers / (mesh.get("sequence", 1) * tensor) * factors.keys * wide

@@ -115,7 +115,7 @@ def ways(
     for policy, weights in pairs:
         one = estimate(config, settings, mesh, policy, weights, counts[0], platform)
         for tiles in counts:
-            one = replace(one, temporary=temporary(config, settings, mesh or {}, tiles, platform, weights))
+            one = replace(one, temporary=temporary(config, settings, mesh or {}, policy, weights, tiles, platform))
             fits = _fits(one, memory, host)
             if fits == "yes":
                 break
@@ -138,7 +138,7 @@ def _tiles(
         return counts
 
     def takes(tiles: int) -> int:
-        found = temporary(config, settings, mesh or {}, tiles, platform, "bf16")
+        found = temporary(config, settings, mesh or {}, "stage", "bf16", tiles, platform)
         return max(found["keyframes"], found["decode"])
 
     fitting = [tiles for tiles in counts if takes(tiles) <= limit]
@@ -205,7 +205,7 @@ def _refusal(
 
     def fits(size: tuple[int, int]) -> bool:
         tiles = way.tiles if way.tiles == 1 else most_tiles(config.vae, size)
-        own = temporary(config, replace(settings, size=size), mesh or {}, tiles, platform, way.weights)
+        own = temporary(config, replace(settings, size=size), mesh or {}, way.policy, way.weights, tiles, platform)
         return max(found.resident(stage) + n for stage, n in own.items()) * MARGIN <= memory
 
     (height, width), fitting = settings.size, _largest(config, settings.size, fits)
