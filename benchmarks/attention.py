@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import flops, measure
+from benchmarks import measure
+from samplers import flops
 from wanjax.attention import KERNELS, attention
 from wanjax.config import BFLOAT16, FLOAT32, PRESETS, ModelConfig, Precision, preset
 from wanjax.manifest import first_line

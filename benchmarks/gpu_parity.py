@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import flops, measure, random_model
+from benchmarks import measure, random_model
+from samplers import flops
 from wanjax import rope, shapes, vae
 from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Precision, VAEConfig, preset
 from wanjax.dit import WanDiT

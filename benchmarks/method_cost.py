@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import flops, measure, steps
+from benchmarks import measure, steps
 from benchmarks.method_report import STEPS, formula, show, show_formula, summary
 from benchmarks.steps import Shape
+from samplers import flops
 from samplers.plan import Plan, Settings
 from samplers.run import check
 from samplers.sample import Carry, Row

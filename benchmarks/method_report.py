@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import flops, measure
+from benchmarks import measure
+from samplers import flops
 from wanjax import kab
 from wanjax.config import DiTConfig
 from wanjax.kab import KAB

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import flops, measure, random_model, steps
+from benchmarks import measure, random_model, steps
 from benchmarks.steps import Shape
+from samplers import flops
 from samplers.run import check
 from wanjax import shapes, vae
 from wanjax.attention import KERNELS

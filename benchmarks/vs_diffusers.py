@@ -26,7 +26,8 @@ import numpy as np
 import convert.dit
 import convert.keymap
 import convert.vae
-from benchmarks import flops, measure, random_model
+from benchmarks import measure, random_model
+from samplers import flops
 from wanjax import rope, settings, shapes, vae
 from wanjax.config import PRESETS, DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT

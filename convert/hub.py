@@ -6,13 +6,14 @@ another run finds them again. Without a network, or with HF_HUB_OFFLINE, the cac
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from convert.choose import choose, one_file
+from convert.choose import Choice, choose, one_file
+from convert.folders import INDEX
 from convert.tensors import SourceError, read_index, some
 from wanjax.writing import absolute
 
@@ -26,8 +27,12 @@ _ADDRESS = re.compile(
 T = TypeVar("T")
 
 
-class _Unreachable(SourceError):
+class Unreachable(SourceError):
     """The hub does not answer, or was not to be asked: what is in the cache may do."""
+
+
+class NotGiven(Unreachable):
+    """The hub answers, but has no such repository or does not show it to this user."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,7 @@ def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) ->
     import huggingface_hub.constants  # here: it takes a while, and no other source needs it
 
     def listing() -> list[str]:
-        # Not list_repo_files: that tries for half a minute to reach a hub that is not there.
-        found = huggingface_hub.HfApi().model_info(address.repository, revision=address.revision)
-        return [file.rfilename for file in found.siblings or ()]
+        return list(_listing(address, False))
 
     def download(name: str) -> Path:
         return Path(_asked(address, lambda: huggingface_hub.hf_hub_download(
@@ -98,7 +101,7 @@ def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) ->
 
     try:
         names = _asked(address, listing)
-    except _Unreachable as error:
+    except Unreachable as error:
         root = _cached(address)
         if root is None:
             raise
@@ -108,16 +111,47 @@ def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) ->
     return _gathered(address, names, only, download)
 
 
+def sizes(address: Address, only: Sequence[str]) -> dict[str, int]:
+    """Bytes by part of the files that `fetch` would get, "settings" among them; only the hub's list is asked for.
+
+    Args:
+      only: the parts that are wanted.
+
+    Raises:
+      SourceError: as in `place`; the cache is not looked at.
+    """
+    files = _asked(address, lambda: _listing(address, True))
+    found = {"settings": sum(files.get(name, 0) for name in _chosen(address, files, only).small)}
+    for part in only:
+        try:
+            choice = _chosen(address, files, (part,))
+        except SourceError:
+            continue  # others are there, or it would have been raised above
+        names = {*choice.indexes, *choice.weights, *(name for one in choice.indexes for name in _shards(one, files))}
+        found[part] = sum(files.get(name, 0) for name in names)
+    return found
+
+
+def _shards(index: str, names: Collection[str]) -> list[str]:
+    """Those that "model.safetensors.index.json" names, as everyone calls them: "model-00001-of-00002.safetensors"."""
+    variant = INDEX.search(index)[1] or ""
+    stem, _, suffix = INDEX.sub("", index).rpartition(".")
+    pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+{re.escape(variant)}\.{re.escape(suffix)}")
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def _listing(address: Address, sizes: bool) -> dict[str, int]:
+    """Names of a repository's files with their bytes, which the hub tells if asked, else 0."""
+    import huggingface_hub
+
+    # Not list_repo_files: that tries for half a minute to reach a hub that is not there.
+    found = huggingface_hub.HfApi().model_info(address.repository, revision=address.revision, files_metadata=sizes)
+    return {file.rfilename: file.size or 0 for file in found.siblings or ()}
+
+
 def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: Callable[[str], Path]) -> Path:
     """The local place of the address, once `get` has given all that is wanted of `names`."""
-    if address.path in names:
-        choice = one_file(names, address.path, str(address))
-    else:
-        prefix = f"{address.path}/" if address.path else ""
-        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        if not inside:
-            raise SourceError(f"{address}: no such file or folder in it; it holds {some(_tops(address, names), 12)}")
-        choice = choose(inside, only, str(address)).under(prefix)
+    choice = _chosen(address, names, only)
     wanted = [*choice.small, *choice.indexes]
     places = {name: get(name) for name in wanted}
     for index in choice.indexes:
@@ -137,7 +171,18 @@ def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: 
     return absolute(roots.pop() / address.path)
 
 
-def _tops(address: Address, names: Sequence[str]) -> list[str]:
+def _chosen(address: Address, names: Collection[str], only: Sequence[str]) -> Choice:
+    """What will be read of the files of an address's repository."""
+    if address.path in names:
+        return one_file(names, address.path, str(address))
+    prefix = f"{address.path}/" if address.path else ""
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    if not inside:
+        raise SourceError(f"{address}: no such file or folder in it; it holds {some(_tops(address, names), 12)}")
+    return choose(inside, only, str(address)).under(prefix)
+
+
+def _tops(address: Address, names: Collection[str]) -> list[str]:
     """What lies in the deepest folder of the address's path that is there."""
     steps = address.path.split("/")
     for k in range(len(steps) - 1, -1, -1):
@@ -170,7 +215,7 @@ def _asked(address: Address, question: Callable[[], T]) -> T:
     """What the hub answers.
 
     Raises:
-      SourceError: why it does not; `_Unreachable` where the cache may help.
+      SourceError: why it does not; `Unreachable` where the cache may help.
     """
     from huggingface_hub import errors
 
@@ -179,12 +224,10 @@ def _asked(address: Address, question: Callable[[], T]) -> T:
         return question()
     except errors.GatedRepoError as error:
         page = f"https://huggingface.co/{repository}"
-        raise _Unreachable(
-            f"{address}: asks for its terms to be accepted; do so on {page}, then hf auth login"
-        ) from error
+        raise NotGiven(f"{address}: asks for its terms to be accepted; do so on {page}, then hf auth login") from error
     except errors.RepositoryNotFoundError as error:
         text = f"{address}: no such repository, or a private one; check the name, or log in with hf auth login"
-        raise _Unreachable(text) from error
+        raise NotGiven(text) from error
     except errors.RevisionNotFoundError as error:
         raise SourceError(
             f"{address}: no revision {address.revision!r} of it; leave it away for the main one"
@@ -193,13 +236,13 @@ def _asked(address: Address, question: Callable[[], T]) -> T:
         raise SourceError(f"{address}: not a repository's name; give {HUB}owner/name") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else "no connection"
-        raise _Unreachable(f"{address}: cannot be had from the hub ({reason}) or its cache") from error
+        raise Unreachable(f"{address}: cannot be had from the hub ({reason}) or its cache") from error
     except OSError as error:
         if isinstance(error, errors.HfHubHTTPError) or error.errno is None:
-            raise _Unreachable(f"{address}: the hub does not answer ({_line(error)}); try again later") from error
+            raise Unreachable(f"{address}: the hub does not answer ({_line(error)}); try again later") from error
         raise SourceError(f"{address}: cannot be stored ({error.strerror}); free some space, or set HF_HOME") from error
     except Exception as error:  # its HTTP library's own, which is another one from version to version
-        raise _Unreachable(f"{address}: the hub cannot be reached ({_line(error)}); check the network") from error
+        raise Unreachable(f"{address}: the hub cannot be reached ({_line(error)}); check the network") from error
 
 
 def _line(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def settle(
       A line that says what was set; None for nothing.
     """
     asked = {name for name in environment.get("JAX_PLATFORMS", "").lower().split(",") if name}
-    tpus = _pci(root) if not asked or "tpu" in asked else frozenset()
+    tpus = frozenset(pci(root)) & _TPUS if not asked or "tpu" in asked else frozenset()
     if tpus and (environment.get("TPU_LIBRARY_PATH") or _installed("libtpu")):
         return add(environment, "LIBTPU_INIT_ARGS", TPU)
     cuda = not asked or asked & {"cuda", "gpu"}
@@ -72,13 +72,17 @@ def add(environment: MutableMapping[str, str], variable: str, flags: Mapping[str
     return f"{variable}: added {new} (docs/accelerators.md)"
 
 
-def _pci(root: Path) -> frozenset[str]:
-    """Kinds of TPUs on this host, by their PCI device numbers."""
-    found = set()
-    for vendor in root.glob("sys/bus/pci/devices/*/vendor"):
+def pci(root: Path = Path("/")) -> list[str]:
+    """PCI device numbers of Google's devices on this host, one each, such as "0x0063" for a v5e.
+
+    Args:
+      root: of the file system in which they are looked for.
+    """
+    found = []
+    for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
         if vendor.read_text().strip() == _GOOGLE:
-            found.add(vendor.with_name("device").read_text().strip())
-    return frozenset(found) & _TPUS
+            found.append(vendor.with_name("device").read_text().strip())
+    return found
 
 
 def _gpus(environment: Mapping[str, str], root: Path) -> int:

@@ -1,89 +1,166 @@
-"""How much memory a run takes, by formula, and the refusal of one that cannot fit.
-
-The factors are XLA's own figures for FLF2V-14B on an H100 (`benchmarks.aot`), which grow with pixels and tokens; other
-models have them in proportion.
-"""
+"""How a model is to lie in memory, and the refusal of a run that cannot fit, by the estimate of `samplers.estimate`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
-import numpy as np
 
+from samplers.estimate import GIB, POLICIES, WEIGHTS, Estimate, estimate, kernels_of, most_tiles, temporary
+from samplers.hostmemory import host_memory
 from samplers.plan import Settings
-from wanjax import checkpoint, keyframes, sharding
+from wanjax import keyframes
 from wanjax.config import ModelConfig
 
-DECODE = {"float32": 210, "bfloat16": 115}
-ENCODE = {"float32": 178, "bfloat16": 100}
-"""Bytes a pixel of one frame and channel of the VAE's first width, by its compute dtype."""
-BORDERS = 1.7
-"""Where devices share a picture: what they hold of their neighbours', and buffers of what travels."""
-DENOISE = 16.4
-"""Bytes a token and unit of the transformer's width."""
-GATHERED = 0.5
-"""Of one block's weights, what is whole on a device at once where they are split."""
+PREFERRED = (("keep", "bf16"), ("stage", "bf16"), ("stage", "int8"), ("stream", "bf16"), ("stream", "int8"))
+"""What "auto" takes the first of that fits: memory is cheaper than exactness, and that than time."""
 MARGIN = 0.8
 """A run is refused when this part of its estimate is more than there is: an estimate may be too high."""
-GIB = 2**30
+SPARE = 1.05
+"""A way to run is taken on its own account only if its estimate times this fits. Not in the compiler's plans, which the
+estimate follows: workspaces of cuDNN, memory in pieces, the runtime's own."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Bytes on one device.
+class Choice:
+    """A way for a model to lie in memory.
 
     Attributes:
-      weights: of each part of the model.
-      temporary: by stage, "encode", "denoise", "decode".
+      policy, weights: in POLICIES, WEIGHTS; "bf16" is as stored.
+      tiles: windows of the VAE's pictures.
+      fits: "yes" with SPARE; "near" where only the MARGIN of the estimate lets it; "no".
+      why: one line for a user.
     """
 
-    weights: Mapping[str, int]
-    temporary: Mapping[str, int]
-
-    @property
-    def peak(self) -> int:
-        """With all parts resident."""
-        return sum(self.weights.values()) + max(self.temporary.values())
-
-    @property
-    def staged(self) -> int:
-        """With one part at a time."""
-        stages = {"encode": ("umt5", "clip", "vae"), "denoise": ("dit",), "decode": ("vae",)}
-        return max(max(self.weights.get(part, 0) for part in parts) + self.temporary[stage]
-                   for stage, parts in stages.items())  # fmt: skip
+    policy: str
+    weights: str
+    tiles: int
+    estimate: Estimate
+    fits: str
+    why: str
 
 
-def estimate(config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None = None) -> Estimate:
-    """What one clip takes; on a mesh, of one device: the weights and the tokens split over fsdp, sequence and tensor,
-    the VAE's pictures over all devices."""
-    mesh = mesh or {}
-    shapes = checkpoint.param_shapes(config)
-    size = {part: sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-            for part, tree in shapes.items()}  # fmt: skip
-    split = mesh.get("fsdp", 1) * mesh.get("sequence", 1) * mesh.get("tensor", 1)
-    gathered = GATHERED * size["dit"] / config.dit.num_layers if split > 1 else 0
-    size = {part: n // split if part != "vae" else n for part, n in size.items()}
-    area, stride = math.prod(settings.size), config.vae.spatial_stride
-    frames = config.vae.latent_frames(settings.frames) // config.dit.patch_size[0]
-    tokens = frames * area // (stride**2 * math.prod(config.dit.patch_size[1:]))
-    tokens = tokens * config.dit.dim * DENOISE / split + gathered
-    height, width = (side // stride for side in settings.size)
-    devices = math.prod(sharding.split_picture((height, width), math.prod(mesh.values())))
-    pixels = area * config.vae.base_dim / devices * (BORDERS if devices > 1 else 1)
-    kind = "float32" if config.vae.precision.compute == "float32" else "bfloat16"
-    return Estimate(size, {"encode": int(ENCODE[kind] * pixels), "denoise": int(tokens),
-                           "decode": int(DECODE[kind] * pixels)})  # fmt: skip
-
-
-def available() -> int | None:
+def available(root: Path = Path("/")) -> int | None:
     """Bytes of the first device, or of the host where that computes; None where nobody tells."""
     device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
-    import psutil
+    return host_memory(root) if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
-    return psutil.virtual_memory().total
+
+def choose(
+    config: ModelConfig,
+    settings: Settings,
+    mesh: Mapping[str, int] | None = None,
+    memory: int | None = None,
+    policy: str = "auto",
+    weights: str = "auto",
+    vae_memory: int | None = None,
+    platform: str | None = None,
+    host: int | None = None,
+) -> Choice:
+    """How a clip's model is to lie in memory: the first of PREFERRED that fits, each with the fewest tiles.
+
+    Args:
+      memory: bytes of a device; None asks `available`, and where nobody tells all is taken to fit.
+      policy, weights: in POLICIES, WEIGHTS, or "auto".
+      vae_memory: bytes that encoding keyframes and decoding may take besides the weights.
+      platform: as in `estimate`. host: bytes of host memory; None asks.
+
+    Raises:
+      ValueError: nothing fits, in one line with the estimate and the largest size of the same shape that does.
+    """
+    platform = platform or jax.default_backend()
+    memory = available() if memory is None else memory
+    host = host_memory() if host is None else host
+    pairs = preferred(config, policy, weights)
+    found = ways(config, settings, pairs, mesh, memory, vae_memory, platform, host)
+    best = next((one for one in found if one.fits == "yes"), None)
+    least = min(found, key=lambda one: one.estimate.peak)
+    if best is not None or least.fits == "near":
+        return best or least
+    raise ValueError(_refusal(config, settings, mesh, memory, host, platform, least))
+
+
+def preferred(config: ModelConfig, policy: str = "auto", weights: str = "auto") -> list[tuple[str, str]]:
+    """(policy, weights) in the order of preference: all of PREFERRED, or those that are left by what is said.
+
+    Raises:
+      ValueError: no such policy or weights.
+    """
+    for name, value, names in (("memory", policy, POLICIES), ("weights", weights, WEIGHTS)):
+        if value not in ("auto", *names):
+            raise ValueError(f"{name} {value!r}: choose auto or one of {', '.join(names)}")
+    if policy == "auto" and weights == "auto":
+        pairs = list(PREFERRED)
+    else:
+        kinds = ("bf16", "int8") if weights == "auto" else (weights,)
+        pairs = [(one, kind) for one in (POLICIES if policy == "auto" else (policy,)) for kind in kinds]
+    # Of weights that are stored in 8 bits there is nothing more to be gained.
+    return [pair for pair in pairs if pair[1] == "bf16" or weights != "auto" or kernels_of(config) is None]
+
+
+def ways(
+    config: ModelConfig,
+    settings: Settings,
+    pairs: Sequence[tuple[str, str]],
+    mesh: Mapping[str, int] | None,
+    memory: int | None,
+    vae_memory: int | None,
+    platform: str,
+    host: int,
+) -> list[Choice]:
+    """Each (policy, weights) with the fewest tiles that let it fit, or the most where none does; else as `choose`."""
+    counts = _tiles(config, settings, mesh, vae_memory, platform)
+    found = []
+    for policy, weights in pairs:
+        one = estimate(config, settings, mesh, policy, weights, counts[0], platform)
+        for tiles in counts:
+            one = replace(one, temporary=temporary(config, settings, mesh or {}, tiles, platform, weights))
+            fits = _fits(one, memory, host)
+            if fits == "yes":
+                break
+        found.append(Choice(policy, weights, tiles, one, fits, _why(policy, weights, tiles, one, memory, fits)))
+    return found
+
+
+def _fits(found: Estimate, memory: int | None, host: int) -> str:
+    needs = max(found.peak / memory if memory else 0, found.host / host)
+    return "yes" if needs * SPARE <= 1 else "near" if needs * MARGIN <= 1 else "no"
+
+
+def _tiles(
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, limit: int | None, platform: str
+) -> list[int]:
+    """Numbers of the VAE's windows to try, from the fewest. ValueError if none keeps to the limit."""
+    several = math.prod((mesh or {}).values()) > 1  # devices share the picture already
+    counts = [1] if several else list(range(1, most_tiles(config.vae, settings.size) + 1))
+    if limit is None:
+        return counts
+
+    def takes(tiles: int) -> int:
+        found = temporary(config, settings, mesh or {}, tiles, platform, "bf16")
+        return max(found["keyframes"], found["decode"])
+
+    fitting = [tiles for tiles in counts if takes(tiles) <= limit]
+    if not fitting:
+        (height, width), least = settings.size, takes(counts[-1])
+        raise ValueError(f"vae memory {limit / GIB:.1f} GiB: size {height}x{width} takes at least {least / GIB:.1f} "
+                         "(estimated); give more, a smaller size, or --dtype bfloat16")  # fmt: skip
+    return fitting
+
+
+def _why(policy: str, weights: str, tiles: int, found: Estimate, memory: int | None, fits: str) -> str:
+    """What it is, for a note."""
+    what = {
+        "keep": "all parts are kept in memory",
+        "stage": "one part is in memory at a time",
+        "stream": "one part is in memory at a time, the transformer's kernels stream from the host",
+    }[policy]
+    kind = "" if weights == "bf16" else f", the transformer's kernels in {weights}"
+    windows = "" if tiles == 1 else f", the VAE in {tiles} windows"
+    there = "" if memory is None else f" of {memory / GIB:.1f}"
+    doubt = {"yes": "", "near": ", which may be too much", "no": ", which is too much"}[fits]
+    return f"memory {policy}: {what}{kind}{windows}; takes about {found.peak / GIB:.1f} GiB{there} (estimated){doubt}"
 
 
 def check(
@@ -92,6 +169,7 @@ def check(
     mesh: Mapping[str, int] | None = None,
     staged: bool = False,
     memory: int | None = None,
+    platform: str | None = None,
 ) -> None:
     """Refuses a run that cannot fit, before anything of its size is made.
 
@@ -102,32 +180,49 @@ def check(
     Raises:
       ValueError: one line with the estimate and the largest size of the same shape that fits.
     """
+    platform = platform or jax.default_backend()
     memory = available() if memory is None else memory
-    found = estimate(config, settings, mesh)
-    peak = found.staged if staged else found.peak
-    if memory is None or peak * MARGIN <= memory:
-        return
-    weights = max(found.weights.values()) if staged else sum(found.weights.values())
+    policy = "stage" if staged else "keep"
+    found = estimate(config, settings, mesh, policy, platform=platform)
+    if memory is not None and found.peak * MARGIN > memory:
+        way = Choice(policy, "bf16", getattr(config.vae, "tiles", 1), found, "no", "")
+        raise ValueError(_refusal(config, settings, mesh, memory, found.host, platform, way))
+
+
+def _refusal(
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, memory: int, host: int, platform: str,
+    way: Choice,
+) -> str:  # fmt: skip
+    """Why a run cannot be, with what can."""
+    found, there = way.estimate, f"there are {memory / GIB:.1f}"
+    if found.host * MARGIN > host:
+        return (f"model {config.name}: streams {found.host / GIB:.1f} GiB from host memory, of which there are "
+                f"{host / GIB:.1f}; use a larger host, or --weights int8")  # fmt: skip
+    weights = max(map(found.resident, found.temporary))
     if weights * MARGIN > memory:
-        raise ValueError(
-            f"model {config.name}: its weights alone are {weights / GIB:.1f} GiB, there are {memory / GIB:.1f}; "
-            "use bfloat16 or a larger device"
-        )
-    (height, width), fitting = settings.size, _largest(config, settings, mesh, staged, memory)
+        mend = "use bfloat16 or a larger device" if way.policy == "keep" else "use a larger device, or several"
+        return f"model {config.name}: its weights alone are {weights / GIB:.1f} GiB, {there}; {mend}"
+
+    def fits(size: tuple[int, int]) -> bool:
+        tiles = way.tiles if way.tiles == 1 else most_tiles(config.vae, size)
+        own = temporary(config, replace(settings, size=size), mesh or {}, tiles, platform, way.weights)
+        return max(found.resident(stage) + n for stage, n in own.items()) * MARGIN <= memory
+
+    (height, width), fitting = settings.size, _largest(config, settings.size, fits)
     mend = "use fewer frames" if fitting is None else f"the largest size of this shape is {fitting[0]}x{fitting[1]}"
-    raise ValueError(f"size {height}x{width}, {settings.frames} frames: takes about {peak / GIB:.1f} GiB "
-                     f"(estimated), there are {memory / GIB:.1f}; {mend}")  # fmt: skip
+    return (f"size {height}x{width}, {settings.frames} frames: takes about {found.peak / GIB:.1f} GiB (estimated), "
+            f"{there}; {mend}")  # fmt: skip
 
 
 def _largest(
-    config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, staged: bool, memory: int
+    config: ModelConfig, size: tuple[int, int], fits: Callable[[tuple[int, int]], bool]
 ) -> tuple[int, int] | None:
     """The largest (height, width) of this aspect that fits; None where not even the smallest does."""
-    low, high = 0, math.prod(settings.size)  # an area that fits, and one that does not
+    low, high = 0, math.prod(size)  # an area that fits, and one that does not
     while high - low > config.size_multiple**2:
         area = (low + high) // 2
-        size = keyframes.area_size(settings.size, area, config.size_multiple)
-        found = estimate(config, replace(settings, size=size), mesh)
-        fits = (found.staged if staged else found.peak) * MARGIN <= memory
-        low, high = (area, high) if fits else (low, area)
-    return keyframes.area_size(settings.size, low, config.size_multiple) if low else None
+        if fits(keyframes.area_size(size, area, config.size_multiple)):
+            low = area
+        else:
+            high = area
+    return keyframes.area_size(size, low, config.size_multiple) if low else None

@@ -3,6 +3,13 @@
 Everything here is arithmetic on the host. Axis letters as in `wanjax.types`; A keyframes.
 """
 
+import sys
+
+if __name__ == "__main__":  # python -m samplers.plan; above the imports, for which --help need not wait
+    from samplers.plan_command import main
+
+    sys.exit(main())
+
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

@@ -16,12 +16,13 @@ class Hub:
     """What was asked of the hub.
 
     Attributes:
-      folder: of the repository someone/wan.
+      folder: of the repository.
+      name: of it.
       fetched: names of the files whose bytes were sent.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.fetched = folder, []
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name, self.fetched = folder, name, []
 
     def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body) of a request."""
@@ -32,15 +33,16 @@ class Hub:
             return 403 if rest else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, b"{}"
         if name == "broken":
             return 500, {}, b"oops"
-        if (owner, name) != ("someone", "wan"):
+        if f"{owner}/{name}" != self.name:
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
         revision = rest[1] if rest[1:] else "main"  # its slashes come quoted
         if revision not in REVISIONS:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         if api:
             files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
-            names = [file.relative_to(self.folder).as_posix() for file in files]
-            info = {"id": "someone/wan", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            about = [{"rfilename": file.relative_to(self.folder).as_posix(), "size": file.stat().st_size}
+                     for file in files]  # fmt: skip
+            info = {"id": self.name, "sha": COMMIT, "siblings": about}
             return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
         file = self.folder.joinpath(*rest[2:])
         data = file.read_bytes()
@@ -50,9 +52,9 @@ class Hub:
 
 
 @contextmanager
-def served(folder: Path):
+def served(folder: Path, name: str = "someone/wan"):
     """(address, hub) of a repository while the block runs."""
-    hub = Hub(folder)
+    hub = Hub(folder, name)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -15,7 +15,6 @@ from nano import NANO
 
 from benchmarks import attention as attention_benchmark
 from benchmarks import (
-    flops,
     gpu_parity,
     load_time,
     measure,
@@ -25,7 +24,7 @@ from benchmarks import (
     throughput,
     vs_diffusers,
 )
-from samplers import programs, sample
+from samplers import flops, programs, sample
 from samplers.plan import Plan, Settings
 from wanjax import shapes
 from wanjax.accepted import check_conditions

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import flops, random_model
+from benchmarks import random_model
+from samplers import flops
 from wanjax import rope, vae
 from wanjax import shapes as parameters
 from wanjax.config import DiTConfig, VAEConfig, preset

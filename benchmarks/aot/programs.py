@@ -10,8 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import flops
-from samplers import ahead
+from samplers import ahead, flops
 from samplers.plan import Plan
 from samplers.programs import Programs
 from samplers.streamed import Loop

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from samplers import flags
+from samplers import chips, flags
 
 GIB = 2**30
 
@@ -32,13 +32,19 @@ class Chip:
     accelerator: str = ""
 
 
+def _chip(name: str, clock: float | None = None, accelerator: str = "") -> Chip:
+    """With the figures that `samplers.chips` has of it."""
+    own = chips.CHIPS[name]
+    return Chip(own.memory / GIB, own.peak, clock, accelerator)
+
+
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
-        "v5e": Chip(15.75, 197e12, 1.5e9, "v5litepod-8"),
-        "v5p": Chip(95.74, 459e12, 1.75e9, "v5p-8"),
-        "v6e": Chip(31.25, 918e12, 1.75e9, "v6e-8"),
-        "tpu7x": Chip(94.75, 1153.5e12, None, "tpu7x-8"),
-        "h100": Chip(79.6, 989e12),
+        "v5e": _chip("v5e", 1.5e9, "v5litepod-8"),
+        "v5p": _chip("v5p", 1.75e9, "v5p-8"),
+        "v6e": _chip("v6e", 1.75e9, "v6e-8"),
+        "tpu7x": _chip("tpu7x", None, "tpu7x-8"),
+        "h100": _chip("h100"),
     }
 )
 

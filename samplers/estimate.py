@@ -1,0 +1,251 @@
+"""How much memory a run takes, by formula.
+
+Weights are counted from their shapes. Temporaries grow with tokens and pixels by factors that are XLA's own figures for
+FLF2V-14B (`benchmarks.aot`); other models have them in proportion. docs/memory.md compares both.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import AbstractMesh
+
+from samplers.plan import Settings
+from wanjax import sharding
+from wanjax.config import ModelConfig, VAEConfig
+from wanjax.shapes import param_shapes
+
+GIB = 2**30
+
+POLICIES: tuple[str, ...] = ("keep", "stage", "stream")
+"""All parts resident; one part at a time; so, and the transformer's block kernels in host memory."""
+WEIGHTS: tuple[str, ...] = ("bf16", "int8", "fp8")
+"""The transformer's block kernels as they are stored, or in 8 bits with a float32 factor a layer and output."""
+STAGES: Mapping[str, str] = MappingProxyType(
+    {"text": "umt5", "images": "clip", "keyframes": "vae", "denoise": "dit", "decode": "vae"}
+)
+"""The part that each stage of a run uses."""
+GROUPS = 2
+"""Layers whose kernels are on the device at once where they are streamed: one computes, one comes."""
+
+HALO = 13
+"""Latent rows that a window of the VAE's reads of its neighbours' on each inner side, as its convolutions reach."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What temporaries grow with on one kind of device.
+
+    Attributes:
+      tokens: bytes a token and unit of the transformer's width, under bfloat16.
+      whole: share of them that `tensor` does not split.
+      gathered: of one block's weights, what is whole on a device at once where they are split.
+      keys: bytes a token and unit of width, where `fsdp` gathers the keys of all tokens.
+      encode, decode: bytes a pixel of one frame and channel of the VAE's first width, by its compute dtype.
+    """
+
+    tokens: float
+    whole: float
+    gathered: float
+    keys: float
+    encode: Mapping[str, float]
+    decode: Mapping[str, float]
+
+
+_GPU = Factors(16.3, 0.63, 0.43, 16, {"float32": 178, "bfloat16": 100}, {"float32": 210, "bfloat16": 115})
+FACTORS: Mapping[str, Factors] = MappingProxyType(
+    {"gpu": _GPU, "tpu": replace(_GPU, tokens=34.4, gathered=0.47), "cpu": _GPU}
+)
+"""Compiled for H100s and for v5e and v6e; CPUs are taken to be as GPUs."""
+BORDERS = 1.7
+"""Where devices share a picture: what they hold of their neighbours', and buffers of what travels."""
+LOGITS = 1.7
+"""Of an encoder, whose largest temporaries are the float32 logits of a layer: logits and all else, in logits."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device.
+
+    Attributes:
+      policy: in POLICIES.
+      weights: of each part, what lies on the device while it is used.
+      temporary: by stage, all else: what it takes, makes and returns.
+      host: weights that lie in host memory instead, of all devices.
+    """
+
+    policy: str
+    weights: Mapping[str, int]
+    temporary: Mapping[str, int]
+    host: int = 0
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The peak of each stage."""
+        return {stage: self.resident(stage) + n for stage, n in self.temporary.items()}
+
+    @property
+    def peak(self) -> int:
+        """Of the run."""
+        return max(self.stages.values())
+
+    def resident(self, stage: str) -> int:
+        """Weights that lie on the device during a stage."""
+        return sum(self.weights.values()) if self.policy == "keep" else self.weights[STAGES[stage]]
+
+
+def estimate(
+    config: ModelConfig,
+    settings: Settings,
+    mesh: Mapping[str, int] | None = None,
+    policy: str = "keep",
+    weights: str = "bf16",
+    tiles: int | None = None,
+    platform: str | None = None,
+) -> Estimate:
+    """What one clip takes; on a mesh, of one device.
+
+    Args:
+      mesh: axis -> devices: weights as `sharding.RULES` say, tokens over fsdp and sequence, pictures over all devices.
+      policy, weights: in POLICIES, WEIGHTS.
+      tiles: windows of the VAE's pictures; None takes the config's own.
+      platform: "gpu", "tpu" or "cpu"; None takes the default device's.
+
+    Raises:
+      ValueError: another policy or weights, or a folder's 8-bit weights asked for as others.
+    """
+    platform = platform or jax.default_backend()
+    on_device, host = _weights(config, mesh or {}, policy, weights, platform)
+    return Estimate(policy, on_device, temporary(config, settings, mesh or {}, tiles, platform, weights), host)
+
+
+def _weights(
+    config: ModelConfig, mesh: Mapping[str, int], policy: str, weights: str, platform: str
+) -> tuple[dict[str, int], int]:
+    """Bytes of each part on one device, and of what lies in host memory instead."""
+    if policy not in POLICIES:
+        raise ValueError(f"memory {policy!r}: choose one of {', '.join(POLICIES)}")
+    sizes, host = {}, 0
+    for part, tree in stored(config, weights).items():
+        own = split_sizes(tree, mesh)
+        sizes[part] = sum(own.values())
+        if part == "dit" and policy == "stream":
+            kernels = sum(n for name, n in own.items() if streamed(name))
+            sizes[part] += min(kernels, GROUPS * kernels // config.dit.num_layers)
+            if platform != "cpu":  # where the host is the device, they lie there beside the layers in use
+                sizes[part] -= kernels
+                host = kernels * math.prod(mesh.values())
+    return sizes, host
+
+
+def streamed(name: str) -> bool:
+    """Whether a parameter of the transformer, named "blocks/..", is a block's kernel or the factor of one."""
+    return name.startswith("blocks/") and name.endswith(("/kernel", "/factor"))
+
+
+def stored(config: ModelConfig, weights: str = "bf16") -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Shape and dtype of every parameter by part and name, the transformer's block kernels as `weights` say.
+
+    Raises:
+      ValueError: others than in WEIGHTS, or than the folder's where that has 8 bits already.
+    """
+    trees = {part: flatten_dict(tree, sep="/") for part, tree in param_shapes(config).items()}
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    kind, own = {"int8": "int8", "fp8": "float8_e4m3fn"}.get(weights), kernels_of(config)
+    if kind is None or kind == own:
+        return trees
+    if own is not None:
+        raise ValueError(f"weights {weights}: {config.name} is stored in {own}; leave it at that, or convert it again")
+    dit = trees["dit"]
+    for name in [name for name in dit if streamed(name)]:
+        *rest, inputs, outputs = dit[name].shape
+        dit[name] = jax.ShapeDtypeStruct((*rest, inputs, outputs), np.int8)  # fp8 is as large
+        dit[name.removesuffix("kernel") + "factor"] = jax.ShapeDtypeStruct((*rest, 1, outputs), np.float32)
+    return trees
+
+
+def kernels_of(config: ModelConfig) -> str | None:
+    """The 8-bit dtype that the transformer's block kernels are stored in; None for wider ones."""
+    dtypes = {np.dtype(leaf.dtype) for name, leaf in flatten_dict(param_shapes(config)["dit"], sep="/").items()
+              if streamed(name) and name.endswith("kernel")}  # fmt: skip
+    (only,) = dtypes
+    return only.name if only.itemsize == 1 else None
+
+
+def split_sizes(tree: Mapping[str, jax.ShapeDtypeStruct], mesh: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each parameter on one device of a mesh."""
+    whole = {name: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for name, leaf in tree.items()}
+    if math.prod(mesh.values()) == 1:
+        return whole
+    shape = {axis: mesh.get(axis, 1) for axis in sharding.AXES}
+    flat = flatten_dict(sharding.specs(dict(tree), mesh=AbstractMesh(tuple(shape.values()), tuple(shape))), sep="/")
+
+    def parts(spec: Any) -> int:
+        axes = (axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry))
+        return math.prod(shape[axis] for axis in axes)
+
+    return {name: n // parts(flat[name]) for name, n in whole.items()}
+
+
+def temporary(
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int], tiles: int | None, platform: str, weights: str
+) -> dict[str, int]:
+    """Bytes of each stage besides the weights, on one device."""
+    c, s, factors = config, settings, FACTORS[platform]
+    (height, width), frames = s.size, c.vae.latent_frames(s.frames)
+    area, latents = height * width, frames * height * width // c.vae.spatial_stride**2
+    found = {"text": _encoder(2, c.dit.text_length, c.umt5)}
+    if c.clip is not None:
+        found["images"] = _encoder(c.dit.num_images, c.clip.num_tokens, c.clip)
+    grid = tuple(side // c.vae.spatial_stride for side in s.size)
+    devices = math.prod(sharding.split_picture(grid, math.prod(mesh.values())))
+    shared = area * c.vae.base_dim / devices * (BORDERS if devices > 1 else 1)
+    shared *= window_share(c.vae, s.size, tiles)
+    kind = "float32" if c.vae.precision.compute == "float32" else "bfloat16"
+    condition = 4 * latents * c.dit.condition_channels
+    found["keyframes"] = int(factors.encode[kind] * shared) + 2 * 12 * area + condition
+    found["denoise"] = _denoise(config, settings, mesh, factors, weights) + condition + 4 * 4 * 2 * latents
+    found["decode"] = int(factors.decode[kind] * shared) + 12 * s.frames * area // devices
+    return found
+
+
+def _denoise(config: ModelConfig, settings: Settings, mesh: Mapping[str, int], factors: Factors, weights: str) -> float:
+    c, passes = config.dit, 2 if settings.guidance_mode == "batched" and settings.guidance != 1 else 1
+    frames = config.vae.latent_frames(settings.frames) // c.patch_size[0]
+    tokens = frames * math.prod(settings.size) // (config.vae.spatial_stride**2 * math.prod(c.patch_size[1:]))
+    split, tensor = mesh.get("fsdp", 1) * mesh.get("sequence", 1), mesh.get("tensor", 1)
+    numbers = tokens * c.dim * math.ceil(passes / mesh.get("data", 1))
+    wide = 2 if c.precision.compute == "float32" else 1
+    found = numbers / split * factors.tokens * wide * (factors.whole + (1 - factors.whole) / tensor)
+    if mesh.get("fsdp", 1) > 1:
+        found += numbers / (mesh.get("sequence", 1) * tensor) * factors.keys * wide
+    if split * tensor > 1:
+        block = sum(split_sizes({name: leaf for name, leaf in stored(config, weights)["dit"].items()
+                                 if name.startswith("blocks/")}, {}).values()) / c.num_layers  # fmt: skip
+        found += factors.gathered * block
+    return int(found)
+
+
+def _encoder(batch: int, tokens: int, config: Any) -> int:
+    """Of a text or image encoder: the logits of one layer, and the widest activations."""
+    size = np.dtype(config.precision.compute).itemsize
+    logits = 4 * batch * config.num_heads * tokens**2
+    return int(LOGITS * logits + batch * tokens * (2 * config.ffn_dim * size + 3 * 4 * config.dim))
+
+
+def window_share(config: VAEConfig, size: tuple[int, int], tiles: int | None = None) -> float:
+    """What one of the VAE's windows, with what it reads of its neighbours', is of the picture."""
+    tiles = getattr(config, "tiles", 1) if tiles is None else tiles
+    side = max(size) // config.spatial_stride
+    return min(1.0, math.ceil((side + 2 * HALO * (tiles - 1)) / tiles) / side)
+
+
+def most_tiles(config: VAEConfig, size: tuple[int, int]) -> int:
+    """More windows than this are mostly halo."""
+    return max(1, max(size) // config.spatial_stride // (2 * HALO))
