@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from samplers import kept, pipeline
+from samplers import kept, pipeline, streamed
 from samplers.plan import Plan
 from samplers.programs import Programs
-from wanjax import checkpoint
+from samplers.streamed import Loop
+from wanjax import checkpoint, streaming
 from wanjax.types import Conditions
 
 STAGES = MappingProxyType({"denoise": ("denoise", "noise"), "decode": ("decode",),
@@ -36,21 +37,25 @@ def compile_ahead(plan: Plan, chunk: int = 1, folder: Path | None = None) -> Ite
       A function to call before each stage with its name. It waits for that stage's programs and gives them, the others
       beside them as they are without; it raises what their compilation raised.
     """
-    jitted, arguments, turn = Programs.of(plan, chunk), shapes(plan), Lock()
-    pool = ThreadPoolExecutor(max_workers=len(arguments), thread_name_prefix="compile")
+    jitted, turn = Programs.of(plan, chunk), Lock()
+    pool = ThreadPoolExecutor(max_workers=12, thread_name_prefix="compile")
+
+    def submit(program: Any, arguments: Any) -> Callable[[], Any]:
+        if isinstance(program, Loop):  # several in one's place
+            parts = {name: submit(getattr(program, name), own) for name, own in arguments.items()}
+            return lambda: replace(program, **{name: part() for name, part in parts.items()})
+        return pool.submit(kept.compiled, program, arguments, folder, turn).result
+
     try:
-        futures = {
-            name: pool.submit(kept.compiled, getattr(jitted, name), arguments[name], folder, turn)
-            for names in STAGES.values()
-            for name in names
-        }
-        yield lambda stage: replace(jitted, **{name: futures[name].result() for name in STAGES[stage]})
+        arguments = shapes(plan)
+        compiled = {name: submit(getattr(jitted, name), arguments[name]) for names in STAGES.values() for name in names}
+        yield lambda stage: replace(jitted, **{name: compiled[name]() for name in STAGES[stage]})
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shapes(plan: Plan) -> dict[str, tuple]:
-    """What each of `Programs` is called with for one clip, as `jax.ShapeDtypeStruct`s; computes and traces nothing."""
+def shapes(plan: Plan) -> dict[str, Any]:
+    """What each of `Programs` is called with for one clip, as `jax.ShapeDtypeStruct`s; of a `Loop`, each of its own."""
     config, params, images = plan.config, checkpoint.param_shapes(plan.config), pipeline.image_slots(plan)
     d, side, seen = config.dit, config.clip.image_size, len([slot for slot in images if slot is not None])
     ids = _struct(2, d.text_length, dtype=np.int32)  # of the prompt and the negative one
@@ -61,12 +66,17 @@ def shapes(plan: Plan) -> dict[str, tuple]:
     conditions = Conditions(text, tokens, latent)
     carry = jax.eval_shape(lambda noise: pipeline.start(plan, noise), latents)
     table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
+    told = conditions, text, method, None
+    dit = params["dit"] if d.stream == "no" else streaming.shapes(params["dit"], d.stream)
+    looped = d.stream == "loop"
     return {
         "text": (params["umt5"], ids, ids),
         "images": (params["clip"], _struct(seen, side, side, 3)),
         "keyframes": (params["vae"], _struct(1, len(plan.at), *plan.settings.size, 3)),
         "noise": (_struct(dtype=np.uint32),),
-        "denoise": (params["dit"], carry, table, _struct(dtype=np.int32), conditions, text, method, None),
+        "denoise": streamed.shapes(plan, dit, carry, table, *told)
+        if looped
+        else (dit, carry, table, _struct(dtype=np.int32), *told),
         "decode": (params["vae"], latents),
     }
 

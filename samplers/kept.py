@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 import wanjax
-from samplers.programs import LEVELS
+from samplers.jit import LEVELS
 from wanjax import writing
 
 MOST_BYTES = 2**29

@@ -3,19 +3,18 @@
 Jitted, a second run with other values compiles nothing. Axis letters as in `wanjax.types`; A keyframes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from inspect import Parameter, signature
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from samplers import sample
+from samplers.jit import Program, jitted
 from samplers.plan import Plan
 from samplers.sample import Carry, Row
+from samplers.streamed import Loop
 from wanjax import conditioning, guidance, vae
 from wanjax.clip import CLIPVision
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
@@ -23,16 +22,6 @@ from wanjax.dit import WanDiT
 from wanjax.method import MethodArrays
 from wanjax.types import Conditions, CrossBias
 from wanjax.umt5 import UMT5Encoder
-
-LEVELS = MappingProxyType({"denoise": 1, "decode": 1, "encode_keyframes": 0, "encode_text": 0, "encode_images": 0,
-                           "noise": 1})  # fmt: skip
-"""LLVM's optimisation level of each function on a CPU. The first compiles in two thirds of the third's time, and what
-it makes runs as fast: XLA shapes the loops itself, products and convolutions are a library's. The zeroth compiles in
-two fifths; the bundled model's keyframes are encoded in 1.4 times the time then, which is little beside the steps. The
-noise of a seed has the same bits at the first and the third level, not at the zeroth."""
-
-Program = Callable[..., Any]
-"""From params and arrays to arrays."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +50,11 @@ class Programs:
             images=partial(jit(encode_images), c.clip),
             keyframes=partial(jit(encode_keyframes), c.vae, at=plan.at, frames=s.frames),
             noise=partial(jit(noise), (1, *plan.latent_shape)),
-            denoise=partial(jit(denoise), c.dit, n=chunk, guidance_mode=s.guidance_mode),
+            denoise=Loop.of(plan, chunk, jit)
+            if c.dit.stream == "loop"
+            else partial(jit(denoise), c.dit, n=chunk, guidance_mode=s.guidance_mode),
             decode=partial(jit(decode), c.vae),
         )
-
-
-@cache
-def jitted(function: Program, platform: str) -> Any:
-    """One of the functions below jitted for a platform, the same at every call; its first and its named arguments are
-    static."""
-    named = [name for name, one in signature(function).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
-    options = {"xla_backend_optimization_level": LEVELS[function.__name__]} if platform == "cpu" else None
-    return jax.jit(function, static_argnums=0, static_argnames=named, compiler_options=options)
 
 
 def evaluator(config: DiTConfig, params: Any, method: MethodArrays) -> guidance.Model:

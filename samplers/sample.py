@@ -119,8 +119,7 @@ def sample(denoise: Denoise, carry: Carry, table: Row, first: jax.Array | int, n
         velocity, state = denoise(carry.sample, row, carry.state)
         if velocity.shape != carry.sample.shape:
             raise ValueError(f"denoise: returned shape {velocity.shape} for latents {carry.sample.shape}")
-        carry = advance(carry.replace(state=state), velocity, row.step, index)
-        return carry.replace(failed_step=jnp.where(jnp.isfinite(carry.sample).all(), carry.failed_step, index))
+        return step(carry.replace(state=state), velocity, row.step, index)
 
     def body(carry: Carry, inputs: tuple[jax.Array, Row]) -> tuple[Carry, None]:
         index, row = inputs
@@ -129,6 +128,12 @@ def sample(denoise: Denoise, carry: Carry, table: Row, first: jax.Array | int, n
     first = jnp.asarray(first, jnp.int32)
     part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, n), table)
     return lax.scan(body, carry, (first + jnp.arange(n, dtype=jnp.int32), part))[0]
+
+
+def step(carry: Carry, velocity: jax.Array, step: StepTable, index: jax.Array | int) -> Carry:
+    """`advance`, and whether the latents are finite still."""
+    carry = advance(carry, velocity, step, index)
+    return carry.replace(failed_step=jnp.where(jnp.isfinite(carry.sample).all(), carry.failed_step, index))
 
 
 def advance(carry: Carry, velocity: jax.Array, step: StepTable, index: jax.Array | int = 0) -> Carry:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import gc
+import os
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nano import NANO, random_params, write_model
+from nano import NANO, random_params, write_model, write_orbax
 
-from wanjax import checkpoint, sharding
+from wanjax import checkpoint, sharding, store
 from wanjax.checkpoint import CheckpointError, Model
 
 PARTS = ("dit", "vae", "umt5", "clip")
@@ -172,5 +174,59 @@ def test_damage_is_found_when_it_is_read(tmp_path):
 
 
 def test_unknown_policy(folder):
-    with pytest.raises(ValueError, match="policy 'stream': choose keep or stage"):
-        checkpoint.load(folder, policy="stream")
+    with pytest.raises(ValueError, match="policy 'swap': choose keep, stage, stream"):
+        checkpoint.load(folder, policy="swap")
+
+
+def test_the_next_part_is_read_ahead(folder, monkeypatch):
+    """Each part's files are asked for while the part before it is at work; "keep" needs none of that."""
+    asked, calls = [], []
+    turn = threading.Event()
+    monkeypatch.setattr(checkpoint.store, "read_ahead", lambda path, part: (asked.append((path, part)), turn.set()))
+    checkpoint.load(folder)
+    assert not asked
+    model = checkpoint.load(folder, policy="stage")
+    for part, following in (("umt5", "clip"), ("clip", "vae"), ("vae", "dit"), ("dit", "vae")):
+        turn.clear()
+        calls.append((folder, following))
+        model.part(part)
+        assert turn.wait(10) and asked == calls
+        assert model.part(part) and asked == calls  # not again for one that is there
+
+
+@pytest.mark.parametrize("write", [write_model, write_orbax])
+def test_reading_ahead_fills_the_cache(tmp_path, write):
+    folder = write(tmp_path / "nano")
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.relative_to(folder).parts[0][:3] == "dit"
+    )
+    assert files
+
+    def cached() -> int:
+        """How many of the files' first bytes are in memory."""
+        count = 0
+        for file in files:
+            with open(file, "rb") as stream:
+                try:
+                    count += os.preadv(stream.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    pytest.skip(f"this file system does not say what is cached: {error}")
+        return count
+
+    for file in files:
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached() == len(files):
+        pytest.skip("this file system keeps all files in memory")
+    for file in files:
+        with open(file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    store.read_ahead(folder, "dit")
+    deadline = time.monotonic() + 10
+    while cached() < len(files) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cached() == len(files)
+    store.read_ahead(folder, "unet")  # nothing there: nothing to do

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from wanjax import compare, manifest, sharding, store, writing
+from wanjax import compare, manifest, sharding, store, streaming, writing
 from wanjax.config import BFLOAT16, FLOAT32, VAE_BFLOAT16, ModelConfig, from_json, to_json
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
 from wanjax.residency import POLICIES, Model, Parts
@@ -167,22 +168,31 @@ def load(
       mesh: where the params are put, by `rules`; None puts them on the default device.
       fast: leave the digests be, see `store.restore`.
       policy: "keep" reads all parts now and keeps them. "stage" reads a part when it is asked for and frees the
-        others, so that memory holds one at a time; damaged numbers are then found as late.
+        others, so that memory holds one at a time; damaged numbers are then found as late. "stream" does too, and of
+        the transformer holds one or two layers (`wanjax.streaming`); for one device.
 
     Raises:
       CheckpointError: no such folder, damaged files, or tensors that are not the config's.
     """
     if policy not in POLICIES:
-        raise ValueError(f"policy {policy!r}: choose {' or '.join(POLICIES)}")
+        raise ValueError(f"policy {policy!r}: choose {', '.join(POLICIES)}")
     folder = model if isinstance(model, Folder) else open_folder(model)
     config = folder.config if dtype is None else with_dtype(folder.config, dtype)
+    if policy == "stream":
+        config = streaming.with_stream(config)
+        streaming.check_mesh(mesh)
     shapes = param_shapes(config)
 
     def read(part: str, mesh: Mesh | None, rules: sharding.Rules) -> Any:
+        if config.dit.stream != "no":
+            streaming.check_mesh(mesh)
+        if part == "dit" and config.dit.stream != "no":
+            return streaming.restore(folder.path, shapes[part], config.dit.stream, fast)
         return store.restore(folder.path, part, shapes[part], mesh, rules, fast)
 
-    parts = Parts({}, read, tuple(shapes), policy == "stage", mesh, rules)
-    if policy == "stage":
+    ahead = partial(store.read_ahead, folder.path)
+    parts = Parts({}, read, tuple(shapes), policy != "keep", mesh, rules, ahead)
+    if policy != "keep":
         return Model(config, parts, folder.tokenizer, parts)
     for part in parts:
         parts.get_on(part, None)

@@ -14,6 +14,7 @@ from wanjax.settings import refuse
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PRODUCTS = ("auto", "float32", "compute")
+STREAMS = ("no", "program", "loop")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class DiTConfig:
         `ModelConfig.for_platform` resolves.
       rotation: how pairs are rotated, a name in `rope.ROTATIONS`, or "auto", which is "pairs" here
         (`ModelConfig.for_platform` resolves it).
+      stream: whether the blocks' kernels wait in host memory, and in which form they come: "no", "program" or "loop",
+        see `streaming`.
     """
 
     num_layers: int = 40
@@ -89,6 +92,7 @@ class DiTConfig:
     remat: bool = False
     attention: str = "auto"
     rotation: str = "auto"
+    stream: str = "no"
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
@@ -96,6 +100,7 @@ class DiTConfig:
         refuse(
             (self.dim % self.num_heads, f"dit: dim {self.dim} is not a multiple of num_heads {self.num_heads}"),
             (self.head_dim % 2, f"dit: head width {self.head_dim} is odd; rotary pairs need it even"),
+            (self.stream not in STREAMS, f"dit: stream {self.stream!r} is not one of {', '.join(STREAMS)}"),
             (images not in (0, 1, 2), f"dit: num_images {images} is not 0, 1 or 2"),
             (blind != (images == 0), "dit: image_dim and num_images disagree: give both or neither"),
         )

@@ -5,9 +5,11 @@ Axis letters as in `types`. Blocks are stacked on a leading layer axis of their 
 
 import dataclasses
 import math
+from functools import partial
 
 import chex
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,16 +186,106 @@ class ImageEmbed(nn.Module):
         return LayerNorm(IMAGE_EPS, name="norm_out")(Dense(c.dim, p, name="out")(y))
 
 
-class WanDiT(nn.Module):
+@flax.struct.dataclass
+class Embedded:
+    """What the blocks are given, and pass on but for `x`.
+
+    Attributes:
+      x: [B, S', D] video tokens in the residual dtype, as the layout lays them.
+      embedding, modulation: of the timestep, float32 [B, D] and [B, 6, D].
+      context: conditions in the model's width.
+      table: rotary factors, as the layout lays them.
+    """
+
+    x: jax.Array
+    embedding: jax.Array
+    modulation: jax.Array
+    context: Branches
+    table: RopeTable
+
+
+class _Steps(nn.Module):
+    """The three steps of an evaluation, over one tree of parameters.
+
+    Attributes:
+      config: sizes and precision policy.
+      inspect: also gather the reports of cross-attention.
+    """
+
+    config: DiTConfig
+    inspect: bool = False
+
+    def _layout(self, grid: tuple[int, int, int]) -> TokenLayout:
+        return parallel.layout(grid[0], math.prod(grid[1:]), self.config.attention)
+
+    def _embed(self, latents: jax.Array, timestep: jax.Array, conditions: Conditions, table: RopeTable) -> Embedded:
+        c, p = self.config, self.config.precision
+        grid = token_grid(c, latents.shape)
+        if conditions.latent is not None:
+            latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
+        layout = self._layout(grid)
+        patches = constrain(layout.lay(patchify(latents, c.patch_size)), "data", TOKENS, None)
+        x = Dense(c.dim, p, name="patch_embed")(patches)
+        x = constrain(x.astype(jnp.dtype(p.residual)), "data", TOKENS, None)
+        table = jax.tree.map(lambda rows: constrain(layout.lay(rows[None])[0], TOKENS, None), table)
+        embedding, modulation = self._embed_time(timestep)
+        return Embedded(x, embedding, modulation, self._embed_conditions(conditions), table)
+
+    def _embed_time(self, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B] -> embedding [B, D] and block modulation [B, 6, D], float32 under every policy."""
+        c, p = self.config, _float32(self.config.precision)
+        embedding = Dense(c.dim, p, name="time_in")(sinusoid(timestep, c.freq_dim))
+        embedding = Dense(c.dim, p, name="time_out")(nn.silu(embedding))
+        six = Dense(6 * c.dim, p, name="time_modulation")(nn.silu(embedding))
+        return embedding, rearrange(six, "B (six D) -> B six D", six=6)
+
+    def _embed_conditions(self, conditions: Conditions) -> Branches:
+        c, p = self.config, self.config.precision
+        text = nn.gelu(Dense(c.dim, p, name="text_in")(conditions.text), approximate=True)
+        text = Dense(c.dim, p, name="text_out")(text)
+        if not c.num_images:
+            return Branches(text)
+        return Branches(text, ImageEmbed(c, name="image_embed")(conditions.images))
+
+    def _blocks(
+        self,
+        embedded: Embedded,
+        grid: tuple[int, int, int],
+        cross_bias: CrossBias | None,
+        control: CrossControl | None,
+        strength: jax.Array | None,
+        layers: int,
+    ) -> tuple[jax.Array, CrossReport | None]:
+        c = self.config
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        if c.stream == "program" or not jax.sharding.get_abstract_mesh().empty:
+            near = partial(sharding.near, stream=c.stream == "program")
+            block = nn.map_variables(block, "params", near, init=self.is_initializing())
+        axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
+        scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=layers)
+        return scan(c, self._layout(grid), self.inspect, name="blocks")(
+            embedded.x, cross_bias, strength, embedded.modulation, embedded.context, embedded.table, control
+        )
+
+    def _head(self, x: jax.Array, embedding: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        c, p = self.config, self.config.precision
+        init = nn.initializers.normal(1 / math.sqrt(c.dim))
+        own = self.param("head_modulation", init, (2, c.dim), jnp.float32)
+        shift, scale = jnp.split(own + embedding[:, None], 2, axis=1)
+        x = layer_norm(x, c.eps) * (1 + scale) + shift
+        features = math.prod(c.patch_size) * c.out_channels
+        x = Dense(features, _float32(p), kernel_init=nn.initializers.zeros, name="head")(x)
+        x = self._layout(grid).restore(constrain(x, "data", None, None))
+        return unpatchify(x, grid, c.patch_size)
+
+
+class WanDiT(_Steps):
     """The diffusion transformer: predicts the flow-matching velocity (noise - data) of latents.
 
     Attributes:
       config: sizes and precision policy.
       inspect: return (velocity, CrossReport with L in front) instead of the velocity; needs a control.
     """
-
-    config: DiTConfig
-    inspect: bool = False
 
     @nn.compact
     def __call__(
@@ -225,59 +317,63 @@ class WanDiT(nn.Module):
         Raises:
           ValueError: conditions, bias, control or strength that are not this model's.
         """
-        c, p = self.config, self.config.precision
+        c, grid = self.config, token_grid(self.config, latents.shape)
         check_conditions(c, conditions, latents.shape)
-        grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
         images = 0 if conditions.images is None else conditions.images.shape[1]
         check_cross(c, (latents.shape[0], grid[0]), cross_bias, control, strength, images)
         if self.inspect and control is None:
             raise ValueError("inspect: give a control too, such as that of wanjax.method.arrays(...)")
-        if conditions.latent is not None:
-            latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
-        layout = parallel.layout(grid[0], math.prod(grid[1:]), c.attention)
-        patches = constrain(layout.lay(patchify(latents, c.patch_size)), "data", TOKENS, None)
-        x = Dense(c.dim, p, name="patch_embed")(patches)
-        x = constrain(x.astype(jnp.dtype(p.residual)), "data", TOKENS, None)
-        table = jax.tree.map(lambda rows: constrain(layout.lay(rows[None])[0], TOKENS, None), table)
-        embedding, modulation = self._embed_time(timestep)
-        context = self._embed_conditions(conditions)
-
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        if not jax.sharding.get_abstract_mesh().empty:
-            block = nn.map_variables(block, "params", sharding.whole, init=self.is_initializing())
-        axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
-        scan = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
-        )
-        x, seen = scan(c, layout, self.inspect, name="blocks")(
-            x, cross_bias, strength, modulation, context, table, control
-        )
-
-        init = nn.initializers.normal(1 / math.sqrt(c.dim))
-        own = self.param("head_modulation", init, (2, c.dim), jnp.float32)
-        shift, scale = jnp.split(own + embedding[:, None], 2, axis=1)
-        x = layer_norm(x, c.eps) * (1 + scale) + shift
-        features = math.prod(c.patch_size) * c.out_channels
-        x = Dense(features, _float32(p), kernel_init=nn.initializers.zeros, name="head")(x)
-        x = layout.restore(constrain(x, "data", None, None))
-        velocity = unpatchify(x, grid, c.patch_size)
+        embedded = self._embed(latents, timestep, conditions, table)
+        x, seen = self._blocks(embedded, grid, cross_bias, control, strength, c.num_layers)
+        velocity = self._head(x, embedded.embedding, grid)
         return (velocity, seen) if self.inspect else velocity
 
-    def _embed_time(self, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B] -> embedding [B, D] and block modulation [B, 6, D], float32 under every policy."""
-        c, p = self.config, _float32(self.config.precision)
-        embedding = Dense(c.dim, p, name="time_in")(sinusoid(timestep, c.freq_dim))
-        embedding = Dense(c.dim, p, name="time_out")(nn.silu(embedding))
-        six = Dense(6 * c.dim, p, name="time_modulation")(nn.silu(embedding))
-        return embedding, rearrange(six, "B (six D) -> B six D", six=6)
 
-    def _embed_conditions(self, conditions: Conditions) -> Branches:
-        c, p = self.config, self.config.precision
-        text = nn.gelu(Dense(c.dim, p, name="text_in")(conditions.text), approximate=True)
-        text = Dense(c.dim, p, name="text_out")(text)
-        if not c.num_images:
-            return Branches(text)
-        return Branches(text, ImageEmbed(c, name="image_embed")(conditions.images))
+class Embed(_Steps):
+    """The first step of an evaluation by itself, from the same parameters: what comes before the blocks."""
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, timestep: jax.Array, conditions: Conditions, table: RopeTable) -> Embedded:
+        """As `WanDiT`, of which it takes the first arguments."""
+        check_conditions(self.config, conditions, latents.shape)
+        return self._embed(latents, timestep, conditions, table)
+
+
+class Blocks(_Steps):
+    """Some consecutive blocks by themselves: parameters `blocks` with as many layers in front."""
+
+    @nn.compact
+    def __call__(
+        self,
+        embedded: Embedded,
+        grid: tuple[int, int, int],
+        layers: int,
+        cross_bias: CrossBias | None = None,
+        control: CrossControl | None = None,
+        strength: jax.Array | None = None,
+    ) -> jax.Array:
+        """The tokens [B, S', D] after `layers` blocks.
+
+        Args:
+          embedded: by `Embed`, with the `x` that enters them.
+          grid: of tokens, `token_grid`.
+          others: as `WanDiT`, of these layers.
+        """
+        return self._blocks(embedded, grid, cross_bias, control, strength, layers)[0]
+
+
+class Head(_Steps):
+    """The last step by itself: tokens to velocity."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        """[B, F, h, w, out_channels] float32 of the tokens that left the last block."""
+        return self._head(x, embedding, grid)
+
+
+def token_grid(config: DiTConfig, latents: tuple[int, ...]) -> tuple[int, int, int]:
+    """(frames, height, width) in tokens of latents [B, F, h, w, C]."""
+    return tuple(n // size for n, size in zip(latents[1:4], config.patch_size, strict=True))
 
 
 def _float32(precision: Precision) -> Precision:

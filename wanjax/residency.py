@@ -3,16 +3,20 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from wanjax import sharding
+from wanjax import sharding, streaming
 from wanjax.config import ModelConfig
 from wanjax.tokenizer import Tokenizer
 
-POLICIES = ("keep", "stage")
+POLICIES = ("keep", "stage", "stream")
+
+ORDER = ("umt5", "clip", "vae", "dit", "vae")
+"""In which a clip needs the parts."""
 
 Read = Callable[[str, Mesh | None, sharding.Rules], Any]
 """(name, mesh, rules) -> the parameters of a part, on that mesh or on the default device."""
@@ -27,6 +31,7 @@ class Parts(Mapping[str, Any]):
       names: of the parts that can be read.
       stage: whether reading one part frees the others.
       mesh, rules: where parts are put.
+      ahead: has a part's files brought to host memory, in a thread, while the part before it in `ORDER` is at work.
     """
 
     def __init__(
@@ -37,8 +42,9 @@ class Parts(Mapping[str, Any]):
         stage: bool = False,
         mesh: Mesh | None = None,
         rules: sharding.Rules = sharding.RULES,
+        ahead: Callable[[str], None] | None = None,
     ) -> None:
-        self.held, self.stage, self.mesh, self.rules = held, stage, mesh, rules
+        self.held, self.stage, self.mesh, self.rules, self._ahead = held, stage, mesh, rules, ahead
         self._read = read
         self._names = tuple(names) or tuple(held)
         self._lock = threading.RLock()
@@ -71,6 +77,9 @@ class Parts(Mapping[str, Any]):
                     for other in tuple(self.held):
                         self.free(other)
                 self.held[name] = self._read(name, mesh or self.mesh, self.rules)
+                following = next((after for one, after in pairwise(ORDER) if one == name and after in self), None)
+                if self.stage and self._ahead is not None and following is not None:
+                    threading.Thread(target=self._ahead, args=(following,), daemon=True, name="ahead").start()
             elif mesh is not None:
                 self.held[name] = sharding.shard_params(self.held[name], mesh, self.rules)
             return self.held[name]
@@ -88,7 +97,7 @@ class Parts(Mapping[str, Any]):
         """The same parts on a mesh: those in memory are moved, the others will be read there."""
         with self._lock:
             held = {name: sharding.shard_params(tree, mesh, rules) for name, tree in self.held.items()}
-            return Parts(held, self._read, self._names, self.stage, mesh, rules)
+            return Parts(held, self._read, self._names, self.stage, mesh, rules, self._ahead)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class Model:
       config: sizes and precision.
       params: {"dit", "vae", "umt5", "clip"} -> nested dict of arrays ("clip" absent for text-to-video). Under the
         policy "keep" a plain dict; under "stage" a mapping that reads a part when it is looked up and frees the others,
-        so nothing of a part may be used after another was asked for.
+        so nothing of a part may be used after another was asked for. Under "stream" so too, and "dit" is what
+        `streaming.restore` gives.
       tokenizer: of the text encoder.
       parts: where `params` are read again after `free`; made from `params` where it is not given or is of others.
     """
@@ -139,7 +149,13 @@ class Model:
         self.parts.free(name)
 
     def place(self, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> "Model":
-        """The same model on a mesh: parts in memory are moved there, others will be read there."""
+        """The same model on a mesh: parts in memory are moved there, others will be read there.
+
+        Raises:
+          ValueError: of the policy "stream".
+        """
+        if self.config.dit.stream != "no":
+            streaming.check_mesh(mesh)
         parts = self.parts.on(mesh, rules)
         return replace(self, params=parts if isinstance(self.params, Parts) else parts.held, parts=parts)
 

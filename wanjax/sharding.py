@@ -26,6 +26,10 @@ Rules = Sequence[tuple[str, P]]
 COLUMNS = r"blocks/cross_attn/[kv](_image)?/kernel$"
 """Of the few tokens of text and images every device computes some columns, for all of them: no weight travels."""
 
+STREAMED = r"^blocks/.*/kernel$"
+"""What lies in host memory under the policy "stream": nearly all of the weights. (The stacked modulation among them
+makes libtpu 0.0.42 abort.)"""
+
 RULES: Rules = (
     (COLUMNS, P(None, None, ("tensor", *TOKENS))),
     # Column-parallel products: their outputs (heads, ffn) are split over `tensor`.
@@ -133,18 +137,25 @@ def _spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | None) ->
     return P(*(mesh_axes(mesh, axis, n) for axis, n in zip(spec, shape, strict=False)))
 
 
-def whole(params: Any, rules: Rules = RULES) -> Any:
-    """Parameters of one block, gathered over TOKENS where the block uses them; those that no device needs whole stay
-    split. To be called while a block is traced; does nothing outside `jax.set_mesh`."""
+def near(params: Any, rules: Rules = RULES, stream: bool = False) -> Any:
+    """Parameters of one block, brought to where it computes. To be called while a block is traced.
+
+    Under `jax.set_mesh` those that a device needs whole are gathered over TOKENS; the others stay split.
+
+    Args:
+      stream: kernels lie in host memory, and are copied to the device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return params
     flat = flatten_dict(params, sep="/")
     for path, leaf in flat.items():
-        spec = _spec(f"blocks/{path}", (1, *leaf.shape), rules, mesh)[1:]
-        if not re.search(COLUMNS, f"blocks/{path}"):
-            spec = [None if axis is None else _without_tokens(axis) for axis in spec]
-        flat[path] = jax.lax.with_sharding_constraint(leaf, P(*spec))
+        if stream and re.search(STREAMED, f"blocks/{path}"):
+            leaf = jax.device_put(leaf, jax.memory.Space.Device)
+        if not mesh.empty:
+            spec = _spec(f"blocks/{path}", (1, *leaf.shape), rules, mesh)[1:]
+            if not re.search(COLUMNS, f"blocks/{path}"):
+                spec = [None if axis is None else _without_tokens(axis) for axis in spec]
+            leaf = jax.lax.with_sharding_constraint(leaf, P(*spec))
+        flat[path] = leaf
     return unflatten_dict(flat, sep="/")
 
 

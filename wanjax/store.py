@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # with what is of the manifest
     "FORMAT",
+    "Layers",
     "MANIFEST",
     "Manifest",
     "blocks",
@@ -59,6 +60,7 @@ __all__ = [  # with what is of the manifest
     "open_array",
     "place",
     "raw",
+    "read_ahead",
     "read_manifest",
     "restore",
     "size",
@@ -69,6 +71,7 @@ __all__ = [  # with what is of the manifest
 SPLITS = 8
 """Into how many chunks a long axis is cut, so that up to as many hosts can each read its own."""
 LONG = 1024
+OTHER = "not the array of the manifest (its sha256 is another)"
 AHEAD = 4 << 30
 """Bytes that may wait to be digested while more is read."""
 
@@ -205,6 +208,7 @@ def restore(
     mesh: Mesh | None,
     rules: sharding.Rules = sharding.RULES,
     fast: bool = False,
+    space: jax.memory.Space | None = None,
 ) -> Any:
     """The parameters of one model, straight into (sharded) arrays, in the dtypes of `expected`.
 
@@ -213,8 +217,10 @@ def restore(
     safetensors form there are none.
 
     Args:
+      expected: of the arrays that are wanted; others in the folder are left alone.
       fast: leave the digests be. In the Orbax form a flipped bit is noticed still, by the checksums; files that were
         exchanged for others of the same shape are not.
+      space: without a mesh, in which memory of the device's; None for its own.
 
     Raises:
       CheckpointError: damaged arrays, or others than those of the manifest.
@@ -246,8 +252,75 @@ def restore(
             data = _numbers(folder, name, data)
             digested(name, data)
             data = data.astype(leaf.dtype, copy=False)
-            arrays[path] = jax.device_put(data) if where is None else hosts.put(data, where)
+            arrays[path] = jax.device_put(data, space) if where is None else hosts.put(data, where)
     return unflatten_dict(arrays, sep="/")
+
+
+def read_ahead(folder: Path, part: str) -> None:
+    """Has the operating system read a part's files into its cache, from which `restore` then takes them.
+
+    Nothing is held, and nothing is lost where memory is short; a system without such a call reads when it is asked.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    file = folder / f"{part}.safetensors"
+    for path in [file] if file.is_file() else sorted(one for one in (folder / part).rglob("*") if one.is_file()):
+        # A file that went away, or may not be read, is told of by `restore`, which names it.
+        with contextlib.suppress(OSError), open(path, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+class Layers:
+    """Stacked arrays of one model, read a layer at a time.
+
+    Args:
+      folder: that `check` has found whole.
+      expected: {path: shape and dtype} of arrays with the layer axis in front.
+    """
+
+    def __init__(self, folder: Path, part: str, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        self.folder, self.part, self.expected = folder, part, dict(expected)
+        self.manifest = manifest_of(folder)
+        self.count = min(leaf.shape[0] for leaf in self.expected.values())
+
+    def read(self, layer: int) -> dict[str, np.ndarray]:
+        """One layer of each array, {path: array}, in the dtypes expected. CheckpointError for damaged ones."""
+        stored = self._stored(layer)
+        return {path: stored[path].astype(leaf.dtype, copy=False) for path, leaf in self.expected.items()}
+
+    def all(self, fast: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """The layers in turn, and after the last the comparison with the digests, unless `fast`.
+
+        Raises:
+          CheckpointError: damaged arrays, or others than those of the manifest.
+        """
+        hashes = {} if fast or self.manifest is None else {path: hashlib.sha256() for path in self.expected}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for layer in range(self.count):
+                stored = self._stored(layer)
+                hashed = [pool.submit(one.update, raw(np.ascontiguousarray(stored[path])))
+                          for path, one in hashes.items()]  # fmt: skip
+                yield {path: stored[path].astype(leaf.dtype, copy=False) for path, leaf in self.expected.items()}
+                for future in hashed:
+                    future.result()
+        for path, one in hashes.items():
+            name = f"{self.part}/{path}"
+            if one.hexdigest() != self.manifest.arrays[name]["sha256"]:
+                raise CheckpointError(f"{self.folder}: {name}: {OTHER}; {AGAIN[self.manifest.form]}")
+
+    def _stored(self, layer: int) -> dict[str, np.ndarray]:
+        rows, read = slice(layer, layer + 1), {}
+        with contextlib.ExitStack() as stack:
+            tensors = None
+            if self.manifest is None or self.manifest.form == SAFETENSORS:
+                tensors = stack.enter_context(_tensors(self.folder, self.part))
+            for path in self.expected:
+                name = f"{self.part}/{path}"
+                if tensors is None:
+                    read[path] = open_array(place(self.folder, name))[rows].read()
+                else:
+                    read[path] = tensors.get_slice(path)[rows]
+            return {path: _numbers(self.folder, f"{self.part}/{path}", data)[0] for path, data in read.items()}
 
 
 class _Slices:
@@ -271,11 +344,11 @@ def _alike(data: Any, entry: Mapping[str, Any] | None) -> bool:
 
 
 def _numbers(folder: Path, name: str, data: Any) -> np.ndarray:
-    """What is read of an array: numbers as they are, or those of a zarr or a part of it."""
+    """What is read of an array: numbers as they are, or those of a zarr or a part of it, or of its reading."""
     if isinstance(data, np.ndarray):
         return data
     try:
-        return data.read().result()
+        return (data if hasattr(data, "result") else data.read()).result()
     except ValueError as error:
         reason = first_line(error)
         raise CheckpointError(f"{folder}: {name}: damaged ({reason}); convert the weights again") from error
@@ -321,8 +394,7 @@ def _digests(folder: Path, manifest: Manifest | None, fast: bool) -> Iterator[Ca
         while waiting and sum(size for *_, size in waiting) > room:
             future, name, _ = waiting.popleft()
             if future.result() != manifest.arrays[name]["sha256"]:
-                raise CheckpointError(f"{folder}: {name}: not the array of the manifest (its sha256 is another); "
-                                      f"{AGAIN[manifest.form]}")  # fmt: skip
+                raise CheckpointError(f"{folder}: {name}: {OTHER}; {AGAIN[manifest.form]}")
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 

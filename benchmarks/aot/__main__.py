@@ -17,7 +17,7 @@ from benchmarks import measure
 from benchmarks.aot import programs, report
 from benchmarks.aot.targets import GIB, TARGETS, Target
 from samplers.plan import Plan, Settings
-from wanjax import checkpoint, sharding, writing
+from wanjax import checkpoint, sharding, streaming, writing
 from wanjax import environment as machine
 from wanjax.attention import KERNELS
 from wanjax.config import PRESETS, ModelConfig, preset
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--layers", type=measure.positive, help="fewer than the transformer has, at its full width")
     line.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     line.add_argument("--dtype", choices=sorted(measure.POLICIES), default="bfloat16")
+    line.add_argument("--memory", choices=("keep", "stream"), default="keep", help="stream: kernels in host memory")
     line.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the compiler, repeatable")
     line.add_argument("--hlo", type=writing.absolute, metavar="FILE", help="also keep the compiled module's text")
     line.add_argument("--out", type=writing.absolute, metavar="FOLDER", help="one JSON file a run, named after it")
@@ -73,7 +74,7 @@ def name_of(args: argparse.Namespace) -> str:
     mesh = "-".join(f"{axis}{size}" for axis, size in (args.mesh or {}).items())
     fields = [args.part, args.target.replace(":", "-"), mesh, "x".join(map(str, args.size)), f"{args.frames}f",
               f"{args.layers}layers" if args.layers else ""]  # fmt: skip
-    for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype"):
+    for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype", "memory"):
         if own[name] != usual[name]:
             fields.append(f"{own[name]}steps" if name == "steps" else own[name])
     if args.option:
@@ -95,18 +96,19 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
     if args.hlo:
         writing.write_text(args.hlo, text, overwrite=True)
     count = len(devices) if mesh is not None else 1
-    passes = 2 if args.part == "denoise" and args.guidance_mode == "sequential" else 1
+    whole = args.part == "denoise" and plan.config.dit.stream != "loop"
+    passes = 2 if whole and args.guidance_mode == "sequential" else 1
     found = report.describe(text, target.chip, passes, count, programs.operations(args.part, plan))
-    if args.part == "denoise" and args.layers and "cycles" in found:
-        whole = preset(args.preset).dit.num_layers
-        found["cycles"]["all_layers"] = report.scaled(found["cycles"], args.layers, whole)
+    if whole and args.layers and "cycles" in found:
+        layers = preset(args.preset).dit.num_layers
+        found["cycles"]["all_layers"] = report.scaled(found["cycles"], args.layers, layers)
     return {
         "part": args.part,
         "target": target.name,
         "devices": count,
         "mesh": args.mesh or {},
         "settings": {name: getattr(args, name) for name in
-                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "option")}
+                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "memory", "option")}
                     | {"layers": plan.config.dit.num_layers, "attention": plan.config.dit.attention},
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
@@ -168,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         target.prepare()
         settings = Settings.of(model, frames=args.frames, size=args.size, steps=args.steps, method=args.method,
                                guidance_mode=args.guidance_mode)  # fmt: skip
+        if args.memory == "stream":
+            model = streaming.with_stream(model, target.platform)
+            streaming.check_mesh(args.mesh or args.devices or None)
         plan = Plan.of(model, settings, platform=target.platform)
         if args.devices and args.mesh:
             raise ValueError("--devices and --mesh: give one of them")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 from samplers import ahead, flops
 from samplers.plan import Plan
 from samplers.programs import Programs
+from samplers.streamed import Loop
 from wanjax import sharding
 
 PARTS: tuple[str, ...] = ("denoise", "text", "images", "keyframes", "decode")
-"""Programs that take time; a guided step is one call of "denoise"."""
+"""Programs that take time; a guided step is one call of "denoise", or of a transformer whose layers the host calls in
+turn, one layer of one pass."""
 
 PICTURES = ("keyframes", "decode")
 """Those that run on `sharding.picture_mesh`."""
@@ -24,10 +27,12 @@ PICTURES = ("keyframes", "decode")
 def lower(part: str, plan: Plan, devices: Sequence[Any], mesh: Mesh | None) -> jax.stages.Lowered:
     """Traces and lowers one of PARTS as the pipeline does: weights by `sharding.specs`, all else whole, as is right for
     one clip, on the mesh, or without one on the first device."""
-    program = getattr(Programs.of(plan, platform=devices[0].platform), part)
-    params, *arrays = ahead.shapes(plan)[part]
+    program, arguments = getattr(Programs.of(plan, platform=devices[0].platform), part), ahead.shapes(plan)[part]
+    if isinstance(program, Loop):  # the host calls several programs: the one that takes the time
+        program, arguments = program.layer, arguments["layer"]
+    params, *arrays = arguments
     if mesh is None:
-        params, arrays = jax.tree.map(lambda leaf: _on(leaf, SingleDeviceSharding(devices[0])), (params, arrays))
+        params, arrays = jax.tree.map(partial(_alone, devices[0]), (params, arrays))
     else:
         params = jax.tree.map(lambda leaf, spec: _on(leaf, NamedSharding(mesh, spec)), params,
                               sharding.specs(params, mesh=mesh))  # fmt: skip
@@ -35,6 +40,12 @@ def lower(part: str, plan: Plan, devices: Sequence[Any], mesh: Mesh | None) -> j
     used = mesh if mesh is None or part not in PICTURES else sharding.picture_mesh(mesh, plan.latent_shape[1:3])
     with jax.set_mesh(used) if used is not None else nullcontext():
         return program.func.lower(*program.args, params, *arrays, **program.keywords)
+
+
+def _alone(device: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """On one device, or in host memory beside it."""
+    kind = None if leaf.sharding is None else leaf.sharding.memory_kind
+    return _on(leaf, SingleDeviceSharding(device, memory_kind=kind))
 
 
 def _on(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -46,7 +57,7 @@ def operations(part: str, plan: Plan) -> int | None:
 
     KAB's own are not in it: outside its window they are not done.
     """
-    formula = _FORMULAS.get(part)
+    formula = None if part == "denoise" and plan.config.dit.stream == "loop" else _FORMULAS.get(part)
     return None if formula is None else flops.total(formula(plan))
 
 
