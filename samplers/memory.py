@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 
-from samplers.estimate import GIB, POLICIES, WEIGHTS, Estimate, estimate, kernels_of, most_tiles, temporary
+from samplers.estimate import GIB, WEIGHTS, Estimate, estimate, kernels_of, most_tiles, temporary
 from samplers.hostmemory import host_memory
 from samplers.plan import Settings
 from wanjax import keyframes
 from wanjax.config import ModelConfig
+from wanjax.residency import POLICIES
 
 PREFERRED = (("keep", "bf16"), ("stage", "bf16"), ("stage", "int8"), ("stream", "bf16"), ("stream", "int8"))
 """What "auto" takes the first of that fits: memory is cheaper than exactness, and that than time."""
@@ -72,7 +73,7 @@ def choose(
     platform = platform or jax.default_backend()
     memory = available() if memory is None else memory
     host = host_memory() if host is None else host
-    pairs = preferred(config, policy, weights)
+    pairs = preferred(config, policy, weights, math.prod((mesh or {}).values()))
     found = ways(config, settings, pairs, mesh, memory, vae_memory, platform, host)
     best = next((one for one in found if one.fits == "yes"), None)
     least = min(found, key=lambda one: one.estimate.peak)
@@ -81,8 +82,13 @@ def choose(
     raise ValueError(_refusal(config, settings, mesh, memory, host, platform, least))
 
 
-def preferred(config: ModelConfig, policy: str = "auto", weights: str = "auto") -> list[tuple[str, str]]:
+def preferred(
+    config: ModelConfig, policy: str = "auto", weights: str = "auto", devices: int = 1
+) -> list[tuple[str, str]]:
     """(policy, weights) in the order of preference: all of PREFERRED, or those that are left by what is said.
+
+    Args:
+      devices: that share the weights; they do not stream unless they are told to, and then are refused.
 
     Raises:
       ValueError: no such policy or weights.
@@ -95,6 +101,8 @@ def preferred(config: ModelConfig, policy: str = "auto", weights: str = "auto") 
     else:
         kinds = ("bf16", "int8") if weights == "auto" else (weights,)
         pairs = [(one, kind) for one in (POLICIES if policy == "auto" else (policy,)) for kind in kinds]
+    if devices > 1 and policy == "auto":
+        pairs = [pair for pair in pairs if pair[0] != "stream"]
     # Of weights that are stored in 8 bits there is nothing more to be gained.
     return [pair for pair in pairs if pair[1] == "bf16" or weights != "auto" or kernels_of(config) is None]
 

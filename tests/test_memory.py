@@ -12,6 +12,7 @@ from samplers.estimate import GIB
 from samplers.plan import Settings
 from wanjax import sharding
 from wanjax.config import BFLOAT16, VAE_BFLOAT16, preset
+from wanjax.residency import POLICIES
 from wanjax.shapes import param_shapes
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "aot"
@@ -62,8 +63,10 @@ def test_estimates_are_near_the_compilers(vae, size, devices):
 @pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
 def test_reports_of_the_compiler_are_within_a_tenth(file):
     found = compiled_budget.compare(json.loads(file.read_text(encoding="utf-8")))
-    estimated, compiled = (found["weights_bytes"] + found[f"{name}_bytes"] for name in ("estimated", "compiled"))
-    assert estimated == pytest.approx(compiled, rel=0.1)
+    estimated, compiled = (found[f"{name}_bytes"] for name in ("estimated", "compiled"))
+    assert found["weights_bytes"] + estimated == pytest.approx(found["weights_bytes"] + compiled, rel=0.1)
+    # Weights, which are counted, may not hide the rest; of the text encoder that is next to nothing.
+    assert estimated == pytest.approx(compiled, rel=0.25 if found["stage"] == "text" else 0.15)
 
 
 def test_enough_reports_are_compared():
@@ -98,7 +101,7 @@ def test_only_block_kernels_are_narrowed():
     }
 
 
-@pytest.mark.parametrize("policy", estimate.POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_stage_has_its_part_alone_unless_all_are_kept(policy):
     found = estimate.estimate(*clip(), policy=policy, platform="gpu")
     for stage, part in estimate.STAGES.items():
@@ -135,13 +138,20 @@ def test_a_cpu_copies_half_precision(dtype, vae, size, layers):
 def test_streamed_kernels_lie_in_the_host():
     one = estimate.estimate(*clip(), policy="stream", platform="gpu")
     assert one.host / GIB == pytest.approx(30.08, abs=0.01)
-    eight = estimate.estimate(*clip(), {"sequence": 8}, policy="stream", platform="tpu")
-    assert eight.host == pytest.approx(one.host, rel=1e-3)
-    assert eight.weights["dit"] < one.weights["dit"] / 2
-    # A CPU's host is its device: nothing is gained there.
-    cpu, staged = (estimate.estimate(*clip(), policy=policy, platform="cpu") for policy in ("stream", "stage"))
-    assert cpu.host == 0
-    assert cpu.weights["dit"] > staged.weights["dit"]
+    # A CPU's host is its device: they wait in the folder.
+    cpu = estimate.estimate(*clip(), policy="stream", platform="cpu")
+    assert cpu.host == 0 and cpu.weights["dit"] == one.weights["dit"]
+    with pytest.raises(ValueError, match="^memory stream: is for one device"):
+        estimate.estimate(*clip(), {"sequence": 8}, policy="stream", platform="tpu")
+
+
+def test_several_devices_do_not_stream_by_themselves():
+    mesh = {"sequence": 2}
+    assert {policy for policy, _ in memory.preferred(clip()[0], devices=2)} == {"keep", "stage"}
+    assert chosen(12, mesh=mesh).policy == "stage"
+    for options in ({"policy": "stream"}, {"policy": "stream", "weights": "int8"}):
+        with pytest.raises(ValueError, match="^memory stream: is for one device"):
+            chosen(79.6, mesh=mesh, **options)
 
 
 @pytest.mark.parametrize("gib, size, mesh, platform, policy, weights", [
