@@ -122,6 +122,7 @@ def report(
     policies = [one for one in POLICIES if one != "stream" or devices.count == 1]
     pairs = [(one, kind) for one in policies for kind in kinds]
     found_ways = memory.ways(config, settings, pairs, mesh, chip.memory, vae_memory, chip.platform, host)
+    estimate.estimate(config, settings, mesh, *own[0], platform=chip.platform)  # may refuse what was asked for
     try:
         choice = memory.choose(
             config, settings, mesh, chip.memory, policy, weights, vae_memory, chip.platform, host=host
@@ -129,7 +130,7 @@ def report(
         refusal = None
     except ValueError as error:
         choice, refusal = None, str(error)
-    taken = choice or next(way for way in found_ways if (way.policy, way.weights) == own[-1])
+    taken = choice or next((way for way in found_ways if (way.policy, way.weights) == own[-1]), found_ways[-1])
     work = operations(config, settings)
     return {
         "model": {"name": config.name, "transformer": dataclasses.asdict(config.dit.precision),
