@@ -172,7 +172,7 @@ class ImageEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        c, p = self.config, self.config.precision
+        c, p = self.config, self.config.precision.plain
         chex.assert_shape(images, (None, None, c.image_tokens, c.image_dim))
         tokens = images.astype(jnp.float32)
         if c.num_images == 2:
@@ -225,7 +225,7 @@ class WanDiT(nn.Module):
         Raises:
           ValueError: conditions, bias, control or strength that are not this model's.
         """
-        c, p = self.config, self.config.precision
+        c, p = self.config, self.config.precision.plain  # of the embedders; blocks take their own
         check_conditions(c, conditions, latents.shape)
         grid = tuple(n // size for n, size in zip(latents.shape[1:4], c.patch_size, strict=True))
         images = 0 if conditions.images is None else conditions.images.shape[1]
@@ -272,7 +272,7 @@ class WanDiT(nn.Module):
         return embedding, rearrange(six, "B (six D) -> B six D", six=6)
 
     def _embed_conditions(self, conditions: Conditions) -> Branches:
-        c, p = self.config, self.config.precision
+        c, p = self.config, self.config.precision.plain
         text = nn.gelu(Dense(c.dim, p, name="text_in")(conditions.text), approximate=True)
         text = Dense(c.dim, p, name="text_out")(text)
         if not c.num_images:
@@ -282,4 +282,4 @@ class WanDiT(nn.Module):
 
 def _float32(precision: Precision) -> Precision:
     """The policy of what stays float32, stored and computed: time embedding and head."""
-    return dataclasses.replace(precision, param="float32", compute="float32")
+    return dataclasses.replace(precision.plain, param="float32", compute="float32")

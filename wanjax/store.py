@@ -43,6 +43,7 @@ from wanjax.manifest import (
     read_manifest,
     size,
 )
+from wanjax.quantise import quantise
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -56,6 +57,7 @@ __all__ = [  # with what is of the manifest
     "chunk_shape",
     "create",
     "entries",
+    "factor_of",
     "open_array",
     "place",
     "raw",
@@ -208,6 +210,9 @@ def restore(
 ) -> Any:
     """The parameters of one model, straight into (sharded) arrays, in the dtypes of `expected`.
 
+    Where an 8-bit kernel is expected of one stored in more bits, it is quantised as it is read, a layer at a time. What
+    is stored is compared; each host reads all of it, for the factors are of all inputs.
+
     Arrays of which this process reads all are compared with the manifest's digests, in threads beside the reading. Of
     an array that several hosts share out each reads its shards alone, and the chunks' own checksums serve; in the
     safetensors form there are none.
@@ -217,7 +222,7 @@ def restore(
         exchanged for others of the same shape are not.
 
     Raises:
-      CheckpointError: damaged arrays, or others than those of the manifest.
+      CheckpointError: damaged arrays, others than those of the manifest, NaN in what is quantised, other 8 bits.
     """
     leaves = flatten_dict(expected, sep="/")
     specs = flatten_dict(sharding.specs(expected, rules, mesh), sep="/")
@@ -230,6 +235,8 @@ def restore(
             tensors = stack.enter_context(_tensors(folder, part))
         digested = stack.enter_context(_digests(folder, manifest, fast))
         for path in sorted(leaves, key=lambda path: math.prod(leaves[path].shape), reverse=True):
+            if path in arrays:  # a factor, made with its kernel
+                continue
             name, leaf = f"{part}/{path}", leaves[path]
             # Without a mesh not tied to a device either: a program compiled from shapes alone is then the same one.
             where = None if mesh is None else NamedSharding(mesh, specs[path])
@@ -237,17 +244,41 @@ def restore(
             if tensors is None:
                 data = open_array(place(folder, name))
             else:
-                data = _Slices(tensors.get_slice(path)) if shared else tensors.get_tensor(path)
+                sliced = shared and leaf.dtype.itemsize > 1
+                data = _Slices(tensors.get_slice(path)) if sliced else tensors.get_tensor(path)
             if entries is not None and not _alike(data, entries.get(name)):
                 raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[manifest.form]}")
-            if shared:
+            eight = _to_quantise(folder, name, np.dtype(data.dtype.name), leaf.dtype)
+            if shared and not eight:
                 arrays[path] = _shards(folder, name, data, leaf, where)
                 continue
             data = _numbers(folder, name, data)
             digested(name, data)
-            data = data.astype(leaf.dtype, copy=False)
-            arrays[path] = jax.device_put(data) if where is None else hosts.put(data, where)
+            made = _quantised(folder, name, data, leaf.dtype) if eight else (data,)
+            for own, numbers in zip((path, factor_of(path)), made, strict=False):
+                numbers = numbers.astype(leaves[own].dtype, copy=False)
+                where = None if mesh is None else NamedSharding(mesh, specs[own])
+                arrays[own] = jax.device_put(numbers) if where is None else hosts.put(numbers, where)
     return unflatten_dict(arrays, sep="/")
+
+
+def factor_of(kernel: str) -> str:
+    """The name of an 8-bit kernel's factor."""
+    return f"{kernel.removesuffix('kernel')}factor"
+
+
+def _to_quantise(folder: Path, name: str, stored: np.dtype, wanted: np.dtype) -> bool:
+    """Whether an array becomes an 8-bit one as it is read; CheckpointError for codes that are read as anything else."""
+    if stored.itemsize == 1 and stored != wanted:
+        raise CheckpointError(f"{folder}: {name} is {stored.name}, not {wanted.name}; convert the weights again")
+    return wanted.itemsize == 1 and stored.itemsize > 1
+
+
+def _quantised(folder: Path, name: str, data: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return quantise(data, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name}: {error}") from error
 
 
 class _Slices:
