@@ -186,7 +186,7 @@ def test_a_rotated_matrix_is_turned_back(tmp_path, group, place):
     wanted = own.numpy().astype(np.float64) * scale @ turn
     np.testing.assert_allclose(read, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
     error = np.linalg.norm(read - matrix) / np.linalg.norm(matrix)
-    assert error < 0.02 < 1 < np.linalg.norm(own.numpy() * scale - matrix) / np.linalg.norm(matrix)
+    assert error < 0.02 < 0.9 < np.linalg.norm(own.numpy() * scale - matrix) / np.linalg.norm(matrix)
 
 
 def test_gguf_to_int8(tmp_path, capsys):
@@ -263,7 +263,7 @@ def test_after_an_interruption_it_goes_on(source, tmp_path, monkeypatch):
     plain, count = write._write_array, iter(range(100))
 
     def stopped(*arguments):
-        if next(count) == 12:
+        if next(count) == 30:
             raise KeyboardInterrupt
         return plain(*arguments)
 
@@ -271,8 +271,8 @@ def test_after_an_interruption_it_goes_on(source, tmp_path, monkeypatch):
         patch.setattr(write, "_write_array", stopped)
         assert command.main([str(source), str(tmp_path / "m"), "--only", "dit", "--dtype", "int8"]) == 130
     progress = (tmp_path / ".m.part" / "progress.jsonl").read_text().splitlines()
-    assert 12 < len(progress) < 24
-    (tmp_path / ".m.part" / "progress.jsonl").write_text("\n".join(progress[:-1]) + "\n")  # a kernel or a factor alone
+    assert len(progress) > 30 and "factor" in json.loads(progress[-1])["name"]
+    (tmp_path / ".m.part" / "progress.jsonl").write_text("\n".join(progress[:-1]) + "\n")  # its kernel is left alone
     assert command.main([str(source), str(tmp_path / "m"), "--only", "dit", "--dtype", "int8"]) == 0
     assert command.main([str(source), str(tmp_path / "n"), "--only", "dit", "--dtype", "int8"]) == 0
     one, two = (store.read_manifest(tmp_path / name) for name in "mn")
