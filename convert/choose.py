@@ -33,11 +33,14 @@ TREE = MappingProxyType(
 ROOTS = ("", "models/", "split_files/")
 """Where they lie: in what is given, in ComfyUI's own folder, in its repositories on the hub."""
 
-EXACT = MappingProxyType({"32": 23.0, "bf16": 7.0, "16": 10.0, "scaled": 3.5, "e4m3fn": 3.0, "8": 3.0, "e5m2": 2.0})
+EXACT = MappingProxyType(
+    {"32": 23.0, "bf16": 7.0, "16": 10.0, "int8": 5.5, "scaled": 3.5, "e4m3fn": 3.0, "8": 3.0, "e5m2": 2.0}
+)
 """Words of a file's name that tell how exact its numbers are, about in bits; a name without any has all of them."""
 
 _WORD = re.compile(
     r"(?i)(?<![a-z0-9])(?:(?P<bf16>bf16)|b?f(?:p|loat)?(?P<bits>8|16|32)|(?P<e4m3fn>e4m3fn)|(?P<e5m2>e5m2)|"
+    r"(?P<int8>int8)|"
     r"(?P<scaled>scaled)|i?q(?P<q>\d)(?:[_-](?:k(?:[_-](?:xxs|xs|s|m|l))?|[01]|nl|xxs|xs|s|m))?)(?![a-z0-9])"
 )
 _PARTS = (("vae", re.compile(r"vae")), ("umt5", re.compile(r"t5")), ("clip", re.compile(r"clip")))

@@ -24,14 +24,15 @@ SHARD = re.compile(r"-\d+-of-\d+\b")
 MANTISSA: MappingProxyType[str, float] = MappingProxyType(
     {
         "float64": 52, "float32": 23, "float16": 10, "bfloat16": 7, "float8_e4m3fn": 3, "float8_e5m2": 2,
-        "float8_e4m3fn with a scale": 3.5, "float8_e5m2 with a scale": 2.5,
+        "float8_e4m3fn with a scale": 3.5, "float8_e5m2 with a scale": 2.5, "int8 with a scale": 5.5,
+        "int8 with a scale, rotated": 5.9,
         "Q8_1": 6, "Q8_0": 6, "Q6_K": 5, "Q5_K": 4.2, "Q5_1": 4.1, "Q5_0": 4, "Q4_K": 3.2, "Q4_1": 3.1, "Q4_0": 3,
     }
 )  # fmt: skip
 """How exact each way to store a number is, about in bits; what is not listed is coarser."""
 
 _PRECISION = re.compile(
-    r"(?i)(?<![a-z0-9])(?:b?fp?(?:8|16|32)|float(?:8|16|32)|e4m3fn|e5m2|scaled|pytorch|safetensors|gguf|"
+    r"(?i)(?<![a-z0-9])(?:b?fp?(?:8|16|32)|float(?:8|16|32)|int8|convrot|e4m3fn|e5m2|scaled|pytorch|safetensors|gguf|"
     r"i?q\d+(?:[_-](?:k(?:[_-](?:xxs|xs|s|m|l))?|[01]|nl|xxs|xs|s|m))?|\d+-of-\d+)(?![a-z0-9])"
 )
 """Words of a file's name that tell its precision or form and not its model."""

@@ -108,7 +108,7 @@ def _merged(weight: Tensor, changes: Sequence[Change]) -> Tensor:
             change(total)
         return total
 
-    return dataclasses.replace(weight, read=read, rows=None)
+    return dataclasses.replace(weight, read=read, rows=None, codes=None)
 
 
 def parse_request(text: str) -> tuple[Path, float]:

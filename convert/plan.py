@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from convert import tokenizer
+from convert import eight, tokenizer
 from convert.families import SLOTS, describe
 from convert.sources import Part, Source
 from convert.tensors import SourceError
@@ -19,7 +20,7 @@ from convert.tokenizer import Vocabulary
 from wanjax import checkpoint
 from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Precision, preset
 
-DTYPES = ("bf16", "f32", "keep")
+DTYPES = ("bf16", "f32", "int8", "fp8", "keep")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def plan(source: Source, dtype: str = "keep", model: str = "auto") -> Plan:
 
     Args:
       dtype: "bf16" or "f32" for transformer and encoders, or "keep"; the VAE stays float32 unless "bf16" files say so.
+        "int8" or "fp8" is "bf16" but for the kernels of the transformer's blocks.
       model: a preset that it must be, or "auto".
 
     Raises:
@@ -61,10 +63,13 @@ def plan(source: Source, dtype: str = "keep", model: str = "auto") -> Plan:
     config = _with_dtype(_whole(source, model), source, dtype)
     shapes = checkpoint.param_shapes(config)
     own = {name: shapes[name] for name in source.parts}
+    plain = checkpoint.param_shapes(config.with_precision(config.dit.precision.plain))
+    told = []
     for name, part in source.parts.items():
-        part.check(own[name])
+        part.check(plain[name])
+        told += eight.notes(part, flatten_dict(own[name], sep="/"))
     vocabulary, notes = tokenizer.find(source, config.umt5.vocab_size)
-    return Plan(source, config, own, vocabulary, (*source.notes, *notes))
+    return Plan(source, config, own, vocabulary, (*source.notes, *told, *notes))
 
 
 def _whole(source: Source, model: str) -> ModelConfig:
@@ -122,7 +127,8 @@ def _with_dtype(config: ModelConfig, source: Source, dtype: str) -> ModelConfig:
     if dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
     if dtype != "keep":
-        return config.with_precision(BFLOAT16 if dtype == "bf16" else FLOAT32)
+        kernel = checkpoint.WEIGHTS.get(dtype)
+        return config.with_precision(FLOAT32 if dtype == "f32" else dataclasses.replace(BFLOAT16, kernel=kernel))
     kept = {
         name: dataclasses.replace(getattr(config, name), precision=_own_precision(part))
         for name, part in source.parts.items()

@@ -5,13 +5,23 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.keymap import Rule, fill
+from convert import eight
+from convert.keymap import Rule
 from convert.plan import Plan
 from convert.sources import Part
 from convert.tensors import SourceError, Tensor
 from wanjax import store
 
 CHECKED = 8192  # rows looked at for NaN at once, to bound the memory
+
+
+def read_layers(part: Part, rule: Rule, name: str, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """One layer of each of the arrays that a rule fills (`eight.filled`), contiguous.
+
+    Raises:
+      SourceError: NaN or inf in the tensor, or a value that the dtype cannot hold.
+    """
+    return eight.read(part, rule, name, dtype) if dtype.itemsize == 1 else (read_layer(part, rule, name, dtype),)
 
 
 def read_layer(part: Part, rule: Rule, name: str, dtype: np.dtype) -> np.ndarray:
@@ -42,8 +52,10 @@ def load(planned: Plan) -> dict[str, Any]:
         arrays = {}
         for rule in part.family.rules(part.config):
             leaf = leaves[rule.ours]
-            arrays[rule.ours] = fill(
-                rule, leaf, lambda foreign, p=part, r=rule, d=leaf.dtype: read_layer(p, r, foreign, d)
-            )
+            own = {path: np.empty(leaves[path].shape, leaves[path].dtype) for path in eight.filled(rule, leaf)}
+            for i, foreign in enumerate(rule.names(leaf.shape)):
+                for array, layer in zip(own.values(), read_layers(part, rule, foreign, leaf.dtype), strict=True):
+                    array[i if rule.stacked else ...] = layer
+            arrays |= own
         params[name] = unflatten_dict(arrays, sep="/")
     return params

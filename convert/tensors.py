@@ -62,6 +62,19 @@ def some(names: Iterable[str], limit: int, between: str = ", ") -> str:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A matrix as 8-bit numbers and a factor for each of its outputs.
+
+    Attributes:
+      dtype: of the numbers.
+      read: gives the numbers [O, I] and factors [O, 1] float32, or the other way round where the matrix lies so.
+    """
+
+    dtype: np.dtype
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Tensor:
     """One tensor of a file.
 
@@ -71,6 +84,7 @@ class Tensor:
         they are used.
       rows: gives one entry of the leading axis, where that is less work than reading all.
       form: how it is stored, where the dtype does not say ("Q8_0", "float8_e4m3fn with a scale").
+      codes: what it is the product of, where that is 8-bit numbers with a factor for each output.
     """
 
     shape: Shape
@@ -78,6 +92,7 @@ class Tensor:
     read: Callable[[], np.ndarray]
     rows: Callable[[int], np.ndarray] | None = None
     form: str | None = None
+    codes: Codes | None = None
 
     @property
     def stored(self) -> str:

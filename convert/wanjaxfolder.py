@@ -1,14 +1,15 @@
 """A wanjax model folder as a source, in either of its forms: for another dtype."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.families import Family
 from convert.keymap import Rule
-from convert.tensors import SourceError, Tensor, Tensors, open_file
+from convert.tensors import Codes, SourceError, Tensor, Tensors, open_file
 from wanjax import checkpoint, store
 
 LAYER = "#"
@@ -38,15 +39,28 @@ def parts(path: Path, only: Iterable[str]) -> dict[str, tuple[Family, Any, Tenso
 
 
 def _by_layer(tensors: Tensors) -> Tensors:
-    """The same with stacked arrays ("blocks/...") as one tensor a layer, so that no stack is read whole."""
+    """The same with stacked arrays ("blocks/...") as one tensor a layer, so that no stack is read whole; an 8-bit
+    kernel and its factor are one tensor."""
     named = {}
+    factors = {store.factor_of(name) for name in tensors.named} & tensors.named.keys()
     for name, tensor in tensors.named.items():
         if not name.startswith("blocks/") or not tensor.shape:
             named[name] = tensor
             continue
+        if name in factors:
+            continue
+        factor = tensors.named.get(store.factor_of(name))
         for i in range(tensor.shape[0]):
-            named[f"{name}{LAYER}{i}"] = Tensor(tensor.shape[1:], tensor.dtype, lambda t=tensor, i=i: _row(t, i))
+            one = Tensor(tensor.shape[1:], tensor.dtype, lambda t=tensor, i=i: _row(t, i))
+            named[f"{name}{LAYER}{i}"] = one if factor is None else _product(one, lambda f=factor, i=i: _row(f, i))
     return Tensors(tensors.files, named)
+
+
+def _product(codes: Tensor, factor: Callable[[], np.ndarray]) -> Tensor:
+    """An 8-bit kernel of one layer, multiplied out in float32 where its codes are not asked for."""
+    read, form = lambda: codes.read().astype(np.float32) * factor(), f"{codes.dtype.name} with a scale"
+    own = Codes(codes.dtype, lambda: (codes.read(), factor()))
+    return Tensor(codes.shape, np.dtype(ml_dtypes.bfloat16), read, form=form, codes=own)
 
 
 def _row(tensor: Tensor, i: int) -> np.ndarray:

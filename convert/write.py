@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from convert.eight import filled
 from convert.families import SLOTS
 from convert.finish import JOB, PROGRESS, finish, write_synced
 from convert.keymap import Rule
 from convert.plan import DTYPES, Plan, lacking, plan, work
-from convert.read import load, read_layer
+from convert.read import load, read_layers
 from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
@@ -182,31 +183,36 @@ def _write_arrays(
         for name, part in planned.source.parts.items():
             leaves = flatten_dict(planned.shapes[name], sep="/")
             for rule in part.family.rules(part.config):
-                path, leaf = f"{name}/{rule.ours}", leaves[rule.ours]
-                if path not in done:
-                    done[path] = _write_array(part, rule, leaf, store.place(folder, path), told)
-                    progress.write(json.dumps({"name": path} | done[path]) + "\n")
+                own = {f"{name}/{path}": leaves[path] for path in filled(rule, leaves[rule.ours])}
+                if not own.keys() <= done.keys():
+                    made = _write_array(part, rule, own, folder, told)
+                    progress.writelines(json.dumps({"name": path} | entry) + "\n" for path, entry in made.items())
                     progress.flush()
                     os.fsync(progress.fileno())
+                    done |= made
                 else:
-                    told(int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
-                arrays[path] = done[path]
+                    told(sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in own.values()))
+                arrays |= {path: done[path] for path in own}
     return arrays
 
 
 def _write_array(
-    part: Part, rule: Rule, leaf: jax.ShapeDtypeStruct, path: Path, told: Callable[[int], Any]
-) -> dict[str, Any]:
-    """One array, a layer at a time; its entry in the manifest."""
-    shutil.rmtree(path, ignore_errors=True)  # the skeleton's, or what an interruption left
-    array = store.create(path, leaf.shape, leaf.dtype, rule.stacked)
-    digest = hashlib.sha256()
-    for i, name in enumerate(rule.names(leaf.shape)):
-        layer = read_layer(part, rule, name, leaf.dtype)
-        try:
-            array[i if rule.stacked else ...].write(layer).result()
-        except ValueError as error:  # tensorstore's way to say that the disk is full
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0][:200]) from error
-        digest.update(store.raw(layer))
-        told(layer.nbytes)
-    return {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": digest.hexdigest()}
+    part: Part, rule: Rule, own: Mapping[str, jax.ShapeDtypeStruct], folder: Path, told: Callable[[int], Any]
+) -> dict[str, dict[str, Any]]:
+    """The arrays that a rule fills, a layer at a time; their entries in the manifest by name."""
+    stores = []
+    for path, leaf in own.items():
+        shutil.rmtree(store.place(folder, path), ignore_errors=True)  # the skeleton's, or what an interruption left
+        stores.append(store.create(store.place(folder, path), leaf.shape, leaf.dtype, rule.stacked))
+    digests = [hashlib.sha256() for _ in own]
+    first = next(iter(own.values()))
+    for i, name in enumerate(rule.names(first.shape)):
+        for array, digest, layer in zip(stores, digests, read_layers(part, rule, name, first.dtype), strict=True):
+            try:
+                array[i if rule.stacked else ...].write(layer).result()
+            except ValueError as error:  # tensorstore's way to say that the disk is full
+                raise OSError(errno.ENOSPC, str(error).splitlines()[0][:200]) from error
+            digest.update(store.raw(layer))
+            told(layer.nbytes)
+    return {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": digest.hexdigest()}
+            for (path, leaf), digest in zip(own.items(), digests, strict=True)}  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from samplers import flags, plan, schedule, solvers
+from samplers import flags, plan, plan_command, schedule, solvers
 from wanjax import config, kab, method, rope
 from wanjax.guidance import MODES
 
@@ -169,6 +169,9 @@ def _add_model_and_output(p: argparse.ArgumentParser) -> None:
         help="instead of --devices, by hand: devices along data, fsdp, sequence, tensor",
     )
 
+    for name in ("memory", "weights", "vae-memory"):
+        model.add_argument(f"--{name}", **plan_command.OPTIONS[name])
+
     output = p.add_argument_group("output")
     output.add_argument(
         "--out",
@@ -256,7 +259,7 @@ def _make(company: Any, job: Any, progress: bool, programs: Path | None) -> int:
         return company.fail(FAILED, error)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        mend = "if memory ran out, try fewer frames, a smaller size or bfloat16"
+        mend = "if memory ran out, try --memory stage or stream, --weights int8, a smaller size, or bfloat16"
         return company.fail(FAILED, f"{reason}; {mend}")
     if not hosts.is_first():
         return 0

@@ -26,10 +26,13 @@ from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
 from samplers.run import bar
 from samplers.sample import Carry
-from wanjax import checkpoint, environment, hosts, keyframes, marks, sharding, writing
+from wanjax import checkpoint, environment, hosts, keyframes, marks, sharding, streaming, writing
 from wanjax.config import ModelConfig
 from wanjax.method import describe
 from wanjax.tokenizer import PromptCut, Tokenizer
+
+NOTABLE = 4 << 30
+"""Bytes: who runs a smaller model does not ask where it lies."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Job:
       plan: what to make; dtype: policy, None for the model's own.
       outputs: where to write; fps, scale: of the video file, scale a whole factor.
       mesh: axis -> devices, empty for one device.
+      memory: how the model is to lie in memory.
+      weights: what `checkpoint.load` is asked for; None for weights as they are stored.
       notes: lines that the user should see.
       explain: layer and step of the plots; None for none.
     """
@@ -57,6 +62,8 @@ class Job:
     fps: float
     scale: int
     mesh: dict[str, int]
+    memory: memory.Choice
+    weights: str | None
     notes: tuple[str, ...]
     explain: tuple[int, int] | None = None
 
@@ -93,6 +100,9 @@ def prepare(
     overwrite: bool = False,
     devices: int | str | None = None,
     mesh: dict[str, int] | None = None,
+    memory: str = "auto",
+    weights: str = "auto",
+    vae_memory: int | None = None,
     size: tuple[int, int] | str | None = None,
     preset: str | None = None,
     explain: str | Path | None = None,
@@ -111,6 +121,8 @@ def prepare(
       overwrite: whether existing outputs of wanjax may be replaced.
       devices: how many share the work, or "all"; the mesh is then `sharding.choose_mesh`'s.
       mesh: by hand, axis -> number of devices.
+      memory, weights: how the model is to lie in memory, see `memory.choose`; "auto" takes the first that fits.
+      vae_memory: bytes that encoding keyframes and decoding may take besides the weights.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
       preset: a name in `plan.PRESETS`.
       explain: folder for plots of the method, see `samplers.explain`.
@@ -137,7 +149,8 @@ def prepare(
         chosen = dataclasses.replace(chosen, size=fitting)
     mesh = _mesh(devices, mesh or {}, config.dit.num_heads)
     hosts.check_mesh(math.prod(mesh.values()))
-    memory.check(config, chosen, mesh)
+    config, choice, asked = _memory(config, chosen, mesh, memory, weights, vae_memory)
+    notes += [choice.why] if _worth_saying(choice, (memory, weights, vae_memory)) else []
     plan = Plan.of(config, chosen)
     inputs = Inputs.prepare([images], plan)
     for name, image in zip(("first", "last"), images, strict=True):
@@ -153,6 +166,9 @@ def prepare(
         raise ValueError(f"scale {scale}: give a whole number of at least 1")
     notes += _about_repeats(mesh, chosen)
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
+    if looked_at is not None and choice.policy == "stream":
+        raise ValueError("--explain looks into the whole transformer, which is never there with --memory stream; "
+                         "use --memory stage, or leave one of them away")  # fmt: skip
     sources = (keyframes.split(path)[0] for path in (first, last))
     outputs = video.name_outputs(out)  # of the other hosts, which write nothing
     if hosts.is_first():
@@ -160,8 +176,33 @@ def prepare(
     video.check_sides(out, *(side * scale for side in chosen.size))
     notes += outputs.notes
     paths = str(first), str(last)
-    return Job(str(model), folder, config, inputs, paths, plan, dtype, outputs, fps, scale, mesh, tuple(notes),
-               looked_at)  # fmt: skip
+    return Job(str(model), folder, config, inputs, paths, plan, dtype, outputs, fps, scale, mesh, choice, asked,
+               tuple(notes), looked_at)  # fmt: skip
+
+
+def _memory(
+    config: ModelConfig, settings: Settings, mesh: dict[str, int], policy: str, weights: str, vae_memory: int | None
+) -> tuple[ModelConfig, memory.Choice, str | None]:
+    """How the model is to lie in memory: its configuration then, the choice, and the weights to ask for.
+
+    Raises:
+      ValueError: nothing fits; 8-bit weights that are stored as others; streaming on several devices.
+    """
+    if policy == "stream":
+        streaming.check_mesh(mesh or None)
+    choice = memory.choose(config, settings, mesh, policy=policy, weights=weights, vae_memory=vae_memory)
+    asked = None if weights == "auto" and choice.weights == "bf16" else choice.weights
+    config = config if asked is None else checkpoint.with_weights(config, asked)
+    config = streaming.with_stream(config) if choice.policy == "stream" else config
+    if choice.tiles > 1:
+        config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, tiles=choice.tiles))
+    return config, choice, asked
+
+
+def _worth_saying(choice: memory.Choice, asked: tuple[str, str, int | None]) -> bool:
+    """Whether a choice was asked for, gives something up, or is of a model that fills a good part of a device."""
+    plain = (choice.policy, choice.weights, choice.tiles) == ("keep", "bf16", 1)
+    return asked != ("auto", "auto", None) or not plain or choice.estimate.peak > NOTABLE
 
 
 def _about_repeats(mesh: dict[str, int], settings: Settings) -> list[str]:
@@ -268,7 +309,7 @@ def _compute(
     plan, mesh, seen = job.plan, job.devices, []
     # A mesh changes where arguments lie, and so the programs.
     with nullcontext() if mesh else compile_ahead(plan, folder=programs) as ready:
-        model = checkpoint.load(job.folder, job.dtype, mesh)
+        model = checkpoint.load(job.folder, job.dtype, mesh, policy=job.memory.policy, weights=job.weights)
         loaded = time.perf_counter() - start
         with bar(job.settings.steps) if progress else nullcontext() as shown:
 
@@ -304,6 +345,7 @@ def _report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
                   "precision": dataclasses.asdict(config.dit.precision)},
         "method": describe(job.settings.method, config, job.settings.frames),
         "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
+        "memory": job.memory.report(),
         "notes": list(job.notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         **environment.report(),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -40,6 +41,11 @@ class Choice:
     estimate: Estimate
     fits: str
     why: str
+
+    def report(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes."""
+        own = {"policy": self.policy, "weights": self.weights, "vae_tiles": self.tiles, "why": self.why}
+        return own | {"estimated_stages": dict(self.estimate.stages), "estimated_host": self.estimate.host}
 
 
 def available(root: Path = Path("/")) -> int | None:
@@ -175,14 +181,14 @@ def check(
     config: ModelConfig,
     settings: Settings,
     mesh: Mapping[str, int] | None = None,
-    staged: bool = False,
+    policy: str = "keep",
     memory: int | None = None,
     platform: str | None = None,
 ) -> None:
     """Refuses a run that cannot fit, before anything of its size is made.
 
     Args:
-      staged: one part of the model is in memory at a time.
+      policy: that the model was loaded under.
       memory: bytes that there are; None asks `available`.
 
     Raises:
@@ -190,7 +196,6 @@ def check(
     """
     platform = platform or jax.default_backend()
     memory = available() if memory is None else memory
-    policy = "stage" if staged else "keep"
     found = estimate(config, settings, mesh, policy, platform=platform)
     if memory is not None and found.peak * MARGIN > memory:
         way = Choice(policy, "bf16", getattr(config.vae, "tiles", 1), found, "no", "")

@@ -23,7 +23,6 @@ from samplers.sample import Carry, Row
 from wanjax import hosts, keyframes, sharding
 from wanjax.accepted import check_cross
 from wanjax.checkpoint import Model
-from wanjax.residency import Parts
 from wanjax.settings import refuse
 from wanjax.types import Conditions, CrossBias
 
@@ -177,8 +176,7 @@ def inbetween(
     check_settings(model.config, settings)
     pixel_places(list(given), settings.frames)
     order = sorted(given, key=lambda at: at % settings.frames)
-    staged = isinstance(model.params, Parts) and model.params.stage
-    memory.check(model.config, settings, None if mesh is None else dict(mesh.shape), staged)
+    memory.check(model.config, settings, None if mesh is None else dict(mesh.shape), model.policy)
     plan = Plan.of(model.config, settings, order)
     prompt = settings.prompt if prompt is None else prompt
     seeds = settings.seed if seeds is None else seeds

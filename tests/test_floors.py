@@ -16,13 +16,26 @@ FLOORS = (
         "compare",
         "marks",
         "publishing",
+        "quantise",
         "rooms",
         "targets",
         "writing",
     },
     {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding", "layout", "accepted"},
     {"dit", "vae", "umt5", "clip", "tokenizer", "shapes"},
-    {"keyframes", "colour", "frames", "conditioning", "guidance", "manifest", "store", "residency", "checkpoint"},
+    {
+        "keyframes",
+        "colour",
+        "frames",
+        "conditioning",
+        "guidance",
+        "manifest",
+        "store",
+        "layered",
+        "streaming",
+        "residency",
+        "checkpoint",
+    },
 )
 """Of wanjax, from the ground up."""
 

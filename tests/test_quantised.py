@@ -146,8 +146,26 @@ def test_scales_without_a_meaning(tmp_path, name):
 
 
 SETTINGS = {
-    "plain int8": ({"format": "int8_tensorwise"}, "'int8_tensorwise'"),
-    "rotated int8": ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}, "with convrot"),
+    "rotated int8": (
+        {"format": "int8_tensorwise", "convrot": True},
+        "[6, 4] is told to be int8_tensorwise, rotated in groups of 256, which do not divide its inputs",
+    ),
+    "int8 in groups of six": (
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 6},
+        "groups of 6; known",
+    ),
+    "int8 in no number": (
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "4"},
+        "groups of 4; known",
+    ),
+    "int8 turned by a number": ({"format": "int8_tensorwise", "convrot": 2}, "with convrot 2"),
+    "int8 with more": ({"format": "int8_tensorwise", "params": {"smooth": [1]}}, "'int8_tensorwise' with smooth"),
+    "int8 with odd ones": ({"format": "int8_tensorwise", "params": [1]}, "'int8_tensorwise' with params"),
+    "older int8": ({"convrot": True, "per_row": True}, "names no format"),
+    "float8 told to be it": (
+        {"format": "int8_tensorwise"},
+        "float8_e4m3fn with a scale and told to be int8_tensorwise",
+    ),
     "mxfp8": ({"format": "mxfp8"}, "'mxfp8'"),
     "nvfp4": ({"format": "nvfp4"}, "'nvfp4'"),
     "svdquant": ({"format": "svdquant_w4a4"}, "'svdquant_w4a4'"),
@@ -171,7 +189,7 @@ SETTINGS = {
 ])  # fmt: skip
 def test_other_formats_are_named(tmp_path, name, where):
     settings, message = SETTINGS[name]
-    tensors = {"a.weight": BITS.view(torch.int8) if "int8" in name else FP8, "a.weight_scale": ONE}
+    tensors = {"a.weight": BITS.view(torch.int8) if "int8" in name else FP8.clone(), "a.weight_scale": ONE}
     metadata = None
     if where == "marker":
         tensors["a.comfy_quant"] = text(settings) if settings != b"" else torch.zeros(0, dtype=torch.uint8)

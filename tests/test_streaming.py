@@ -96,14 +96,15 @@ def evaluated(config, params, rng, method="paper"):
     return run(params, carry, plan.table, np.int32(0), told, np.zeros_like(told.text), plan.method, None)
 
 
-@pytest.mark.parametrize("method", ["wan", "paper"])
-def test_every_form_computes_the_same(folder, method):
+@pytest.mark.parametrize(("method", "weights"), [("wan", None), ("paper", "int8"), ("paper", "fp8")])
+def test_every_form_computes_the_same(folder, method, weights):
     """Also the forms of other machines: kernels held in host memory, and stacks there that the program fetches."""
     rng = lambda: np.random.default_rng(3)  # noqa: E731
-    wanted = evaluated(CONFIG, checkpoint.load(folder).part("dit"), rng(), method)
-    expected = checkpoint.param_shapes(CONFIG)["dit"]
+    model = checkpoint.load(folder, weights=weights)
+    wanted, expected = evaluated(model.config, model.part("dit"), rng(), method), checkpoint.param_shapes(model.config)
+    expected = expected["dit"]
     for platform, form in (("cpu", "loop"), ("gpu", "loop"), ("tpu", "program")):
-        config = streaming.with_stream(CONFIG, platform)
+        config = streaming.with_stream(model.config, platform)
         assert config.dit.stream == form
         params = streaming.restore(folder, expected, form, anew=platform == "cpu")
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)}
@@ -111,9 +112,10 @@ def test_every_form_computes_the_same(folder, method):
         equal(jax.tree.leaves(evaluated(config, params, rng(), method)), jax.tree.leaves(wanted))
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("form", ["loop", "program"])
-def test_shapes_are_those_of_what_is_read(folder, form):
-    expected = checkpoint.param_shapes(CONFIG)["dit"]
+def test_shapes_are_those_of_what_is_read(folder, form, weights):
+    expected = checkpoint.param_shapes(checkpoint.with_weights(CONFIG, weights))["dit"]
     told = streaming.shapes(expected, form)
     found = streaming.restore(folder, expected, form, anew=False)
     if form == "loop":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,12 @@ from wanjax.shapes import param_shapes
 from wanjax.tokenizer import Tokenizer
 
 __all__ = ["CONFIG", "TOKENIZER", "CheckpointError", "Folder", "Model", "bundled", "is_folder", "load", "open_folder",
-           "param_shapes", "read_config", "save", "sign",
-           "with_dtype"]  # fmt: skip
+           "param_shapes", "read_config", "save", "sign", "with_dtype",
+           "with_weights"]  # fmt: skip
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS = MappingProxyType({"bf16": None, "int8": "int8", "fp8": "float8_e4m3fn"})
+"""How the transformer's kernels may be asked for, and what `Precision.kernel` is then."""
 UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
 """What a configuration of the wrong kind may end in, such as no heads to divide the width by."""
 
@@ -159,6 +162,7 @@ def load(
     rules: sharding.Rules = sharding.RULES,
     fast: bool = False,
     policy: str = "keep",
+    weights: str | None = None,
 ) -> Model:
     """Loads a model, an array at a time, each compared with its digest beside the reading of the next.
 
@@ -170,14 +174,16 @@ def load(
       policy: "keep" reads all parts now and keeps them. "stage" reads a part when it is asked for and frees the
         others, so that memory holds one at a time; damaged numbers are then found as late. "stream" does too, and of
         the transformer holds one or two layers (`wanjax.streaming`); for one device.
+      weights: "bf16", "int8" or "fp8", see `with_weights`; None takes them as they are stored.
 
     Raises:
-      CheckpointError: no such folder, damaged files, or tensors that are not the config's.
+      CheckpointError: no such folder, damaged files, tensors that are not the config's, weights they do not give.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r}: choose {', '.join(POLICIES)}")
     folder = model if isinstance(model, Folder) else open_folder(model)
     config = folder.config if dtype is None else with_dtype(folder.config, dtype)
+    config = config if weights is None else with_weights(config, weights)
     if policy == "stream":
         config = streaming.with_stream(config)
         streaming.check_mesh(mesh)
@@ -206,7 +212,25 @@ def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     if dtype not in policies:
         raise ValueError(f"dtype {dtype!r}: choose {' or '.join(policies)}")
     dit, vae = policies[dtype]
-    return config.with_precision(dit, vae=vae)
+    return config.with_precision(replace(dit, kernel=config.dit.precision.kernel), vae=vae)
+
+
+def with_weights(config: ModelConfig, weights: str) -> ModelConfig:
+    """The same model with the kernels of the transformer's blocks in "int8" or "fp8" (float8_e4m3fn), quantised while
+    they are read where they are stored in more bits; or with all of its weights in "bf16".
+
+    Raises:
+      CheckpointError: the config's are of 8 bits already, and others.
+      ValueError: another name.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    own, wanted = config.dit.precision, WEIGHTS[weights]
+    if own.kernel not in (None, wanted):
+        raise CheckpointError(f"model {config.name}: its kernels are stored in {own.kernel}, which do not give "
+                              f"{weights} ones; convert the original weights again with --dtype {weights}")  # fmt: skip
+    own = replace(own, kernel=wanted) if wanted else replace(own, param="bfloat16")
+    return replace(config, dit=replace(config.dit, precision=own))
 
 
 def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[str, Any], tokenizer: Path) -> None:
@@ -221,7 +245,10 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, params: Mapping[st
       CheckpointError: the folder exists, params are not the config's, or there is no such tokenizer.
     """
     folder = Path(folder).expanduser().resolve()
-    refuse((folder.exists(), f"{folder}: exists; choose another name or remove it"), error=CheckpointError)
+    refuse((folder.exists(), f"{folder}: exists; choose another name or remove it"),
+           (config.dit.precision.kernel == WEIGHTS["fp8"],
+            f"{folder}: safetensors' numpy side reads no float8; take int8, or python -m convert --dtype fp8"),
+           error=CheckpointError)  # fmt: skip
     _compare(folder, config, params)
     refuse((not Path(tokenizer).is_file(), f"{tokenizer}: no such file; give a tokenizer.json"), error=CheckpointError)
     with writing.beside(folder, folder=True) as new:

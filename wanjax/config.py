@@ -13,8 +13,10 @@ from jax import lax
 from wanjax.settings import refuse
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_PRODUCTS = ("auto", "float32", "compute")
 STREAMS = ("no", "program", "loop")
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "product": ("auto", "float32", "compute"), "kernel": (None, "int8", "float8_e4m3fn"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Precision:
       product: what matrix products of half-precision inputs return before it is cast: "float32", "compute" (the compute
         dtype; on CPUs an order of magnitude slower) or "auto", which `ModelConfig.for_platform` resolves and which is
         "float32" where it is not resolved. They are summed in float32 either way.
+      kernel: how the kernels of the transformer's blocks are stored instead: "int8" or "float8_e4m3fn", with a float32
+        factor for each output channel (`quantise`); None for `param`. Products are in `compute` all the same.
     Time embedding, modulation, norms, head (their parameters too) and solver arithmetic are float32 under every
     policy.
     """
@@ -38,11 +42,20 @@ class Precision:
     residual: str = "float32"
     softmax: str = "float32"
     product: str = "auto"
+    kernel: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, names = getattr(self, field.name), _PRODUCTS if field.name == "product" else _DTYPES
-            refuse((value not in names, f"precision: {field.name}={value!r} is not one of {', '.join(names)}"))
+            value, names = getattr(self, field.name), _CHOICES.get(field.name, _DTYPES)
+            told = ", ".join(str(name) for name in names)
+            refuse((value not in names, f"precision: {field.name}={value!r} is not one of {told}"))
+        overflows = bool(self.kernel) and self.compute == "float16"
+        refuse((overflows, f"precision: products of kernel={self.kernel!r} overflow compute='float16'; take bfloat16"))
+
+    @property
+    def plain(self) -> "Precision":
+        """The same without 8-bit kernels."""
+        return dataclasses.replace(self, kernel=None)
 
     @property
     def matmul(self) -> lax.Precision | None:
@@ -268,6 +281,8 @@ class ModelConfig:
             (gives != takes,
              f"{name}: clip gives {gives[0]} tokens of {gives[1]}, dit takes {takes[0]} of {takes[1]}"),
             (dit.condition_channels != wanted, f"{name}: dit.in_channels must be {dit.out_channels + wanted}"),
+            (any(part is not None and part.precision.kernel for part in (vae, self.umt5, clip)),
+             f"{name}: precision.kernel is the transformer's alone; leave it away elsewhere"),
         )  # fmt: skip
 
     @property
@@ -279,8 +294,8 @@ class ModelConfig:
         self, dit: Precision, encoders: Precision | None = None, vae: Precision | None = None
     ) -> "ModelConfig":
         """The same model under another policy; the VAE keeps its own (its published file is float32) where none is
-        given."""
-        encoders = encoders or dit
+        given. 8-bit kernels are the transformer's alone."""
+        encoders = encoders or dit.plain
         return dataclasses.replace(
             self,
             dit=dataclasses.replace(self.dit, precision=dit),

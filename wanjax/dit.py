@@ -174,7 +174,7 @@ class ImageEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        c, p = self.config, self.config.precision
+        c, p = self.config, self.config.precision.plain
         chex.assert_shape(images, (None, None, c.image_tokens, c.image_dim))
         tokens = images.astype(jnp.float32)
         if c.num_images == 2:
@@ -219,7 +219,7 @@ class _Steps(nn.Module):
         return parallel.layout(grid[0], math.prod(grid[1:]), self.config.attention)
 
     def _embed(self, latents: jax.Array, timestep: jax.Array, conditions: Conditions, table: RopeTable) -> Embedded:
-        c, p = self.config, self.config.precision
+        c, p = self.config, self.config.precision.plain  # blocks take their own
         grid = token_grid(c, latents.shape)
         if conditions.latent is not None:
             latents = jnp.concatenate([latents, conditions.latent.astype(latents.dtype)], -1)
@@ -240,7 +240,7 @@ class _Steps(nn.Module):
         return embedding, rearrange(six, "B (six D) -> B six D", six=6)
 
     def _embed_conditions(self, conditions: Conditions) -> Branches:
-        c, p = self.config, self.config.precision
+        c, p = self.config, self.config.precision.plain
         text = nn.gelu(Dense(c.dim, p, name="text_in")(conditions.text), approximate=True)
         text = Dense(c.dim, p, name="text_out")(text)
         if not c.num_images:
@@ -378,4 +378,4 @@ def token_grid(config: DiTConfig, latents: tuple[int, ...]) -> tuple[int, int, i
 
 def _float32(precision: Precision) -> Precision:
     """The policy of what stays float32, stored and computed: time embedding and head."""
-    return dataclasses.replace(precision, param="float32", compute="float32")
+    return dataclasses.replace(precision.plain, param="float32", compute="float32")

@@ -17,19 +17,25 @@ from wanjax.config import Precision
 Initializer = Callable[..., jax.Array]
 
 
-def dot(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
-    """x [..., I] @ kernel [I, O] -> [..., O] in the compute dtype."""
+def dot(x: jax.Array, kernel: jax.Array, precision: Precision, factor: jax.Array | None = None) -> jax.Array:
+    """x [..., I] @ kernel [I, O] -> [..., O] in the compute dtype; times factor [1, O] where one is given."""
     dtype = jnp.dtype(precision.compute)
     out = None if precision.product == "compute" else jnp.float32
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = lax.dot_general(
         x.astype(dtype), kernel.astype(dtype), dims, precision=precision.matmul, preferred_element_type=out
     )
+    if factor is not None:  # on the product: on the kernel it would make a float32 one
+        y = y.astype(jnp.float32) * factor[0]
     return y.astype(dtype)
 
 
 class Dense(nn.Module):
-    """Linear layer: parameters `kernel` [I, O] and `bias` [O]; output in the compute dtype."""
+    """Linear layer: parameters `kernel` [I, O] and `bias` [O]; output in the compute dtype.
+
+    Under `Precision.kernel` the kernel is 8-bit codes, with a parameter `factor` [1, O] float32 beside it. Both come
+    from `quantise`: fresh ones are zeros and ones.
+    """
 
     features: int
     precision: Precision
@@ -38,9 +44,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        param = jnp.dtype(self.precision.param)
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param)
-        y = dot(x, kernel, self.precision)
+        param, eight = jnp.dtype(self.precision.param), self.precision.kernel
+        init = nn.initializers.zeros if eight else self.kernel_init
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(eight or param))
+        factor = self.param("factor", nn.initializers.ones, (1, self.features), jnp.float32) if eight else None
+        y = dot(x, kernel, self.precision, factor)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
             y = y + bias.astype(y.dtype)

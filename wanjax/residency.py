@@ -127,6 +127,13 @@ class Model:
             own = Parts(self.params if isinstance(self.params, dict) else dict(self.params))
         object.__setattr__(self, "parts", own)
 
+    @property
+    def policy(self) -> str:
+        """Of POLICIES: how its parts lie in memory."""
+        if self.config.dit.stream != "no":
+            return "stream"
+        return "stage" if self.parts.stage else "keep"
+
     def part(self, name: str, mesh: Mesh | None = None) -> Any:
         """The parameters of "dit", "vae", "umt5" or "clip", read if they are not in memory.
 

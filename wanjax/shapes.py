@@ -4,6 +4,7 @@ Tracing takes seconds, mostly in initialisers whose numbers nobody wants; `tests
 Names and roles are those of the modules in `dit`, `vae`, `umt5` and `clip`; blocks carry the layer axis in front.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +31,11 @@ def _leaf(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
 
-def _dense(inputs: int, outputs: int, dtype: str, bias: bool = True) -> Tree:
-    """A linear layer."""
-    return {"kernel": _leaf(dtype, inputs, outputs)} | ({"bias": _leaf(dtype, outputs)} if bias else {})
+def _dense(inputs: int, outputs: int, dtype: str, bias: bool = True, eight: str | None = None) -> Tree:
+    """A linear layer; `eight` is the dtype of 8-bit codes."""
+    factor = {"factor": _leaf("float32", 1, outputs)} if eight else {}
+    offset = {"bias": _leaf(dtype, outputs)} if bias else {}
+    return {"kernel": _leaf(eight or dtype, inputs, outputs)} | factor | offset
 
 
 def _norm(width: int, bias: bool = True) -> Tree:
@@ -48,20 +51,21 @@ def dit(c: DiTConfig) -> Tree:
     """Parameters of `wanjax.dit.WanDiT`."""
     d, param, full = c.dim, np.dtype(c.precision.param).name, "float32"
     patch = math.prod(c.patch_size)
-    self_attn = {name: _dense(d, d, param) for name in "qkvo"}
-    cross_attn = {name: _dense(d, d, param) for name in "qkvo"}
+    product = functools.partial(_dense, dtype=param, eight=c.precision.kernel)
+    self_attn = {name: product(d, d) for name in "qkvo"}
+    cross_attn = {name: product(d, d) for name in "qkvo"}
     for attn in (self_attn, cross_attn):
         attn |= {"norm_q": _norm(d, bias=False), "norm_k": _norm(d, bias=False)}
     if c.num_images:
-        cross_attn |= {name: _dense(d, d, param) for name in ("k_image", "v_image")}
+        cross_attn |= {name: product(d, d) for name in ("k_image", "v_image")}
         cross_attn["norm_k_image"] = _norm(d, bias=False)
     block = {
         "modulation": _leaf(full, 6, d),
         "self_attn": self_attn,
         "cross_norm": _norm(d),
         "cross_attn": cross_attn,
-        "ffn_in": _dense(d, c.ffn_dim, param),
-        "ffn_out": _dense(c.ffn_dim, d, param),
+        "ffn_in": product(d, c.ffn_dim),
+        "ffn_out": product(c.ffn_dim, d),
     }
     tree = {
         "patch_embed": _dense(patch * c.in_channels, d, param),

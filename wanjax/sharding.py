@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Sequence[tuple[str, P]]
 
-COLUMNS = r"blocks/cross_attn/[kv](_image)?/kernel$"
+COLUMNS = r"blocks/cross_attn/[kv](_image)?/(kernel|factor)$"
 """Of the few tokens of text and images every device computes some columns, for all of them: no weight travels."""
 
 STREAMED = r"^blocks/.*/kernel$"
@@ -34,6 +34,7 @@ RULES: Rules = (
     (COLUMNS, P(None, None, ("tensor", *TOKENS))),
     # Column-parallel products: their outputs (heads, ffn) are split over `tensor`.
     (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/kernel$", P(None, TOKENS, "tensor")),
+    (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/factor$", P(None, None, "tensor")),
     (r"blocks/(.*/)?((q|k|v)(_\w+)?|ffn_in|ffn_gate)/bias$", P(None, "tensor")),
     # Row-parallel products: their inputs are split over `tensor`, outputs are summed. Rows over TOKENS too: what is
     # gathered along columns XLA keeps transposed, a second copy of the whole stack.

@@ -43,13 +43,13 @@ from wanjax.manifest import (
     read_manifest,
     size,
 )
+from wanjax.quantise import quantise
 
 if TYPE_CHECKING:
     import tensorstore as ts
 
 __all__ = [  # with what is of the manifest
     "FORMAT",
-    "Layers",
     "MANIFEST",
     "Manifest",
     "blocks",
@@ -57,6 +57,9 @@ __all__ = [  # with what is of the manifest
     "chunk_shape",
     "create",
     "entries",
+    "factor_of",
+    "fitted",
+    "numbers",
     "open_array",
     "place",
     "raw",
@@ -65,6 +68,7 @@ __all__ = [  # with what is of the manifest
     "restore",
     "size",
     "skeleton",
+    "tensors_of",
     "verify",
 ]
 
@@ -172,7 +176,7 @@ def check(folder: Path, part: str, expected: Any, manifest: Manifest | None) -> 
 
 def _stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a model's safetensors file, from its header."""
-    with _tensors(folder, part) as tensors:
+    with tensors_of(folder, part) as tensors:
         return {f"{part}/{name}": tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
@@ -212,6 +216,9 @@ def restore(
 ) -> Any:
     """The parameters of one model, straight into (sharded) arrays, in the dtypes of `expected`.
 
+    Where an 8-bit kernel is expected of one stored in more bits, it is quantised as it is read, a layer at a time. What
+    is stored is compared; each host reads all of it, for the factors are of all inputs.
+
     Arrays of which this process reads all are compared with the manifest's digests, in threads beside the reading. Of
     an array that several hosts share out each reads its shards alone, and the chunks' own checksums serve; in the
     safetensors form there are none.
@@ -223,7 +230,7 @@ def restore(
       space: without a mesh, in which memory of the device's; None for its own.
 
     Raises:
-      CheckpointError: damaged arrays, or others than those of the manifest.
+      CheckpointError: damaged arrays, others than those of the manifest, NaN in what is quantised, other 8 bits.
     """
     leaves = flatten_dict(expected, sep="/")
     specs = flatten_dict(sharding.specs(expected, rules, mesh), sep="/")
@@ -233,9 +240,11 @@ def restore(
     with contextlib.ExitStack() as stack:
         tensors = None
         if manifest is None or manifest.form == SAFETENSORS:
-            tensors = stack.enter_context(_tensors(folder, part))
+            tensors = stack.enter_context(tensors_of(folder, part))
         digested = stack.enter_context(_digests(folder, manifest, fast))
         for path in sorted(leaves, key=lambda path: math.prod(leaves[path].shape), reverse=True):
+            if path in arrays:  # a factor, made with its kernel
+                continue
             name, leaf = f"{part}/{path}", leaves[path]
             # Without a mesh not tied to a device either: a program compiled from shapes alone is then the same one.
             where = None if mesh is None else NamedSharding(mesh, specs[path])
@@ -243,17 +252,47 @@ def restore(
             if tensors is None:
                 data = open_array(place(folder, name))
             else:
-                data = _Slices(tensors.get_slice(path)) if shared else tensors.get_tensor(path)
+                sliced = shared and leaf.dtype.itemsize > 1
+                data = _Slices(tensors.get_slice(path)) if sliced else tensors.get_tensor(path)
             if entries is not None and not _alike(data, entries.get(name)):
                 raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[manifest.form]}")
-            if shared:
+            eight = _to_quantise(folder, name, np.dtype(data.dtype.name), leaf.dtype)
+            if shared and not eight:
                 arrays[path] = _shards(folder, name, data, leaf, where)
                 continue
-            data = _numbers(folder, name, data)
+            data = numbers(folder, name, data)
             digested(name, data)
-            data = data.astype(leaf.dtype, copy=False)
-            arrays[path] = jax.device_put(data, space) if where is None else hosts.put(data, where)
+            for own, found in fitted(folder, part, path, data, leaves).items():
+                where = None if mesh is None else NamedSharding(mesh, specs[own])
+                arrays[own] = jax.device_put(found, space) if where is None else hosts.put(found, where)
     return unflatten_dict(arrays, sep="/")
+
+
+def fitted(
+    folder: Path, part: str, path: str, data: np.ndarray, expected: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+    """What was read of an array in the dtype that is expected, {path: array}; of a kernel that is to be in 8 bits its
+    codes and their factor. CheckpointError: NaN or inf in what is quantised, or codes of another kind."""
+    name, leaf = f"{part}/{path}", expected[path]
+    if not _to_quantise(folder, name, data.dtype, leaf.dtype):
+        return {path: data.astype(leaf.dtype, copy=False)}
+    try:
+        codes, factor = quantise(data, leaf.dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name}: {error}") from error
+    return {path: codes, factor_of(path): factor}
+
+
+def factor_of(kernel: str) -> str:
+    """The name of an 8-bit kernel's factor."""
+    return f"{kernel.removesuffix('kernel')}factor"
+
+
+def _to_quantise(folder: Path, name: str, stored: np.dtype, wanted: np.dtype) -> bool:
+    """Whether an array becomes an 8-bit one as it is read; CheckpointError for codes that are read as anything else."""
+    if stored.itemsize == 1 and stored != wanted:
+        raise CheckpointError(f"{folder}: {name} is {stored.name}, not {wanted.name}; convert the weights again")
+    return wanted.itemsize == 1 and stored.itemsize > 1
 
 
 def read_ahead(folder: Path, part: str) -> None:
@@ -268,59 +307,6 @@ def read_ahead(folder: Path, part: str) -> None:
         # A file that went away, or may not be read, is told of by `restore`, which names it.
         with contextlib.suppress(OSError), open(path, "rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-class Layers:
-    """Stacked arrays of one model, read a layer at a time.
-
-    Args:
-      folder: that `check` has found whole.
-      expected: {path: shape and dtype} of arrays with the layer axis in front.
-    """
-
-    def __init__(self, folder: Path, part: str, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        self.folder, self.part, self.expected = folder, part, dict(expected)
-        self.manifest = manifest_of(folder)
-        self.count = min(leaf.shape[0] for leaf in self.expected.values())
-
-    def read(self, layer: int) -> dict[str, np.ndarray]:
-        """One layer of each array, {path: array}, in the dtypes expected. CheckpointError for damaged ones."""
-        stored = self._stored(layer)
-        return {path: stored[path].astype(leaf.dtype, copy=False) for path, leaf in self.expected.items()}
-
-    def all(self, fast: bool = False) -> Iterator[dict[str, np.ndarray]]:
-        """The layers in turn, and after the last the comparison with the digests, unless `fast`.
-
-        Raises:
-          CheckpointError: damaged arrays, or others than those of the manifest.
-        """
-        hashes = {} if fast or self.manifest is None else {path: hashlib.sha256() for path in self.expected}
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for layer in range(self.count):
-                stored = self._stored(layer)
-                hashed = [pool.submit(one.update, raw(np.ascontiguousarray(stored[path])))
-                          for path, one in hashes.items()]  # fmt: skip
-                yield {path: stored[path].astype(leaf.dtype, copy=False) for path, leaf in self.expected.items()}
-                for future in hashed:
-                    future.result()
-        for path, one in hashes.items():
-            name = f"{self.part}/{path}"
-            if one.hexdigest() != self.manifest.arrays[name]["sha256"]:
-                raise CheckpointError(f"{self.folder}: {name}: {OTHER}; {AGAIN[self.manifest.form]}")
-
-    def _stored(self, layer: int) -> dict[str, np.ndarray]:
-        rows, read = slice(layer, layer + 1), {}
-        with contextlib.ExitStack() as stack:
-            tensors = None
-            if self.manifest is None or self.manifest.form == SAFETENSORS:
-                tensors = stack.enter_context(_tensors(self.folder, self.part))
-            for path in self.expected:
-                name = f"{self.part}/{path}"
-                if tensors is None:
-                    read[path] = open_array(place(self.folder, name))[rows].read()
-                else:
-                    read[path] = tensors.get_slice(path)[rows]
-            return {path: _numbers(self.folder, f"{self.part}/{path}", data)[0] for path, data in read.items()}
 
 
 class _Slices:
@@ -343,7 +329,7 @@ def _alike(data: Any, entry: Mapping[str, Any] | None) -> bool:
     return entry is not None and (list(data.shape), data.dtype.name) == (entry["shape"], entry["dtype"])
 
 
-def _numbers(folder: Path, name: str, data: Any) -> np.ndarray:
+def numbers(folder: Path, name: str, data: Any) -> np.ndarray:
     """What is read of an array: numbers as they are, or those of a zarr or a part of it, or of its reading."""
     if isinstance(data, np.ndarray):
         return data
@@ -361,14 +347,14 @@ def _shards(folder: Path, name: str, data: Any, leaf: jax.ShapeDtypeStruct, wher
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)
         if key not in parts:
-            parts[key] = _numbers(folder, name, data[index]).astype(leaf.dtype, copy=False)
+            parts[key] = numbers(folder, name, data[index]).astype(leaf.dtype, copy=False)
         return parts[key]
 
     return jax.make_array_from_callback(tuple(leaf.shape), where, shard)
 
 
 @contextlib.contextmanager
-def _tensors(folder: Path, part: str) -> Iterator[Any]:
+def tensors_of(folder: Path, part: str) -> Iterator[Any]:
     """A model's safetensors file, open for reading."""
     file = folder / f"{part}.safetensors"
     try:
@@ -426,7 +412,7 @@ def verify(
 
 def entries(folder: Path, part: str) -> dict[str, dict[str, Any]]:
     """Manifest entries of all arrays in a model's safetensors file, "part/path" -> entry; reads them."""
-    with _tensors(folder, part) as tensors:
+    with tensors_of(folder, part) as tensors:
         return {f"{part}/{name}": entry_of(tensors.get_tensor(name)) for name in sorted(tensors.keys())}
 
 
@@ -435,14 +421,14 @@ def _layers(folder: Path, name: str, entry: Mapping[str, Any], form: str) -> Ite
     part, path = name.split("/", 1)
     with contextlib.ExitStack() as stack:
         if form == SAFETENSORS:
-            data, step = stack.enter_context(_tensors(folder, part)).get_tensor(path), None
+            data, step = stack.enter_context(tensors_of(folder, part)).get_tensor(path), None
         else:
             data = open_array(place(folder, name))
             step = data.chunk_layout.write_chunk.shape[0] if data.shape else 1
         if not _alike(data, entry):
             raise CheckpointError(f"{folder}: {name}: not the array of the manifest; {AGAIN[form]}")
         for rows in [...] if step is None else blocks(data.shape, step):
-            yield np.ascontiguousarray(_numbers(folder, name, data[rows]))
+            yield np.ascontiguousarray(numbers(folder, name, data[rows]))
 
 
 def blocks(shape: tuple[int, ...], step: int) -> list[Any]:

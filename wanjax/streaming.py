@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from wanjax import store
 from wanjax.config import ModelConfig
+from wanjax.layered import Layers
 from wanjax.settings import refuse
 from wanjax.sharding import STREAMED
 
@@ -70,14 +71,15 @@ def shapes(expected: Any, form: str) -> Any:
         one = {path: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for path, leaf in kernels.items()}
         return Streamed(unflatten_dict(rest, sep="/"), (one,))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    kernels = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host) for path, leaf in kernels.items()}
-    return unflatten_dict(rest | kernels, sep="/")
+    waiting = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+               for path, leaf in kernels.items() if re.search(STREAMED, path)}  # fmt: skip
+    return unflatten_dict(rest | kernels | waiting, sep="/")
 
 
 def _split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What waits in host memory and what does not, by path."""
+    """What waits in host memory and what does not, by path; with kernels of 8 bits go their factors."""
     flat = flatten_dict(tree, sep="/")
-    kernels = {path: leaf for path, leaf in flat.items() if re.search(STREAMED, path)}
+    kernels = {path: leaf for path, leaf in flat.items() if re.search(STREAMED, path.replace("/factor", "/kernel"))}
     return kernels, {path: leaf for path, leaf in flat.items() if path not in kernels}
 
 
@@ -97,11 +99,13 @@ def restore(folder: Path, expected: Any, form: str, fast: bool = False, anew: bo
     near = store.restore(folder, "dit", unflatten_dict(rest, sep="/"), None, fast=fast)
     if form == "program":
         far = store.restore(folder, "dit", unflatten_dict(kernels, sep="/"), None, fast=fast, space=HOST)
-        return unflatten_dict(flatten_dict(near, sep="/") | flatten_dict(far, sep="/"), sep="/")
-    layers = store.Layers(folder, "dit", kernels)
+        far = {path: leaf if re.search(STREAMED, path) else jax.device_put(leaf, jax.memory.Space.Device)
+               for path, leaf in flatten_dict(far, sep="/").items()}  # fmt: skip
+        return unflatten_dict(flatten_dict(near, sep="/") | far, sep="/")
+    layers = Layers(folder, "dit", kernels)
     if jax.default_backend() == "cpu" if anew is None else anew:
-        for _ in [] if fast else layers.all():  # compared now, for later each is read by itself
-            pass
+        if not fast:
+            layers.check()
         return Streamed(near, (), layers.read)
     held = [jax.device_put(layer, HOST) for layer in layers.all(fast)]
     return Streamed(near, tuple(jax.block_until_ready(held)))

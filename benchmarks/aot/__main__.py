@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     line.add_argument("--dtype", choices=sorted(measure.POLICIES), default="bfloat16")
     line.add_argument("--memory", choices=("keep", "stream"), default="keep", help="stream: kernels in host memory")
+    line.add_argument("--weights", choices=checkpoint.WEIGHTS, help="of the transformer (default: as --dtype says)")
     line.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the compiler, repeatable")
     line.add_argument("--hlo", type=writing.absolute, metavar="FILE", help="also keep the compiled module's text")
     line.add_argument("--out", type=writing.absolute, metavar="FOLDER", help="one JSON file a run, named after it")
@@ -62,6 +63,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
 def model_of(args: argparse.Namespace) -> ModelConfig:
     """The preset as the arguments change it."""
     model = checkpoint.with_dtype(preset(args.preset), args.dtype)
+    model = checkpoint.with_weights(model, args.weights) if args.weights else model
     dit = dataclasses.replace(model.dit, attention=args.attention)
     if args.layers:
         dit = dataclasses.replace(dit, num_layers=args.layers)
@@ -74,7 +76,7 @@ def name_of(args: argparse.Namespace) -> str:
     mesh = "-".join(f"{axis}{size}" for axis, size in (args.mesh or {}).items())
     fields = [args.part, args.target.replace(":", "-"), mesh, "x".join(map(str, args.size)), f"{args.frames}f",
               f"{args.layers}layers" if args.layers else ""]  # fmt: skip
-    for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype", "memory"):
+    for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype", "memory", "weights"):
         if own[name] != usual[name]:
             fields.append(f"{own[name]}steps" if name == "steps" else own[name])
     if args.option:
@@ -108,7 +110,8 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
         "devices": count,
         "mesh": args.mesh or {},
         "settings": {name: getattr(args, name) for name in
-                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "memory", "option")}
+                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "memory", "weights",
+                      "option")}
                     | {"layers": plan.config.dit.num_layers, "attention": plan.config.dit.attention},
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
