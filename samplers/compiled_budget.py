@@ -42,7 +42,7 @@ def compare(report: Mapping[str, Any]) -> dict[str, Any]:
     config = checkpoint.with_dtype(preset(own["preset"]), own["dtype"])
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, num_layers=own["layers"]))
     fields = {name: own[name] for name in ("frames", "steps", "guidance_mode")} | {"size": tuple(own["size"])}
-    weights, tiles, policy = own.get("weights", "bf16"), own.get("tiles", 1), own.get("memory", "keep")
+    weights, tiles, policy = own.get("weights") or "bf16", own.get("tiles", 1), own.get("memory", "keep")
     settings, kind = Settings.of(config, **fields), platform(report["target"])
     tree = estimate.stored(config, weights)[estimate.STAGES[stage]]
     names = {name for name in tree if name.startswith(PICTURES.get(stage, ""))}
@@ -55,7 +55,7 @@ def compare(report: Mapping[str, Any]) -> dict[str, Any]:
         used = one - streams
     else:
         used = -streams
-        found += min(streams, estimate.GROUPS * one)
+        found += min(streams, estimate.ABREAST[kind] * one)
     used += sum(n for name, n in sizes.items() if name in names)
     return {"stage": stage, "weights_bytes": used, "estimated_bytes": found,
             "compiled_bytes": report["memory_bytes"]["total"] - used}  # fmt: skip

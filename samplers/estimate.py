@@ -29,8 +29,9 @@ STAGES: Mapping[str, str] = MappingProxyType(
     {"text": "umt5", "images": "clip", "keyframes": "vae", "denoise": "dit", "decode": "vae"}
 )
 """The part that each stage of a run uses."""
-GROUPS = 2
-"""Layers whose kernels are on the device at once where they are streamed: one computes, one comes."""
+ABREAST: Mapping[str, int] = MappingProxyType({"gpu": 2, "tpu": 1, "cpu": 2})
+"""Layers whose kernels are on the device at once where they are streamed: one computes and one comes; on TPUs they come
+one kernel ahead."""
 
 REACH: Mapping[str, int] = MappingProxyType({"keyframes": 5, "decode": 7})
 """Latents that a window of the VAE's reads of its neighbours' on each inner side, by stage, as its convolutions reach;
@@ -63,7 +64,7 @@ _GPU = Factors(16.3, 0.63, 0.43, 16, {"float32": 178, "bfloat16": 100}, {"float3
 FACTORS: Mapping[str, Factors] = MappingProxyType(
     {
         "gpu": _GPU,
-        "tpu": replace(_GPU, tokens=34.4, gathered=0.47),
+        "tpu": replace(_GPU, tokens=31, gathered=0.57),
         "cpu": replace(_GPU, tokens=29.7, encode={"float32": 204, "bfloat16": 120},
                        decode={"float32": 210, "bfloat16": 140}),
     }
@@ -147,7 +148,7 @@ def _weights(
         sizes[part] = sum(own.values())
         if part == "dit" and policy == "stream":
             kernels = sum(n for name, n in own.items() if streamed(name))
-            sizes[part] -= kernels - min(kernels, GROUPS * kernels // config.dit.num_layers)
+            sizes[part] -= kernels - min(kernels, ABREAST[platform] * kernels // config.dit.num_layers)
             host = 0 if platform == "cpu" else kernels  # where the host is the device they wait in the folder
     return sizes, host
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -392,6 +393,21 @@ def test_a_damaged_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     code, _, err = run(capsys, "--model", tmp_path)
     assert code == 2 and err.startswith(f"error: {tmp_path / 'config.json'}: ") and "\n" not in err
+
+
+ROWS = re.findall(r"^\| `([\w-]+)` \| (.+) \| ([\d.]+) \| (.+) \| ([\d.]+) \|$",
+                  (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), re.MULTILINE)  # fmt: skip
+
+
+def test_the_documents_table_is_of_the_formula():
+    assert len(ROWS) > 10
+    source = budget.source("flf2v_14b")
+    for name, *cells in ROWS:
+        for size, way, gib in zip(((480, 864), (720, 1280)), cells[::2], cells[1::2], strict=True):
+            found = budget.report(source, chips.parse(name), {"size": size})["choice"]
+            told = [found["memory"], "" if found["weights"] == "bf16" else found["weights"],
+                    "" if found["tiles"] == 1 else f"{found['tiles']} windows"]  # fmt: skip
+            assert (", ".join(filter(None, told)), f"{found['peak_bytes'] / GIB:.1f}") == (way, gib), name
 
 
 def test_settings_are_the_models_own(capsys):
