@@ -14,6 +14,7 @@ from samplers.chips import Chip, Devices
 from samplers.plan import Settings, check_settings
 from wanjax import checkpoint, sharding
 from wanjax.config import BFLOAT16, PRESETS, ModelConfig, preset
+from wanjax.residency import POLICIES
 
 REACHED = (0.3, 0.65)
 """Of the published peak, what such programs reach: one H200 0.59 denoising, 0.44 of float32's in the VAE, 0.33 of
@@ -115,11 +116,13 @@ def report(
     chip = devices.chip
     mesh = sharding.choose_mesh(devices.count, config.dit.num_heads) if devices.count > 1 else {}
     host = UNKNOWN_HOST if devices.host is None else devices.host
-    own = memory.preferred(config, policy, weights)
+    own = memory.preferred(config, policy, weights, devices.count)
     narrow = weights if weights not in ("auto", "bf16") else "int8"
     kinds = ("bf16",) if estimate.kernels_of(config) else ("bf16", narrow)
-    pairs = [(one, kind) for one in estimate.POLICIES for kind in kinds]
+    policies = [one for one in POLICIES if one != "stream" or devices.count == 1]
+    pairs = [(one, kind) for one in policies for kind in kinds]
     found_ways = memory.ways(config, settings, pairs, mesh, chip.memory, vae_memory, chip.platform, host)
+    estimate.estimate(config, settings, mesh, *own[0], platform=chip.platform)  # may refuse what was asked for
     try:
         choice = memory.choose(
             config, settings, mesh, chip.memory, policy, weights, vae_memory, chip.platform, host=host
@@ -127,7 +130,7 @@ def report(
         refusal = None
     except ValueError as error:
         choice, refusal = None, str(error)
-    taken = choice or next(way for way in found_ways if (way.policy, way.weights) == own[-1])
+    taken = choice or next((way for way in found_ways if (way.policy, way.weights) == own[-1]), found_ways[-1])
     work = operations(config, settings)
     return {
         "model": {"name": config.name, "transformer": dataclasses.asdict(config.dit.precision),
@@ -183,12 +186,15 @@ def seconds(
     chip = devices.chip
     if not chip.peak or not chip.single:
         return None
-    overlap = way.tiles * estimate.window_share(config.vae, settings.size, way.tiles)
+    overlap = {
+        stage: way.tiles * estimate.window_share(config.vae, settings.size, stage, way.tiles)
+        for stage in estimate.REACH
+    }
     passes = 1 if settings.guidance == 1 or settings.guidance_mode == "batched" else 2
     moved = max(way.estimate.weights["dit"] / chip.bandwidth, way.estimate.host / devices.count / chip.link)
     found = {}
-    for stage, part, extra in (("encode", config.vae, overlap), ("denoise", config.dit, 1),
-                               ("decode", config.vae, overlap)):  # fmt: skip
+    for stage, part, extra in (("encode", config.vae, overlap["keyframes"]), ("denoise", config.dit, 1),
+                               ("decode", config.vae, overlap["decode"])):  # fmt: skip
         peak = chip.single if part.precision.compute == "float32" else chip.peak
         least = settings.steps * passes * moved if stage == "denoise" else 0
         found[stage] = [max(least, work[stage] * extra / devices.count / peak / share) for share in REACHED[::-1]]

@@ -42,11 +42,22 @@ def compare(report: Mapping[str, Any]) -> dict[str, Any]:
     config = checkpoint.with_dtype(preset(own["preset"]), own["dtype"])
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, num_layers=own["layers"]))
     fields = {name: own[name] for name in ("frames", "steps", "guidance_mode")} | {"size": tuple(own["size"])}
-    weights, tiles = own.get("weights", "bf16"), own.get("tiles", 1)
+    weights, tiles, policy = own.get("weights", "bf16"), own.get("tiles", 1), own.get("memory", "keep")
+    settings, kind = Settings.of(config, **fields), platform(report["target"])
     tree = estimate.stored(config, weights)[estimate.STAGES[stage]]
-    used = sum(n for name, n in estimate.split_sizes(tree, mesh).items() if name.startswith(PICTURES.get(stage, "")))
-    found = estimate.temporary(config, Settings.of(config, **fields), mesh, tiles, platform(report["target"]), weights)
-    return {"stage": stage, "weights_bytes": used, "estimated_bytes": found[stage],
+    names = {name for name in tree if name.startswith(PICTURES.get(stage, ""))}
+    sizes = estimate.split_sizes(tree, mesh)
+    found = estimate.temporary(config, settings, mesh, policy, weights, tiles, kind)[stage]
+    streams = sum(n for name, n in sizes.items() if estimate.streamed(name)) if policy == "stream" else 0
+    one = streams // config.dit.num_layers
+    if streams and kind == "gpu":  # a program is one layer, with its kernels, and the blocks' other weights
+        names = {name for name in names if name.startswith("blocks/")}
+        used = one - streams
+    else:
+        used = -streams
+        found += min(streams, estimate.GROUPS * one)
+    used += sum(n for name, n in sizes.items() if name in names)
+    return {"stage": stage, "weights_bytes": used, "estimated_bytes": found,
             "compiled_bytes": report["memory_bytes"]["total"] - used}  # fmt: skip
 
 

@@ -18,12 +18,11 @@ from jax.sharding import AbstractMesh
 from samplers.plan import Settings
 from wanjax import sharding
 from wanjax.config import ModelConfig, VAEConfig
+from wanjax.residency import POLICIES
 from wanjax.shapes import param_shapes
 
 GIB = 2**30
 
-POLICIES: tuple[str, ...] = ("keep", "stage", "stream")
-"""All parts resident; one part at a time; so, and the transformer's block kernels in host memory."""
 WEIGHTS: tuple[str, ...] = ("bf16", "int8", "fp8")
 """The transformer's block kernels as they are stored, or in 8 bits with a float32 factor a layer and output."""
 STAGES: Mapping[str, str] = MappingProxyType(
@@ -33,8 +32,11 @@ STAGES: Mapping[str, str] = MappingProxyType(
 GROUPS = 2
 """Layers whose kernels are on the device at once where they are streamed: one computes, one comes."""
 
-HALO = 13
-"""Latent rows that a window of the VAE's reads of its neighbours' on each inner side, as its convolutions reach."""
+REACH: Mapping[str, int] = MappingProxyType({"keyframes": 5, "decode": 7})
+"""Latents that a window of the VAE's reads of its neighbours' on each inner side, by stage, as its convolutions reach;
+of the published VAE."""
+COARSE = 1.35
+"""What is not cut into windows: the features of the whole video at the latents' resolution, and a third more."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,18 @@ class Factors:
 
 _GPU = Factors(16.3, 0.63, 0.43, 16, {"float32": 178, "bfloat16": 100}, {"float32": 210, "bfloat16": 115})
 FACTORS: Mapping[str, Factors] = MappingProxyType(
-    {"gpu": _GPU, "tpu": replace(_GPU, tokens=34.4, gathered=0.47), "cpu": _GPU}
-)
-"""Compiled for H100s and for v5e and v6e; CPUs are taken to be as GPUs."""
-BORDERS = 1.7
+    {
+        "gpu": _GPU,
+        "tpu": replace(_GPU, tokens=34.4, gathered=0.47),
+        "cpu": replace(_GPU, tokens=29.7, encode={"float32": 204, "bfloat16": 120},
+                       decode={"float32": 210, "bfloat16": 140}),
+    }
+)  # fmt: skip
+"""Compiled for H100s, for v5e and v6e, and for an x86 processor at 17 frames."""
+BORDERS: Mapping[str, float] = MappingProxyType({"keyframes": 1.35, "decode": 1.7})
 """Where devices share a picture: what they hold of their neighbours', and buffers of what travels."""
+CARRIED = 4
+"""Latents that a step takes and gives: the sample and what multistep solvers remember."""
 LOGITS = 1.7
 """Of an encoder, whose largest temporaries are the float32 logits of a layer: logits and all else, in logits."""
 
@@ -76,7 +85,7 @@ class Estimate:
       policy: in POLICIES.
       weights: of each part, what lies on the device while it is used.
       temporary: by stage, all else: what it takes, makes and returns.
-      host: weights that lie in host memory instead, of all devices.
+      host: weights that lie in host memory instead.
     """
 
     policy: str
@@ -121,7 +130,7 @@ def estimate(
     """
     platform = platform or jax.default_backend()
     on_device, host = _weights(config, mesh or {}, policy, weights, platform)
-    return Estimate(policy, on_device, temporary(config, settings, mesh or {}, tiles, platform, weights), host)
+    return Estimate(policy, on_device, temporary(config, settings, mesh or {}, policy, weights, tiles, platform), host)
 
 
 def _weights(
@@ -130,16 +139,16 @@ def _weights(
     """Bytes of each part on one device, and of what lies in host memory instead."""
     if policy not in POLICIES:
         raise ValueError(f"memory {policy!r}: choose one of {', '.join(POLICIES)}")
+    if policy == "stream" and math.prod(mesh.values()) > 1:
+        raise ValueError("memory stream: is for one device; on several, weights are split over them")
     sizes, host = {}, 0
     for part, tree in stored(config, weights).items():
         own = split_sizes(tree, mesh)
         sizes[part] = sum(own.values())
         if part == "dit" and policy == "stream":
             kernels = sum(n for name, n in own.items() if streamed(name))
-            sizes[part] += min(kernels, GROUPS * kernels // config.dit.num_layers)
-            if platform != "cpu":  # where the host is the device, they lie there beside the layers in use
-                sizes[part] -= kernels
-                host = kernels * math.prod(mesh.values())
+            sizes[part] -= kernels - min(kernels, GROUPS * kernels // config.dit.num_layers)
+            host = 0 if platform == "cpu" else kernels  # where the host is the device they wait in the folder
     return sizes, host
 
 
@@ -194,8 +203,9 @@ def split_sizes(tree: Mapping[str, jax.ShapeDtypeStruct], mesh: Mapping[str, int
 
 
 def temporary(
-    config: ModelConfig, settings: Settings, mesh: Mapping[str, int], tiles: int | None, platform: str, weights: str
-) -> dict[str, int]:
+    config: ModelConfig, settings: Settings, mesh: Mapping[str, int], policy: str, weights: str, tiles: int | None,
+    platform: str,
+) -> dict[str, int]:  # fmt: skip
     """Bytes of each stage besides the weights, on one device."""
     c, s, factors = config, settings, FACTORS[platform]
     (height, width), frames = s.size, c.vae.latent_frames(s.frames)
@@ -205,14 +215,36 @@ def temporary(
         found["images"] = _encoder(c.dit.num_images, c.clip.num_tokens, c.clip)
     grid = tuple(side // c.vae.spatial_stride for side in s.size)
     devices = math.prod(sharding.split_picture(grid, math.prod(mesh.values())))
-    shared = area * c.vae.base_dim / devices * (BORDERS if devices > 1 else 1)
-    shared *= window_share(c.vae, s.size, tiles)
     kind = "float32" if c.vae.precision.compute == "float32" else "bfloat16"
+
+    def picture(factor: Mapping[str, float], stage: str) -> int:
+        whole = factor[kind] * area * c.vae.base_dim / devices * (BORDERS[stage] if devices > 1 else 1)
+        coarse = min(whole, COARSE * latents * c.vae.base_dim * c.vae.dim_mult[-1] * np.dtype(kind).itemsize)
+        share = window_share(c.vae, s.size, stage, tiles if devices == 1 else 1)
+        return int(whole if share == 1 else coarse + (whole - coarse) * share)
+
     condition = 4 * latents * c.dit.condition_channels
-    found["keyframes"] = int(factors.encode[kind] * shared) + 2 * 12 * area + condition
-    found["denoise"] = _denoise(config, settings, mesh, factors, weights) + condition + 4 * 4 * 2 * latents
-    found["decode"] = int(factors.decode[kind] * shared) + 12 * s.frames * area // devices
+    found["keyframes"] = picture(factors.encode, "keyframes") + 2 * 12 * area + condition
+    found["denoise"] = _denoise(config, settings, mesh, factors, weights) + condition
+    found["denoise"] += 2 * CARRIED * 4 * latents * c.dit.out_channels + 2 * 4 * c.dit.text_length * c.dit.text_dim
+    found["decode"] = picture(factors.decode, "decode") + 12 * s.frames * area // devices
+    if platform == "cpu":
+        for stage in ("text", "images", "denoise"):
+            if stage in found:
+                found[stage] += _widened(config, STAGES[stage], policy, weights)
     return found
+
+
+def _widened(config: ModelConfig, part: str, policy: str, weights: str) -> int:
+    """What a CPU adds: it multiplies in float32, and XLA makes float32 copies of all layers' kernels before the loop
+    over them, unless they stream; of kernels that are float32 it copies one layer's at a time."""
+    tree, layers = stored(config, weights)[part], getattr(config, part).num_layers
+    kernels = [leaf for name, leaf in tree.items() if streamed(name) and name.endswith("/kernel")]
+    layer = 4 * sum(math.prod(leaf.shape) for leaf in kernels) // layers
+    if kernels[0].dtype == np.float32:
+        return int(0.8 * layer)
+    copied = layer if part == "dit" and policy == "stream" else layers * layer
+    return copied + layer // 2
 
 
 def _denoise(config: ModelConfig, settings: Settings, mesh: Mapping[str, int], factors: Factors, weights: str) -> float:
@@ -221,8 +253,9 @@ def _denoise(config: ModelConfig, settings: Settings, mesh: Mapping[str, int], f
     tokens = frames * math.prod(settings.size) // (config.vae.spatial_stride**2 * math.prod(c.patch_size[1:]))
     split, tensor = mesh.get("fsdp", 1) * mesh.get("sequence", 1), mesh.get("tensor", 1)
     numbers = tokens * c.dim * math.ceil(passes / mesh.get("data", 1))
-    wide = 2 if c.precision.compute == "float32" else 1
-    found = numbers / split * factors.tokens * wide * (factors.whole + (1 - factors.whole) / tensor)
+    wide = 2 if c.precision.compute == "float32" and factors is not FACTORS["cpu"] else 1
+    found = 4 * tokens * c.head_dim  # the rotary table
+    found += numbers / split * factors.tokens * wide * (factors.whole + (1 - factors.whole) / tensor)
     if mesh.get("fsdp", 1) > 1:
         found += numbers / (mesh.get("sequence", 1) * tensor) * factors.keys * wide
     if split * tensor > 1:
@@ -239,13 +272,18 @@ def _encoder(batch: int, tokens: int, config: Any) -> int:
     return int(LOGITS * logits + batch * tokens * (2 * config.ffn_dim * size + 3 * 4 * config.dim))
 
 
-def window_share(config: VAEConfig, size: tuple[int, int], tiles: int | None = None) -> float:
-    """What one of the VAE's windows, with what it reads of its neighbours', is of the picture."""
+def window_share(config: VAEConfig, size: tuple[int, int], stage: str, tiles: int | None = None) -> float:
+    """What one of the VAE's windows, with what it reads of its neighbours', is of the picture.
+
+    Args:
+      stage: "keyframes" or "decode".
+      tiles: windows; None takes the config's own.
+    """
     tiles = getattr(config, "tiles", 1) if tiles is None else tiles
     side = max(size) // config.spatial_stride
-    return min(1.0, math.ceil((side + 2 * HALO * (tiles - 1)) / tiles) / side)
+    return min(1.0, math.ceil((side + 2 * REACH[stage] * (tiles - 1)) / tiles) / side)
 
 
 def most_tiles(config: VAEConfig, size: tuple[int, int]) -> int:
-    """More windows than this are mostly halo."""
-    return max(1, max(size) // config.spatial_stride // (2 * HALO))
+    """More windows than this are mostly what they read of each other's."""
+    return max(1, max(size) // config.spatial_stride // (2 * max(REACH.values())))

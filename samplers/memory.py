@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-from samplers.estimate import GIB, POLICIES, WEIGHTS, Estimate, estimate, kernels_of, most_tiles, temporary
+from samplers.estimate import GIB, WEIGHTS, Estimate, estimate, kernels_of, most_tiles, temporary
 from samplers.hostmemory import host_memory
 from samplers.plan import Settings
 from wanjax import keyframes
 from wanjax.config import ModelConfig
+from wanjax.residency import POLICIES
 
 PREFERRED = (("keep", "bf16"), ("stage", "bf16"), ("stage", "int8"), ("stream", "bf16"), ("stream", "int8"))
 """What "auto" takes the first of that fits: memory is cheaper than exactness, and that than time."""
@@ -78,7 +79,7 @@ def choose(
     platform = platform or jax.default_backend()
     memory = available() if memory is None else memory
     host = host_memory() if host is None else host
-    pairs = preferred(config, policy, weights)
+    pairs = preferred(config, policy, weights, math.prod((mesh or {}).values()))
     found = ways(config, settings, pairs, mesh, memory, vae_memory, platform, host)
     best = next((one for one in found if one.fits == "yes"), None)
     least = min(found, key=lambda one: one.estimate.peak)
@@ -87,8 +88,13 @@ def choose(
     raise ValueError(_refusal(config, settings, mesh, memory, host, platform, least))
 
 
-def preferred(config: ModelConfig, policy: str = "auto", weights: str = "auto") -> list[tuple[str, str]]:
+def preferred(
+    config: ModelConfig, policy: str = "auto", weights: str = "auto", devices: int = 1
+) -> list[tuple[str, str]]:
     """(policy, weights) in the order of preference: all of PREFERRED, or those that are left by what is said.
+
+    Args:
+      devices: that share the weights; they do not stream unless they are told to, and then are refused.
 
     Raises:
       ValueError: no such policy or weights.
@@ -101,6 +107,8 @@ def preferred(config: ModelConfig, policy: str = "auto", weights: str = "auto") 
     else:
         kinds = ("bf16", "int8") if weights == "auto" else (weights,)
         pairs = [(one, kind) for one in (POLICIES if policy == "auto" else (policy,)) for kind in kinds]
+    if devices > 1 and policy == "auto":
+        pairs = [pair for pair in pairs if pair[0] != "stream"]
     # Of weights that are stored in 8 bits there is nothing more to be gained.
     return [pair for pair in pairs if pair[1] == "bf16" or weights != "auto" or kernels_of(config) is None]
 
@@ -121,7 +129,7 @@ def ways(
     for policy, weights in pairs:
         one = estimate(config, settings, mesh, policy, weights, counts[0], platform)
         for tiles in counts:
-            one = replace(one, temporary=temporary(config, settings, mesh or {}, tiles, platform, weights))
+            one = replace(one, temporary=temporary(config, settings, mesh or {}, policy, weights, tiles, platform))
             fits = _fits(one, memory, host)
             if fits == "yes":
                 break
@@ -144,7 +152,7 @@ def _tiles(
         return counts
 
     def takes(tiles: int) -> int:
-        found = temporary(config, settings, mesh or {}, tiles, platform, "bf16")
+        found = temporary(config, settings, mesh or {}, "stage", "bf16", tiles, platform)
         return max(found["keyframes"], found["decode"])
 
     fitting = [tiles for tiles in counts if takes(tiles) <= limit]
@@ -210,7 +218,7 @@ def _refusal(
 
     def fits(size: tuple[int, int]) -> bool:
         tiles = way.tiles if way.tiles == 1 else most_tiles(config.vae, size)
-        own = temporary(config, replace(settings, size=size), mesh or {}, tiles, platform, way.weights)
+        own = temporary(config, replace(settings, size=size), mesh or {}, way.policy, way.weights, tiles, platform)
         return max(found.resident(stage) + n for stage, n in own.items()) * MARGIN <= memory
 
     (height, width), fitting = settings.size, _largest(config, settings.size, fits)

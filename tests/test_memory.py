@@ -12,6 +12,7 @@ from samplers.estimate import GIB
 from samplers.plan import Settings
 from wanjax import sharding
 from wanjax.config import BFLOAT16, VAE_BFLOAT16, preset
+from wanjax.residency import POLICIES
 from wanjax.shapes import param_shapes
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "aot"
@@ -62,8 +63,10 @@ def test_estimates_are_near_the_compilers(vae, size, devices):
 @pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
 def test_reports_of_the_compiler_are_within_a_tenth(file):
     found = compiled_budget.compare(json.loads(file.read_text(encoding="utf-8")))
-    estimated, compiled = (found["weights_bytes"] + found[f"{name}_bytes"] for name in ("estimated", "compiled"))
-    assert estimated == pytest.approx(compiled, rel=0.1)
+    estimated, compiled = (found[f"{name}_bytes"] for name in ("estimated", "compiled"))
+    assert found["weights_bytes"] + estimated == pytest.approx(found["weights_bytes"] + compiled, rel=0.1)
+    # Weights, which are counted, may not hide the rest; of the text encoder that is next to nothing.
+    assert estimated == pytest.approx(compiled, rel=0.25 if found["stage"] == "text" else 0.15)
 
 
 def test_enough_reports_are_compared():
@@ -98,7 +101,7 @@ def test_only_block_kernels_are_narrowed():
     }
 
 
-@pytest.mark.parametrize("policy", estimate.POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_stage_has_its_part_alone_unless_all_are_kept(policy):
     found = estimate.estimate(*clip(), policy=policy, platform="gpu")
     for stage, part in estimate.STAGES.items():
@@ -108,16 +111,47 @@ def test_a_stage_has_its_part_alone_unless_all_are_kept(policy):
     assert (found.host > 0) == (policy == "stream")
 
 
+# GiB of temporaries that XLA gave for this many layers of each part at full width on an x86 processor, 17 frames.
+ON_A_CPU = {
+    ("bfloat16", "float32", (480, 864), 2): {"text": 1.92, "denoise": 4.91, "keyframes": 7.70, "decode": 7.82},
+    ("bfloat16", "float32", (240, 432), 2): {"text": 1.92, "denoise": 4.05, "keyframes": 2.02, "decode": 1.98},
+    ("bfloat16", "bfloat16", (480, 864), 2): {"keyframes": 4.49, "decode": 5.22},
+    ("bfloat16", "bfloat16", (240, 432), 2): {"keyframes": 1.27, "decode": 1.51},
+    ("bfloat16", "float32", (240, 432), 4): {"text": 3.36, "denoise": 7.06},
+    ("float32", "float32", (240, 432), 2): {"text": 0.81, "denoise": 1.70},
+}
+
+
+@pytest.mark.parametrize("dtype, vae, size, layers", ON_A_CPU, ids=str)
+def test_a_cpu_copies_half_precision(dtype, vae, size, layers):
+    """Of kernels in bfloat16 it keeps float32 copies of all layers, which nothing else does."""
+    config, _ = clip(vae=VAE_BFLOAT16 if vae == "bfloat16" else None)
+    config = config if dtype == "bfloat16" else preset("flf2v_14b")
+    shallow = {part: replace(getattr(config, part), num_layers=layers) for part in ("dit", "umt5", "clip")}
+    config = replace(config, **shallow)
+    found = estimate.estimate(config, Settings.of(config, size=size, frames=17), platform="cpu")
+    for stage, gib in ON_A_CPU[dtype, vae, size, layers].items():
+        made = video(size) * 17 / 81 if stage == "decode" else 0
+        assert found.temporary[stage] / GIB == pytest.approx(gib + made, rel=0.25), stage
+
+
 def test_streamed_kernels_lie_in_the_host():
     one = estimate.estimate(*clip(), policy="stream", platform="gpu")
     assert one.host / GIB == pytest.approx(30.08, abs=0.01)
-    eight = estimate.estimate(*clip(), {"sequence": 8}, policy="stream", platform="tpu")
-    assert eight.host == pytest.approx(one.host, rel=1e-3)
-    assert eight.weights["dit"] < one.weights["dit"] / 2
-    # A CPU's host is its device: nothing is gained there.
-    cpu, staged = (estimate.estimate(*clip(), policy=policy, platform="cpu") for policy in ("stream", "stage"))
-    assert cpu.host == 0
-    assert cpu.weights["dit"] > staged.weights["dit"]
+    # A CPU's host is its device: they wait in the folder.
+    cpu = estimate.estimate(*clip(), policy="stream", platform="cpu")
+    assert cpu.host == 0 and cpu.weights["dit"] == one.weights["dit"]
+    with pytest.raises(ValueError, match="^memory stream: is for one device"):
+        estimate.estimate(*clip(), {"sequence": 8}, policy="stream", platform="tpu")
+
+
+def test_several_devices_do_not_stream_by_themselves():
+    mesh = {"sequence": 2}
+    assert {policy for policy, _ in memory.preferred(clip()[0], devices=2)} == {"keep", "stage"}
+    assert chosen(12, mesh=mesh).policy == "stage"
+    for options in ({"policy": "stream"}, {"policy": "stream", "weights": "int8"}):
+        with pytest.raises(ValueError, match="^memory stream: is for one device"):
+            chosen(79.6, mesh=mesh, **options)
 
 
 @pytest.mark.parametrize("gib, size, mesh, platform, policy, weights", [
@@ -251,14 +285,14 @@ def test_a_folder_of_8_bits_is_as_stored(monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_with_a_size_that_does():
-    memory.check(*clip(), memory=80 * GIB)
+    memory.check(*clip(), memory=80 * GIB, platform="gpu")
     with pytest.raises(ValueError, match=r"size 720x1280, 81 frames: takes about 61\.\d GiB.*largest size") as caught:
-        memory.check(*clip((720, 1280)), memory=45 * GIB)
+        memory.check(*clip((720, 1280)), memory=45 * GIB, platform="gpu")
     assert "\n" not in str(caught.value)
     height, width = (int(side) for side in str(caught.value).rpartition(" is ")[2].split("x"))
-    memory.check(*clip((height, width)), memory=45 * GIB)
+    memory.check(*clip((height, width)), memory=45 * GIB, platform="gpu")
     with pytest.raises(ValueError):
-        memory.check(*clip((height + 32, width + 64)), memory=45 * GIB)
+        memory.check(*clip((height + 32, width + 64)), memory=45 * GIB, platform="gpu")
 
 
 def test_a_choice_is_refused_with_a_size_that_does():
@@ -271,7 +305,7 @@ def test_a_choice_is_refused_with_a_size_that_does():
 
 def test_weights_that_cannot_fit_are_told_by_themselves():
     with pytest.raises(ValueError, match=r"weights alone are 43\.\d GiB, there are 24\.0"):
-        memory.check(*clip(), memory=24 * GIB)
+        memory.check(*clip(), memory=24 * GIB, platform="gpu")
     with pytest.raises(ValueError, match=r"weights alone are 10\.6 GiB, there are 6\.0"):
         chosen(6)
 
@@ -288,7 +322,7 @@ def test_a_mesh_splits_weights_and_tokens():
     assert one.temporary["denoise"] > 3 * eight.temporary["denoise"]
     # `tensor` leaves the residual stream whole: XLA gave 1.80 and 3.88 GiB of the 2.66 and 5.82 of one device.
     assert tensor.temporary["denoise"] / GIB == pytest.approx(1.80 + 0.376, rel=0.1)
-    memory.check(*clip(), {"tensor": 8}, memory=24 * GIB)
+    memory.check(*clip(), {"tensor": 8}, memory=24 * GIB, platform="gpu")
 
 
 def test_batched_guidance_has_two_passes_of_tokens():

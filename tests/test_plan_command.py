@@ -108,6 +108,7 @@ def test_devices_share_the_work(capsys):
     assert one["seconds"]["denoise"][1] == pytest.approx(8 * eight["seconds"]["denoise"][1])
     assert eight["devices"]["mesh"] == {"fsdp": 1, "sequence": 8}
     assert eight["ways"][0]["peak_bytes"] < one["ways"][0]["peak_bytes"] / 4
+    assert {way["memory"] for way in eight["ways"]} == {"keep", "stage"}
 
 
 def test_the_text_says_the_same(capsys):
@@ -224,6 +225,7 @@ def test_shards_of_an_index(index, name, shard):
     (("--vae-memory", "0.001"), "error: vae memory 0.0 GiB"), (("--compile", "sound"), "error: argument --compile"),
     (("--model", "flf2v_14b", "--devices", "rtx4090", "--compile"), "error: --compile: not for rtx4090; for h100-1"),
     (("--devices", "h100", "--model", "flf2v_14b", "--size", "99999x99999"), "error: size"),
+    (("--devices", "v5e-8", "--model", "flf2v_14b", "--memory", "stream"), "error: memory stream: is for one device"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(capsys, arguments, line):
     code, out, err = run(capsys, *arguments)
