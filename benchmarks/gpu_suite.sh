@@ -64,6 +64,7 @@ if [ "$dry" = 1 ]; then
   throughput=(--preset tiny --layers 1 --size 16x16 --frames 5 --steps 2 --matmul 128)
   attention=(--preset tiny --size 16x16 --frames 9 --repeats 2 --matmul 128)
   method=(--preset tiny --layers 2 --size 16x16 --frames 9 --repeats 1 --layer-repeats 1 --dtype float32)
+  streaming=(--preset tiny --layers 2 --size 16x16 --frames 5 --repeats 1 --dtype float32)
   vae=(--preset tiny --size 16x16 --frames 5 --steps 1 --matmul 128 --conv3d auto)
   # Dynamo traces without a backend: that needs no compiler.
   diffusers=(--preset tiny --layers 1 --size 32x32 --frames 5 --repeats 2 --torch-compile eager
@@ -75,6 +76,7 @@ else
   attention=(--preset flf2v_14b --size 480x864 --frames 81 --repeats 5)
   # A quarter of the depth, and of the layers with KAB.
   method=(--preset flf2v_14b --layers 10 --size 480x864 --frames 81 --repeats 3 --layer-repeats 5 --dtype bfloat16)
+  streaming=(--preset flf2v_14b --layers 4 --size 480x864 --frames 81 --repeats 2 --dtype bfloat16)
   # The autoencoder's time is linear in frames, and its programs take 12 to 39 s to compile.
   vae=(--preset flf2v_14b --size 480x864 --frames 9 --steps 2 --conv3d taps conv3d)
   # All tokens, so that attention has its share; the weights are drawn on the CPU, 0.4 billion a layer.
@@ -92,6 +94,7 @@ part throughput 120 "$python" -m benchmarks.throughput "${throughput[@]}" --dtyp
 part attention 70 "$python" -m benchmarks.attention "${attention[@]}" --out "$out/attention.json"
 part method 100 "$python" -m benchmarks.method_cost "${method[@]}" --out "$out/method.json"
 part vae 110 "$python" -m benchmarks.throughput "${vae[@]}" --no-dit --vae --out "$out/vae.json"
+part streaming 70 "$python" -m benchmarks.streaming "${streaming[@]}" --out "$out/streaming.json"
 # Only files that have such tests are collected: the others may need packages that a GPU machine lacks.
 mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
 if ((${#files[@]})); then

@@ -54,9 +54,10 @@ def run_suite(folder: Path, python: str, dry: bool = True) -> tuple[int, dict[st
 def test_dry_run_of_the_gpu_suite(tmp_path):
     code, parts, text = run_suite(tmp_path, sys.executable)
     assert code == 0, text[-5000:]
-    assert {"device", "parity", "throughput", "attention", "method", "vae", "diffusers"} <= parts.keys()
+    named = {"device", "parity", "throughput", "attention", "method", "vae", "streaming", "diffusers"}
+    assert named <= parts.keys()
     reports = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    for name in ("parity", "throughput", "attention", "method", "vae", "diffusers"):
+    for name in named - {"device"}:
         environment = reports[name]["environment"]
         assert environment["backend"] == "cpu" and environment["versions"]["jax"] == jax.__version__
         assert environment["command"].startswith("python -m benchmarks.") and environment["date"]

@@ -110,6 +110,10 @@ def test_every_form_computes_the_same(folder, method, weights):
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)}
         assert kinds == ({"device"} if platform == "cpu" else {"device", "pinned_host"})
         equal(jax.tree.leaves(evaluated(config, params, rng(), method)), jax.tree.leaves(wanted))
+        if platform != "cpu":
+            moved = streaming.moved(model.part("dit"), form)
+            same = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), moved, params)
+            assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])

@@ -83,6 +83,21 @@ def _split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return kernels, {path: leaf for path, leaf in flat.items() if path not in kernels}
 
 
+def moved(params: Any, form: str) -> Any:
+    """A whole tree of parameters brought into a form: its kernels are copied to host memory.
+
+    Args:
+      form: "program" or "loop".
+    """
+    kernels, rest = _split(params)
+    if form == "loop":
+        count = len(next(iter(kernels.values())))
+        layers = ({path: jax.device_put(leaf[i], HOST) for path, leaf in kernels.items()} for i in range(count))
+        return Streamed(unflatten_dict(rest, sep="/"), tuple(map(jax.block_until_ready, layers)))
+    waiting = {path: jax.device_put(leaf, HOST) for path, leaf in kernels.items() if re.search(STREAMED, path)}
+    return unflatten_dict(rest | kernels | jax.block_until_ready(waiting), sep="/")
+
+
 def restore(folder: Path, expected: Any, form: str, fast: bool = False, anew: bool | None = None) -> Any:
     """The transformer's parameters in one of the forms: a tree with kernels in host memory, or `Streamed`.
 

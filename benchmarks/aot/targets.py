@@ -49,7 +49,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 )
 
 TARGETS: tuple[str, ...] = (
-    "v6e:1x1", "v6e:2x4", "v5e:2x4", "v5e:4x4", "v5p:2x2x1", "tpu7x:2x2x1", "h100x1", "h100x2", "h100x4", "h100x8",
+    "v6e:1x1", "v6e:2x4", "v5e:1x1", "v5e:2x4", "v5e:4x4", "v5p:2x2x1", "tpu7x:2x2x1",
+    "h100x1", "h100x2", "h100x4", "h100x8",
 )  # fmt: skip
 
 _H100 = """gpu_device_info {
