@@ -284,8 +284,11 @@ def test_the_arguments_are_understood_by_the_compilers_command():
         assert name in chips.CHIPS
         mesh = {"fsdp": 1, "sequence": count} if count > 1 else {}
         for stage in ("text", "images", "keyframes", "denoise", "decode"):
-            args = parser().parse_args(compiled_budget._arguments(config, settings, target, mesh, stage))
+            own = compiled_budget._arguments(config, settings, target, mesh, stage, "stream", "int8")
+            args = parser().parse_args(own)
             assert (args.part, args.target, args.dtype) == (stage, target, "float32")
+            streams = ("stream", "int8") if stage == "denoise" else ("keep", None)
+            assert (args.memory, args.weights) == streams
 
 
 def test_help_needs_no_jax():
