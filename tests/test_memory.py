@@ -98,7 +98,6 @@ def test_the_formula_is_the_models_own_shape(weights):
     assert {name: (leaf.shape, leaf.dtype.itemsize) for name, leaf in found.items()} == {
         name: (leaf.shape, leaf.dtype.itemsize) for name, leaf in wanted.items()
     }
-    assert estimate.kernels_of(narrow) == narrow.dit.precision.kernel
     assert {kind for _, kind in memory.preferred(narrow)} == {"bf16"}
     for mesh in ({}, {"sequence": 8}, {"tensor": 8}):
         for policy in ("keep", "stage"):
@@ -242,6 +241,14 @@ def test_what_is_said_is_done(options, wanted):
     assert (found.policy, found.weights) == wanted
 
 
+def test_bf16_by_name_narrows_float32():
+    config = preset("flf2v_14b")
+    asked = {"memory": 80 * GIB, "host": 64 * GIB, "platform": "gpu"}
+    own, named = (memory.choose(config, Settings.of(config), weights=name, **asked) for name in ("auto", "bf16"))
+    assert named.estimate.weights["dit"] / GIB == pytest.approx(30.89, abs=0.01)
+    assert own.estimate.weights["dit"] > 1.9 * named.estimate.weights["dit"]
+
+
 def test_weights_alone_leave_the_policy_open():
     assert (chosen(24, weights="fp8").policy, chosen(14, weights="fp8").policy) == ("stage", "stream")
 
@@ -287,7 +294,7 @@ def test_a_folder_of_8_bits_is_as_stored():
     assert (found.policy, found.weights) == ("stage", "bf16")
     assert found.estimate.weights["dit"] / GIB == pytest.approx(15.86, abs=0.01)
     assert estimate.stored(narrow, "int8") == estimate.stored(narrow)
-    with pytest.raises(ValueError, match="^weights fp8: flf2v_14b is stored in int8"):
+    with pytest.raises(ValueError, match="^model flf2v_14b: its kernels are stored in int8"):
         estimate.stored(narrow, "fp8")
 
 
