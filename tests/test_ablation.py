@@ -45,6 +45,7 @@ def change(model, method, against=WAN, **changes):
     return relative_error(*(latents(model, settings(one, **changes)) for one in (method, against)))
 
 
+@pytest.mark.slow
 def test_no_setting_recompiles_and_each_does_something(model):
     base = Method(Isolation(), ALWAYS, ReTRo())
     variants = {
@@ -114,6 +115,7 @@ def test_a_callers_bias_of_another_model_is_refused(model):
         latents(model, settings(), bias)
 
 
+@pytest.mark.slow
 def test_the_six_settings_of_the_paper_from_one_program():
     """On the bundled model: one compilation; a uniform scale of 1 and a strength of 0 are exactly their baselines."""
     model, example = checkpoint.load("tiny"), files.example()
@@ -148,6 +150,7 @@ def test_the_six_settings_of_the_paper_from_one_program():
             assert relative_error(a, b) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_documented_example_moves_attention_between_words():
     """The code block of docs/method.md, run as it stands; then where the frames look."""
     text = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")

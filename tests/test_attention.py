@@ -209,8 +209,9 @@ def test_cudnn_leaves_what_it_cannot_do_to_xla(monkeypatch, options, width, mesh
     assert asked == ["cudnn"] * fused and out.shape == q.shape
 
 
-@pytest.mark.parametrize("queries, keys, width, holes", [(300, 257, 128, False), (130, 200, 64, True),
-                                                         (1100, 1030, 128, True)])  # fmt: skip
+@pytest.mark.parametrize("queries, keys, width, holes", [
+    (300, 257, 128, False), (130, 200, 64, True), pytest.param(1100, 1030, 128, True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_splash(queries, keys, width, holes):
     """In Pallas' interpreter: lengths that its blocks do not divide, several blocks, two clips, both head widths, keys
     that do not count; the log-sum-exp in float32."""

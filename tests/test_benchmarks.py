@@ -173,6 +173,7 @@ def test_random_inputs_are_those_of_the_model(name):
     assert negative.shape == conditions.text.shape
 
 
+@pytest.mark.slow
 def test_guided_step_is_two_passes():
     """What is timed follows scale * conditional + (1 - scale) * unconditional, in both modes."""
     config = dataclasses.replace(TINY.dit, num_layers=1)

@@ -31,12 +31,14 @@ def made():
     return np.stack([c.video for c in clips]), made.video
 
 
+@pytest.mark.slow
 def test_ends_are_the_keyframes(made):
     truth, video = made
     for frame in (0, -1):
         assert psnr(video[:, [frame]], truth[:, [frame]]).mean() > 28
 
 
+@pytest.mark.slow
 def test_the_shape_moves_and_does_not_fade(made):
     truth, video = made
     inside = slice(1, -1)

@@ -111,6 +111,7 @@ def interrupted(source, target, number):
     return [json.loads(line)["name"] for line in progress.read_text().splitlines()[:8]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_run_goes_on_where_it_was(source, tmp_path, number):
     target = tmp_path / "m"

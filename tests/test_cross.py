@@ -11,7 +11,7 @@ from reference import relative_error
 from wanjax.types import Branches, CrossBias
 
 
-@pytest.mark.parametrize("frames", [3, 7, 9, 17, 21])
+@pytest.mark.parametrize("frames", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 9, 17)), 21])
 def test_change_against_float64(frames):
     case = Case(frames)
     for isolated in (False, True):
@@ -217,7 +217,7 @@ PLACES = {0: [(2, 5)], 1: [(3,)], 2: [(0, 3, 6)], 3: [(3,), (2, 5), (0, 6), (1, 
 
 
 @BOTH
-@pytest.mark.parametrize("images", PLACES)
+@pytest.mark.parametrize("images", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_images_and_anchors(images, isolated):
     """The two are different numbers, and anchors also lie inside the clip."""
     case = Case(7, sizes=(11, *[6] * images))

@@ -120,6 +120,7 @@ def test_one_conditional():
     assert text.count(" cond[") == 1
 
 
+@pytest.mark.slow
 def test_gradients():
     """Of the log-sum-exp form, against finite differences of itself in one direction."""
     case, rng = Case(3), np.random.default_rng(0)

@@ -152,6 +152,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_parity_notices(mutation):
     model = reference_model(FLF2V)
@@ -187,6 +188,7 @@ def test_sinusoid_is_float64_exact(t):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=3e-7)
 
 
+@pytest.mark.slow
 def test_cross_bias_reaches_every_layer_and_frame():
     """A zero bias is none but for rounding (it is another program); a random one of any branch changes the velocity."""
     params = converted(reference_model(FLF2V), FLF2V)

@@ -315,6 +315,7 @@ def test_without_matplotlib(tmp_path, monkeypatch, module):
         explain.check(plan())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["draw_attention", "video.write_json"])
 def test_a_failed_run_leaves_what_was_there(model, observed, computed, tmp_path, monkeypatch, error, place):
@@ -365,6 +366,7 @@ def test_nan_is_named(model, observed, monkeypatch):
         explain.observe(model, a_plan, encoded, pipeline.noise(a_plan, [0]), 1, 0)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(model, run):
     """Two devices see what one sees; what goes before is left to one, for its programs take long to compile."""
     a_plan, encoded = encoded_of(model, settings())

@@ -79,6 +79,7 @@ def asked(cache: Path, *lines: str, url: str = "http://127.0.0.1:1", **settings:
     return done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
 def test_only_what_will_be_read_is_fetched(repository, tmp_path):
     """One cache filled step by step; each file's bytes are asked for once, and none that is not read."""
     cache = tmp_path / "cache"

@@ -115,7 +115,7 @@ def wanted(reference, pixels):
 
 
 # 9: one step after the last pool, from odd sizes in time at every stride; 17: two steps, so the mean over time counts.
-@pytest.mark.parametrize("frames, height, width", [(9, 40, 56), (17, 64, 48)])
+@pytest.mark.parametrize("frames, height, width", [(9, 40, 56), pytest.param(17, 64, 48, marks=pytest.mark.slow)])
 def test_logits_as_torch(reference, params, frames, height, width):
     pixels = video(frames, height, width)
     logits = jax.jit(i3d.features)(params, pixels)

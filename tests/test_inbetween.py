@@ -89,6 +89,7 @@ def test_plots_that_fail_leave_no_video(job, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_frames(job, tmp_path):
     videos = []
     for name in ("one", "two"):
@@ -418,6 +419,7 @@ def test_devices_that_are_not_there_are_one_line(job, tmp_path):
     assert not job["--out"].exists()
 
 
+@pytest.mark.slow
 def test_a_closed_output_is_no_traceback(job, tmp_path):
     """`| head -0`: the video is made, and nothing is said of the pipe."""
     line = shlex.join([sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 1, "--quiet")])
