@@ -88,7 +88,8 @@ def choose(
     least = min(found, key=lambda one: one.estimate.peak)
     if best is not None or least.fits == "near":
         return best or least
-    raise ValueError(_refusal(config, settings, mesh, memory, host, platform, least))
+    cut = math.prod((mesh or {}).values()) == 1
+    raise ValueError(_refusal(config, settings, mesh, memory, host, platform, least, cut))
 
 
 def preferred(
@@ -130,13 +131,16 @@ def ways(
     counts = _tiles(config, settings, mesh, vae_memory, platform)
     found = []
     for policy, weights in pairs:
-        one = estimate(config, settings, mesh, policy, weights, counts[0], platform)
+        whole = estimate(config, settings, mesh, policy, weights, counts[0], platform)
+        tried = []
         for tiles in counts:
-            one = replace(one, temporary=temporary(config, settings, mesh or {}, policy, weights, tiles, platform))
-            fits = _fits(one, memory, host)
+            own = replace(whole, temporary=temporary(config, settings, mesh or {}, policy, weights, tiles, platform))
+            fits = _fits(own, memory, host)
+            tried.append((own.peak, tiles, own, fits))
             if fits == "yes":
                 break
-        found.append(Choice(policy, weights, tiles, one, fits, _why(policy, weights, tiles, one, memory, fits)))
+        *_, tiles, own, fits = tried[-1] if fits == "yes" else min(tried, key=lambda one: one[:2])
+        found.append(Choice(policy, weights, tiles, own, fits, _why(policy, weights, tiles, own, memory, fits)))
     return found
 
 
@@ -207,9 +211,9 @@ def check(
 
 def _refusal(
     config: ModelConfig, settings: Settings, mesh: Mapping[str, int] | None, memory: int, host: int, platform: str,
-    way: Choice,
+    way: Choice, cut: bool = False,
 ) -> str:  # fmt: skip
-    """Why a run cannot be, with what can."""
+    """Why a run cannot be, with what can; `cut` says that the VAE's pictures may be cut into windows."""
     found, there = way.estimate, f"there are {memory / GIB:.1f}"
     if found.host * MARGIN > host:
         return (f"model {config.name}: streams {found.host / GIB:.1f} GiB from host memory, of which there are "
@@ -220,7 +224,7 @@ def _refusal(
         return f"model {config.name}: its weights alone are {weights / GIB:.1f} GiB, {there}; {mend}"
 
     def fits(size: tuple[int, int]) -> bool:
-        tiles = way.tiles if way.tiles == 1 else most_tiles(config.vae, size)
+        tiles = most_tiles(config.vae, size) if cut else way.tiles
         own = temporary(config, replace(settings, size=size), mesh or {}, way.policy, way.weights, tiles, platform)
         return max(found.resident(stage) + n for stage, n in own.items()) * MARGIN <= memory
 
