@@ -93,7 +93,7 @@ def fetch(address: Address, only: Sequence[str], noted: Callable[[str], Any]) ->
     import huggingface_hub.constants  # here: it takes a while, and no other source needs it
 
     def listing() -> list[str]:
-        return list(_listing(address, False))
+        return [file.rfilename for file in _listing(address)]
 
     def download(name: str) -> Path:
         return Path(_asked(address, lambda: huggingface_hub.hf_hub_download(
@@ -120,7 +120,8 @@ def sizes(address: Address, only: Sequence[str]) -> dict[str, int]:
     Raises:
       SourceError: as in `place`; the cache is not looked at.
     """
-    files = _asked(address, lambda: _listing(address, True))
+    listed = _asked(address, lambda: _listing(address, files_metadata=True))
+    files = {file.rfilename: file.size or 0 for file in listed}
     found = {"settings": sum(files.get(name, 0) for name in _chosen(address, files, only).small)}
     for part in only:
         try:
@@ -140,13 +141,12 @@ def _shards(index: str, names: Collection[str]) -> list[str]:
     return [name for name in names if pattern.fullmatch(name)]
 
 
-def _listing(address: Address, sizes: bool) -> dict[str, int]:
-    """Names of a repository's files with their bytes, which the hub tells if asked, else 0."""
+def _listing(address: Address, **options: Any) -> Sequence[Any]:
+    """What the hub says of each file of a repository."""
     import huggingface_hub
 
     # Not list_repo_files: that tries for half a minute to reach a hub that is not there.
-    found = huggingface_hub.HfApi().model_info(address.repository, revision=address.revision, files_metadata=sizes)
-    return {file.rfilename: file.size or 0 for file in found.siblings or ()}
+    return huggingface_hub.HfApi().model_info(address.repository, revision=address.revision, **options).siblings or ()
 
 
 def _gathered(address: Address, names: Sequence[str], only: Sequence[str], get: Callable[[str], Path]) -> Path:

@@ -109,7 +109,7 @@ def report(
     Raises:
       ValueError: settings that the model cannot run.
     """
-    config = found.config
+    config = checkpoint.with_weights(found.config, weights) if weights == "bf16" else found.config
     settings = Settings.of(config, **overrides)
     check_settings(config, settings)
     schedule.sigmas(settings.schedule, settings.steps, settings.shift)
@@ -118,7 +118,7 @@ def report(
     host = UNKNOWN_HOST if devices.host is None else devices.host
     own = memory.preferred(config, policy, weights, devices.count)
     narrow = weights if weights not in ("auto", "bf16") else "int8"
-    kinds = ("bf16",) if estimate.kernels_of(config) else ("bf16", narrow)
+    kinds = ("bf16",) if config.dit.precision.kernel else ("bf16", narrow)
     policies = [one for one in POLICIES if one != "stream" or devices.count == 1]
     pairs = [(one, kind) for one in policies for kind in kinds]
     found_ways = memory.ways(config, settings, pairs, mesh, chip.memory, vae_memory, chip.platform, host)
@@ -158,7 +158,7 @@ def _way(way: memory.Choice) -> dict[str, Any]:
 
 def parts(config: ModelConfig, disk: Mapping[str, int], narrow: str) -> dict[str, dict[str, int | None]]:
     """Bytes of each part: on disk where that is known, in memory as stored, and with 8-bit kernels."""
-    kinds = {"memory": "bf16"} | ({} if estimate.kernels_of(config) else {narrow: narrow})
+    kinds = {"memory": "bf16"} | ({} if config.dit.precision.kernel else {narrow: narrow})
     found = {part: {"disk": disk.get(part)} for part in estimate.stored(config)}
     for name, kind in kinds.items():
         for part, tree in estimate.stored(config, kind).items():

@@ -23,8 +23,8 @@ LAYERS = 2
 TARGETS: Mapping[tuple[str, int], str] = MappingProxyType(
     {
         ("h100", 1): "h100x1", ("h100", 2): "h100x2", ("h100", 4): "h100x4", ("h100", 8): "h100x8",
-        ("v6e", 1): "v6e:1x1", ("v6e", 8): "v6e:2x4", ("v5e", 8): "v5e:2x4", ("v5e", 16): "v5e:4x4",
-        ("v5p", 4): "v5p:2x2x1",
+        ("v6e", 1): "v6e:1x1", ("v6e", 8): "v6e:2x4", ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4",
+        ("v5e", 16): "v5e:4x4",        ("v5p", 4): "v5p:2x2x1",
     }
 )  # fmt: skip
 """What `benchmarks.aot` calls so many devices."""
@@ -42,7 +42,7 @@ def compare(report: Mapping[str, Any]) -> dict[str, Any]:
     config = checkpoint.with_dtype(preset(own["preset"]), own["dtype"])
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, num_layers=own["layers"]))
     fields = {name: own[name] for name in ("frames", "steps", "guidance_mode")} | {"size": tuple(own["size"])}
-    weights, tiles, policy = own.get("weights", "bf16"), own.get("tiles", 1), own.get("memory", "keep")
+    weights, tiles, policy = own.get("weights") or "bf16", own.get("tiles", 1), own.get("memory", "keep")
     settings, kind = Settings.of(config, **fields), platform(report["target"])
     tree = estimate.stored(config, weights)[estimate.STAGES[stage]]
     names = {name for name in tree if name.startswith(PICTURES.get(stage, ""))}
@@ -55,7 +55,7 @@ def compare(report: Mapping[str, Any]) -> dict[str, Any]:
         used = one - streams
     else:
         used = -streams
-        found += min(streams, estimate.GROUPS * one)
+        found += min(streams, estimate.ABREAST[kind] * one)
     used += sum(n for name, n in sizes.items() if name in names)
     return {"stage": stage, "weights_bytes": used, "estimated_bytes": found,
             "compiled_bytes": report["memory_bytes"]["total"] - used}  # fmt: skip
@@ -67,12 +67,18 @@ def platform(target: str) -> str:
 
 
 def compiled(
-    config: ModelConfig, settings: Mapping[str, Any], devices: Devices, stages: Sequence[str]
+    config: ModelConfig,
+    settings: Mapping[str, Any],
+    devices: Devices,
+    stages: Sequence[str],
+    policy: str = "keep",
+    weights: str = "bf16",
 ) -> list[dict[str, Any]]:
     """What each stage takes besides weights, estimated and compiled, as `compare`.
 
     Args:
       settings: "size", "frames", "steps", "guidance_mode".
+      policy, weights: as `estimate.estimate`.
 
     Raises:
       ValueError: one line: a machine or a model that cannot be compiled for here, or what the compiler said.
@@ -88,12 +94,15 @@ def compiled(
         raise ValueError("--compile: needs benchmarks/aot of a source checkout; run it from there")
     root = Path(next(iter(found.submodule_search_locations))).parent
     mesh = sharding.choose_mesh(devices.count, config.dit.num_heads) if devices.count > 1 else {}
-    return [compare(_asked(root, _arguments(config, settings, target, mesh, stage))) for stage in stages]
+    own = {kind: name for name, kind in checkpoint.WEIGHTS.items()}
+    way = policy, own[config.dit.precision.kernel] if weights == "bf16" else weights
+    return [compare(_asked(root, _arguments(config, settings, target, mesh, stage, *way))) for stage in stages]
 
 
 def _arguments(
-    config: ModelConfig, settings: Mapping[str, Any], target: str, mesh: Mapping[str, int], stage: str
-) -> list[str]:
+    config: ModelConfig, settings: Mapping[str, Any], target: str, mesh: Mapping[str, int], stage: str, policy: str,
+    weights: str,
+) -> list[str]:  # fmt: skip
     """Of `python -m benchmarks.aot`."""
     precision = getattr(config, estimate.STAGES[stage]).precision
     found = {"target": target, "part": stage, "preset": config.name, "size": "x".join(map(str, settings["size"])),
@@ -103,6 +112,8 @@ def _arguments(
         found["mesh"] = ",".join(f"{axis}={n}" for axis, n in mesh.items())
     if stage == "denoise":
         found["layers"] = min(LAYERS, config.dit.num_layers)
+        found |= {"memory": "stream"} if policy == "stream" else {}
+        found |= {} if weights == "bf16" else {"weights": weights}
     return [text for name, value in found.items() for text in (f"--{name}", str(value))]
 
 

@@ -17,20 +17,20 @@ from jax.sharding import AbstractMesh
 
 from samplers.plan import Settings
 from wanjax import sharding
+from wanjax.checkpoint import with_weights
 from wanjax.config import ModelConfig, VAEConfig
 from wanjax.residency import POLICIES
 from wanjax.shapes import param_shapes
 
 GIB = 2**30
 
-WEIGHTS: tuple[str, ...] = ("bf16", "int8", "fp8")
-"""The transformer's block kernels as they are stored, or in 8 bits with a float32 factor a layer and output."""
 STAGES: Mapping[str, str] = MappingProxyType(
     {"text": "umt5", "images": "clip", "keyframes": "vae", "denoise": "dit", "decode": "vae"}
 )
 """The part that each stage of a run uses."""
-GROUPS = 2
-"""Layers whose kernels are on the device at once where they are streamed: one computes, one comes."""
+ABREAST: Mapping[str, int] = MappingProxyType({"gpu": 2, "tpu": 1, "cpu": 2})
+"""Layers whose kernels are on the device at once where they are streamed: one computes and one comes; on TPUs they come
+one kernel ahead."""
 
 REACH: Mapping[str, int] = MappingProxyType({"keyframes": 5, "decode": 7})
 """Latents that a window of the VAE's reads of its neighbours' on each inner side, by stage, as its convolutions reach;
@@ -63,7 +63,7 @@ _GPU = Factors(16.3, 0.63, 0.43, 16, {"float32": 178, "bfloat16": 100}, {"float3
 FACTORS: Mapping[str, Factors] = MappingProxyType(
     {
         "gpu": _GPU,
-        "tpu": replace(_GPU, tokens=34.4, gathered=0.47),
+        "tpu": replace(_GPU, tokens=31, gathered=0.57),
         "cpu": replace(_GPU, tokens=29.7, encode={"float32": 204, "bfloat16": 120},
                        decode={"float32": 210, "bfloat16": 140}),
     }
@@ -82,7 +82,7 @@ class Estimate:
     """Bytes on one device.
 
     Attributes:
-      policy: in POLICIES.
+      policy: in `residency.POLICIES`.
       weights: of each part, what lies on the device while it is used.
       temporary: by stage, all else: what it takes, makes and returns.
       host: weights that lie in host memory instead.
@@ -121,7 +121,7 @@ def estimate(
 
     Args:
       mesh: axis -> devices: weights as `sharding.RULES` say, tokens over fsdp and sequence, pictures over all devices.
-      policy, weights: in POLICIES, WEIGHTS.
+      policy, weights: in `residency.POLICIES`, `checkpoint.WEIGHTS`; of these "bf16" is as stored.
       tiles: windows of the VAE's pictures; None takes the config's own.
       platform: "gpu", "tpu" or "cpu"; None takes the default device's.
 
@@ -147,7 +147,7 @@ def _weights(
         sizes[part] = sum(own.values())
         if part == "dit" and policy == "stream":
             kernels = sum(n for name, n in own.items() if streamed(name))
-            sizes[part] -= kernels - min(kernels, GROUPS * kernels // config.dit.num_layers)
+            sizes[part] -= kernels - min(kernels, ABREAST[platform] * kernels // config.dit.num_layers)
             host = 0 if platform == "cpu" else kernels  # where the host is the device they wait in the folder
     return sizes, host
 
@@ -158,33 +158,14 @@ def streamed(name: str) -> bool:
 
 
 def stored(config: ModelConfig, weights: str = "bf16") -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Shape and dtype of every parameter by part and name, the transformer's block kernels as `weights` say.
+    """Shape and dtype of every parameter by part and name, the transformer's block kernels as `weights` say; of "bf16"
+    as the configuration has them.
 
     Raises:
-      ValueError: others than in WEIGHTS, or than the folder's where that has 8 bits already.
+      ValueError: others than in `checkpoint.WEIGHTS`, or than the folder's where that has 8 bits already.
     """
-    trees = {part: flatten_dict(tree, sep="/") for part, tree in param_shapes(config).items()}
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    kind, own = {"int8": "int8", "fp8": "float8_e4m3fn"}.get(weights), kernels_of(config)
-    if kind is None or kind == own:
-        return trees
-    if own is not None:
-        raise ValueError(f"weights {weights}: {config.name} is stored in {own}; leave it at that, or convert it again")
-    dit = trees["dit"]
-    for name in [name for name in dit if streamed(name)]:
-        *rest, inputs, outputs = dit[name].shape
-        dit[name] = jax.ShapeDtypeStruct((*rest, inputs, outputs), np.int8)  # fp8 is as large
-        dit[name.removesuffix("kernel") + "factor"] = jax.ShapeDtypeStruct((*rest, 1, outputs), np.float32)
-    return trees
-
-
-def kernels_of(config: ModelConfig) -> str | None:
-    """The 8-bit dtype that the transformer's block kernels are stored in; None for wider ones."""
-    dtypes = {np.dtype(leaf.dtype) for name, leaf in flatten_dict(param_shapes(config)["dit"], sep="/").items()
-              if streamed(name) and name.endswith("kernel")}  # fmt: skip
-    (only,) = dtypes
-    return only.name if only.itemsize == 1 else None
+    config = config if weights == "bf16" else with_weights(config, weights)
+    return {part: flatten_dict(tree, sep="/") for part, tree in param_shapes(config).items()}
 
 
 def split_sizes(tree: Mapping[str, jax.ShapeDtypeStruct], mesh: Mapping[str, int]) -> dict[str, int]:

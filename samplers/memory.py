@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
-from samplers.estimate import GIB, WEIGHTS, Estimate, estimate, kernels_of, most_tiles, temporary
+from samplers.estimate import GIB, Estimate, estimate, most_tiles, temporary
 from samplers.hostmemory import host_memory
 from samplers.plan import Settings
 from wanjax import keyframes
+from wanjax.checkpoint import WEIGHTS, with_weights
 from wanjax.config import ModelConfig
 from wanjax.residency import POLICIES
 
@@ -69,7 +70,8 @@ def choose(
 
     Args:
       memory: bytes of a device; None asks `available`, and where nobody tells all is taken to fit.
-      policy, weights: in POLICIES, WEIGHTS, or "auto".
+      policy, weights: in POLICIES, WEIGHTS, or "auto". "bf16" narrows what is stored in float32; chosen by itself it is
+        as stored.
       vae_memory: bytes that encoding keyframes and decoding may take besides the weights.
       platform: as in `estimate`. host: bytes of host memory; None asks.
 
@@ -79,6 +81,7 @@ def choose(
     platform = platform or jax.default_backend()
     memory = available() if memory is None else memory
     host = host_memory() if host is None else host
+    config = with_weights(config, weights) if weights == "bf16" else config
     pairs = preferred(config, policy, weights, math.prod((mesh or {}).values()))
     found = ways(config, settings, pairs, mesh, memory, vae_memory, platform, host)
     best = next((one for one in found if one.fits == "yes"), None)
@@ -110,7 +113,7 @@ def preferred(
     if devices > 1 and policy == "auto":
         pairs = [pair for pair in pairs if pair[0] != "stream"]
     # Of weights that are stored in 8 bits there is nothing more to be gained.
-    return [pair for pair in pairs if pair[1] == "bf16" or weights != "auto" or kernels_of(config) is None]
+    return [pair for pair in pairs if pair[1] == "bf16" or weights != "auto" or config.dit.precision.kernel is None]
 
 
 def ways(

@@ -97,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from samplers import compiled_budget
 
             stages = args.compile or ["denoise"]
-            found["compiled"] = compiled_budget.compiled(source.config, found["settings"], devices, stages)
+            way = found["choice"] or found["ways"][-1]
+            found["compiled"] = compiled_budget.compiled(
+                source.config, found["settings"], devices, stages, way["memory"], way["weights"]
+            )
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from samplers import compiled_budget, estimate, hostmemory, memory
 from samplers.estimate import GIB
 from samplers.plan import Settings
-from wanjax import sharding
+from wanjax import checkpoint, sharding
 from wanjax.config import BFLOAT16, VAE_BFLOAT16, preset
 from wanjax.residency import POLICIES
-from wanjax.shapes import param_shapes
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "aot"
 REPORTS = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("stages/*.json")])
@@ -86,6 +86,23 @@ def test_the_whole_transformer_is_the_published_size():
     assert own["stage", "int8"] == own["stage", "fp8"] == pytest.approx(15.86, abs=0.01)
     assert own["stream", "bf16"] == pytest.approx(0.81 + 2 * 30.08 / 40, abs=0.01)
     assert own["stream", "int8"] == pytest.approx(0.81 + 2 * 15.05 / 40, abs=0.01)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_the_formula_is_the_models_own_shape(weights):
+    """A folder of that form, and the same weights narrowed as they are read, are as large."""
+    config, settings = clip()
+    narrow = checkpoint.with_weights(config, weights)
+    wanted = flatten_dict(checkpoint.param_shapes(narrow)["dit"], sep="/")
+    found = estimate.stored(config, weights)["dit"]
+    assert {name: (leaf.shape, leaf.dtype.itemsize) for name, leaf in found.items()} == {
+        name: (leaf.shape, leaf.dtype.itemsize) for name, leaf in wanted.items()
+    }
+    assert {kind for _, kind in memory.preferred(narrow)} == {"bf16"}
+    for mesh in ({}, {"sequence": 8}, {"tensor": 8}):
+        for policy in ("keep", "stage"):
+            asked = estimate.estimate(config, settings, mesh, policy, weights, platform="gpu")
+            assert estimate.estimate(narrow, settings, mesh, policy, platform="gpu") == asked
 
 
 def test_only_block_kernels_are_narrowed():
@@ -224,6 +241,14 @@ def test_what_is_said_is_done(options, wanted):
     assert (found.policy, found.weights) == wanted
 
 
+def test_bf16_by_name_narrows_float32():
+    config = preset("flf2v_14b")
+    asked = {"memory": 80 * GIB, "host": 64 * GIB, "platform": "gpu"}
+    own, named = (memory.choose(config, Settings.of(config), weights=name, **asked) for name in ("auto", "bf16"))
+    assert named.estimate.weights["dit"] / GIB == pytest.approx(30.89, abs=0.01)
+    assert own.estimate.weights["dit"] > 1.9 * named.estimate.weights["dit"]
+
+
 def test_weights_alone_leave_the_policy_open():
     assert (chosen(24, weights="fp8").policy, chosen(14, weights="fp8").policy) == ("stage", "stream")
 
@@ -262,26 +287,15 @@ def test_nobody_tells_how_much_there_is(monkeypatch):
     ]
 
 
-def test_a_folder_of_8_bits_is_as_stored(monkeypatch):
-    """Shapes as a converted folder has them."""
+def test_a_folder_of_8_bits_is_as_stored():
     config, settings = clip()
-    narrow = estimate.stored(config, "fp8")["dit"]
-    nested = {}
-    for name, leaf in narrow.items():
-        *path, last = name.split("/")
-        place = nested
-        for step in path:
-            place = place.setdefault(step, {})
-        place[last] = leaf
-    monkeypatch.setattr(estimate, "param_shapes", lambda config: param_shapes(config) | {"dit": nested})
-    assert estimate.kernels_of(config) == "int8"  # of which fp8 is a namesake here
-    assert {weights for _, weights in memory.preferred(config)} == {"bf16"}
-    found = memory.choose(config, settings, memory=24 * GIB, host=64 * GIB, platform="gpu")
+    narrow = checkpoint.with_weights(config, "int8")
+    found = memory.choose(narrow, settings, memory=24 * GIB, host=64 * GIB, platform="gpu")
     assert (found.policy, found.weights) == ("stage", "bf16")
     assert found.estimate.weights["dit"] / GIB == pytest.approx(15.86, abs=0.01)
-    assert estimate.stored(config, "int8")["dit"] == narrow
-    with pytest.raises(ValueError, match="^weights fp8: flf2v_14b is stored in int8"):
-        estimate.stored(config, "fp8")
+    assert estimate.stored(narrow, "int8") == estimate.stored(narrow)
+    with pytest.raises(ValueError, match="^model flf2v_14b: its kernels are stored in int8"):
+        estimate.stored(narrow, "fp8")
 
 
 def test_what_cannot_fit_is_refused_with_a_size_that_does():

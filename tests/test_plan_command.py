@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -283,8 +284,11 @@ def test_the_arguments_are_understood_by_the_compilers_command():
         assert name in chips.CHIPS
         mesh = {"fsdp": 1, "sequence": count} if count > 1 else {}
         for stage in ("text", "images", "keyframes", "denoise", "decode"):
-            args = parser().parse_args(compiled_budget._arguments(config, settings, target, mesh, stage))
+            own = compiled_budget._arguments(config, settings, target, mesh, stage, "stream", "int8")
+            args = parser().parse_args(own)
             assert (args.part, args.target, args.dtype) == (stage, target, "float32")
+            streams = ("stream", "int8") if stage == "denoise" else ("keep", None)
+            assert (args.memory, args.weights) == streams
 
 
 def test_help_needs_no_jax():
@@ -392,6 +396,21 @@ def test_a_damaged_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     code, _, err = run(capsys, "--model", tmp_path)
     assert code == 2 and err.startswith(f"error: {tmp_path / 'config.json'}: ") and "\n" not in err
+
+
+ROWS = re.findall(r"^\| `([\w-]+)` \| (.+) \| ([\d.]+) \| (.+) \| ([\d.]+) \|$",
+                  (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), re.MULTILINE)  # fmt: skip
+
+
+def test_the_documents_table_is_of_the_formula():
+    assert len(ROWS) > 10
+    source = budget.source("flf2v_14b")
+    for name, *cells in ROWS:
+        for size, way, gib in zip(((480, 864), (720, 1280)), cells[::2], cells[1::2], strict=True):
+            found = budget.report(source, chips.parse(name), {"size": size})["choice"]
+            told = [found["memory"], "" if found["weights"] == "bf16" else found["weights"],
+                    "" if found["tiles"] == 1 else f"{found['tiles']} windows"]  # fmt: skip
+            assert (", ".join(filter(None, told)), f"{found['peak_bytes'] / GIB:.1f}") == (way, gib), name
 
 
 def test_settings_are_the_models_own(capsys):
