@@ -27,8 +27,8 @@ def count(shapes: Any) -> int:
 def params(shapes: Any, seed: int = 0) -> Any:
     """Random parameters on the default device.
 
-    Kernels keep the variance of their inputs (8-bit ones roughly), scales are near 1, the rest is small. Zeros would be unfair to
-    measure with: products of them draw less power and run faster. The numbers are windows of one pool of
+    Kernels keep the variance of their inputs (8-bit ones roughly), scales are near 1, the rest is small. Zeros would
+    be unfair to measure with: products of them draw less power and run faster. The numbers are windows of one pool of
     normal ones, for a random generator per parameter takes XLA most of a minute to compile.
 
     Args:
