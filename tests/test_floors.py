@@ -16,6 +16,7 @@ FLOORS = (
         "compare",
         "marks",
         "publishing",
+        "quantise",
         "rooms",
         "targets",
         "writing",
