@@ -13,7 +13,7 @@ from jax import lax
 from wanjax.settings import refuse
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_PRODUCTS = ("auto", "float32", "compute")
+_PRODUCTS, _PASSES = ("auto", "float32", "compute"), ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Precision:
       product: what matrix products of half-precision inputs return before it is cast: "float32", "compute" (the compute
         dtype; on CPUs an order of magnitude slower) or "auto", which `ModelConfig.for_platform` resolves and which is
         "float32" where it is not resolved. They are summed in float32 either way.
+      passes: how products of float32 are computed: "exact", or "fast", which is TF32 on GPUs and three passes of
+        bfloat16 on TPUs. CPUs know no other than exact.
     Time embedding, modulation, norms, head (their parameters too) and solver arithmetic are float32 under every
     policy.
     """
@@ -37,16 +39,20 @@ class Precision:
     residual: str = "float32"
     softmax: str = "float32"
     product: str = "auto"
+    passes: str = "exact"
 
     def __post_init__(self) -> None:
+        choices = {"product": _PRODUCTS, "passes": _PASSES}
         for field in dataclasses.fields(self):
-            value, names = getattr(self, field.name), _PRODUCTS if field.name == "product" else _DTYPES
+            value, names = getattr(self, field.name), choices.get(field.name, _DTYPES)
             refuse((value not in names, f"precision: {field.name}={value!r} is not one of {', '.join(names)}"))
 
     @property
     def matmul(self) -> lax.Precision | None:
-        """float32 must mean float32 on accelerators too, where the default is TF32 or bfloat16 passes."""
-        return lax.Precision.HIGHEST if self.compute == "float32" else None
+        """float32 must mean float32 on accelerators too, where the default is TF32 or one pass of bfloat16."""
+        if self.compute != "float32":
+            return None
+        return lax.Precision.HIGHEST if self.passes == "exact" else lax.Precision.HIGH
 
 
 FLOAT32 = Precision()
@@ -121,6 +127,9 @@ class VAEConfig:
         "auto", which `ModelConfig.for_platform` resolves. Taps: decoding and encoding by the bundled model's VAE was 2
         to 4 times faster with them on a CPU (JAX 0.10.2, two cores); on GPUs they meet cuDNN's well-tuned NHWC
         kernels. TPUs take 3D convolutions natively.
+      tiles: windows that the longer side of a picture is cut into, one after the other, for less memory at the price of
+        their overlaps (`pieces`); the result is that of one window to float32's rounding. A picture that is too small
+        for so many has fewer, and one that several devices share has one on each.
     """
 
     base_dim: int = 96
@@ -137,6 +146,7 @@ class VAEConfig:
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
     conv3d: str = "auto"
+    tiles: int = 1
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
@@ -147,6 +157,7 @@ class VAEConfig:
              f"vae: {levels} multipliers need {levels - 1} temporal_downsample flags, got {flags}"),
             ({len(self.latent_mean), len(self.latent_std)} != {z},
              f"vae: latent_mean and latent_std need {z} numbers each"),
+            (self.tiles < 1, f"vae: tiles {self.tiles}: give a whole number from 1"),
         )  # fmt: skip
 
     @property

@@ -7,6 +7,7 @@ frame, sees zeros as its past and skips the temporal (de)convolutions of the res
 `temporal_stride` frames (encoder) or one latent frame (decoder).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,14 +17,16 @@ from jax import lax
 
 from wanjax.attention import attention
 from wanjax.config import Precision, VAEConfig
-from wanjax.layers import Dense, constrain, conv3d
+from wanjax.layers import Dense, conv3d
+from wanjax.pieces import decode_reach, encode_reach, run_chunks, windows_of
 
 Cache = dict[str, Any]
 
-SAME_2D = ((1, 1), (1, 1))
+ALL, COARSE, FINE = "all", "coarse", "fine"
+"""Parts of the encoder and the decoder: at the latents' resolution, with attention among all positions of a frame, and
+above it, where everything is near."""
 
-PICTURE = (None, None, "rows", "columns", None)
-"""Mesh axes of [B, T, H, W, C], see `sharding.picture_mesh`."""
+SAME_2D = ((1, 1), (1, 1))
 
 
 def _part(cache: Cache | None, name: str) -> Any:
@@ -232,44 +235,54 @@ class Head(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Video chunk to features of 2 * latent_channels."""
+    """Video chunk to features of 2 * latent_channels; or its fine part, behind that its coarse one."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
         c, new = self.config, {}
-        x, new["conv_in"] = Conv(c.base_dim, c, name="conv_in")(x, _part(cache, "conv_in"))
-        x = x.astype(jnp.dtype(c.precision.residual))
+        if part != COARSE:
+            x, new["conv_in"] = Conv(c.base_dim, c, name="conv_in")(x, _part(cache, "conv_in"))
+            x = x.astype(jnp.dtype(c.precision.residual))
         flags = (*c.temporal_downsample, None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult, flags, strict=True)):
+            if part == (FINE if temporal is None else COARSE):
+                continue
             resample = None if temporal is None else Downsample
             name = f"level_{i}"
             level = Level(c.base_dim * mult, c, c.num_res_blocks, resample, bool(temporal), name=name)
             x, new[name] = level(x, _part(cache, name))
+        if part == FINE:
+            return x, new
         x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
         x, new["head"] = Head(2 * c.latent_channels, c, name="head")(x, _part(cache, "head"))
         return x, new
 
 
 class Decoder(nn.Module):
-    """Latent chunk to video chunk."""
+    """Latent chunk to video chunk; or its coarse part, behind that its fine one, from the first upsampling on."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
         c, new = self.config, {}
-        top = c.base_dim * c.dim_mult[-1]
-        x, new["conv_in"] = Conv(top, c, name="conv_in")(x, _part(cache, "conv_in"))
-        x = x.astype(jnp.dtype(c.precision.residual))
-        x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
+        if part != FINE:
+            top = c.base_dim * c.dim_mult[-1]
+            x, new["conv_in"] = Conv(top, c, name="conv_in")(x, _part(cache, "conv_in"))
+            x = x.astype(jnp.dtype(c.precision.residual))
+            x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
         flags = (*c.temporal_downsample[::-1], None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult[::-1], flags, strict=True)):
             resample = None if temporal is None else Upsample
             name, blocks = f"level_{i}", c.num_res_blocks + 1
+            if i == 0 and part != ALL:
+                blocks, resample = (0, resample) if part == FINE else (blocks, None)
             level = Level(c.base_dim * mult, c, blocks, resample, bool(temporal), name=name)
             x, new[name] = level(x, _part(cache, name))
+            if part == COARSE:
+                return x, new
         x, new["head"] = Head(3, c, name="head")(x, _part(cache, "head"))
         return x, new
 
@@ -285,14 +298,16 @@ class WanVAE(nn.Module):
         self.quant = Dense(2 * c.latent_channels, c.precision)
         self.post_quant = Dense(c.latent_channels, c.precision)
 
-    def encode_chunk(self, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """[B, 1 or temporal_stride, H, W, 3] -> ([B, 1, h, w, 2C] mean and log-variance, cache)."""
-        x, cache = self.encoder(video, cache)
-        return self.quant(x), cache
+    def encode_chunk(self, video: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
+        """[B, 1 or temporal_stride, H, W, 3] -> ([B, 1, h, w, 2C] mean and log-variance, cache); between the fine and
+        the coarse part of it [B, 1, h, w, width of the last level but one]."""
+        x, cache = self.encoder(video, cache, part)
+        return x if part == FINE else self.quant(x), cache
 
-    def decode_chunk(self, latents: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """[B, 1, h, w, C] raw latents -> ([B, 1 or temporal_stride, H, W, 3], cache)."""
-        return self.decoder(self.post_quant(latents), cache)
+    def decode_chunk(self, latents: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
+        """[B, 1, h, w, C] raw latents -> ([B, 1 or temporal_stride, H, W, 3], cache); between the coarse and the fine
+        part of it [B, 1, h, w, width of the last level]."""
+        return self.decoder(latents if part == FINE else self.post_quant(latents), cache, part)
 
     def __call__(self, video: jax.Array) -> jax.Array:
         """Reconstructs two chunks, [B, 1 + temporal_stride, H, W, 3]: touches every parameter once."""
@@ -336,12 +351,28 @@ def encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
     shift = jnp.asarray(config.latent_mean, jnp.float32)
     scale = jnp.asarray(config.latent_std, jnp.float32)
 
-    def run(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        moments, cache = WanVAE(config).apply({"params": params}, x, cache, method="encode_chunk")
+    apply = functools.partial(WanVAE(config).apply, {"params": params}, method="encode_chunk")
+
+    def run(x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
+        moments, cache = apply(x, cache, part=part)
         return (moments[..., :channels].astype(jnp.float32) - shift) / scale, cache
 
-    out = jnp.zeros((batch, 1 + later, height // stride, width // stride, channels), jnp.float32)
-    return _run_chunks(run, video, chunk, out, 1)
+    grid = (height // stride, width // stride)
+    out = jnp.zeros((batch, 1 + later, *grid, channels), jnp.float32)
+    windows = windows_of(config, grid, encode_reach(config))
+    if windows is None:
+        return run_chunks(run, video, chunk, out, 1)
+
+    def write(features: jax.Array, start: jax.Array) -> jax.Array:
+        def fine(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+            x, cache = apply(windows.cut(x, start, stride), cache, part=FINE)
+            return windows.kept(x, start), cache
+
+        return run_chunks(fine, video, chunk, features, 1, windows.corner(start))
+
+    width = config.base_dim * (1, *config.dim_mult)[-2]
+    features = jnp.zeros((*out.shape[:-1], width), jnp.dtype(config.precision.residual))
+    return run_chunks(functools.partial(run, part=COARSE), windows.over(features, write), 1, out, 1)
 
 
 def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
@@ -365,41 +396,31 @@ def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
     shift = jnp.asarray(config.latent_mean, jnp.float32)
     scale = jnp.asarray(config.latent_std, jnp.float32)
 
+    apply = functools.partial(WanVAE(config).apply, {"params": params}, method="decode_chunk")
+
+    def coarse(x: jax.Array, cache: Cache | None, part: str = COARSE) -> tuple[jax.Array, Cache]:
+        return apply(x.astype(jnp.float32) * scale + shift, cache, part=part)
+
     def run(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        x = x.astype(jnp.float32) * scale + shift
-        x, cache = WanVAE(config).apply({"params": params}, x, cache, method="decode_chunk")
+        x, cache = coarse(x, cache, ALL)
         return jnp.clip(x.astype(jnp.float32), -1, 1), cache
 
     out = jnp.zeros((batch, 1 + (frames - 1) * chunk, height * stride, width * stride, 3), jnp.float32)
-    return _run_chunks(run, latents, 1, out, chunk)
+    windows = windows_of(config, (height, width), decode_reach(config))
+    if windows is None:
+        return run_chunks(run, latents, 1, out, chunk)
+    features = jnp.zeros((*latents.shape[:-1], config.dim_mult[-1] * config.base_dim),
+                         jnp.dtype(config.precision.residual))  # fmt: skip
+    features = run_chunks(coarse, latents, 1, features, 1)
 
+    def write(out: jax.Array, start: jax.Array) -> jax.Array:
+        def fine(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+            x, cache = apply(windows.cut(x, start), cache, part=FINE)
+            return jnp.clip(windows.kept(x, start, stride).astype(jnp.float32), -1, 1), cache
 
-def _run_chunks(run: Any, x: jax.Array, size_in: int, out: jax.Array, size_out: int) -> jax.Array:
-    """Runs `run(chunk, cache)` over time: one frame first, then `size_in` frames to `size_out` at a time.
+        return run_chunks(fine, features, 1, out, chunk, windows.corner(start, stride))
 
-    Chunks are cut from x and written into `out` in place, which the loop carries beside the cache: stacked
-    scan inputs and outputs would each cost a transposed copy of the whole video.
-    """
-
-    def run_split(chunk: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """Pictures over the devices; convolutions swap the borders of neighbours."""
-        y, cache = run(constrain(chunk, *PICTURE), cache)
-        return constrain(y, *PICTURE), cache
-
-    first, cache = run_split(x[:, :1], None)
-    out = lax.dynamic_update_slice_in_dim(out, first, 0, 1)
-    later = (x.shape[1] - 1) // size_in
-    if later == 0:
-        return out
-
-    def step(carry: tuple[Cache, jax.Array], index: jax.Array) -> tuple[tuple[Cache, jax.Array], None]:
-        cache, out = carry
-        chunk = lax.dynamic_slice_in_dim(x, 1 + index * size_in, size_in, 1)
-        y, cache = run_split(chunk, cache)
-        return (cache, lax.dynamic_update_slice_in_dim(out, y, 1 + index * size_out, 1)), None
-
-    (_, out), _ = lax.scan(step, (cache, out), jnp.arange(later))
-    return out
+    return windows.over(out, write)
 
 
 def _check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:

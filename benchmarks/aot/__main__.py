@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--layers", type=measure.positive, help="fewer than the transformer has, at its full width")
     line.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     line.add_argument("--dtype", choices=sorted(measure.POLICIES), default="bfloat16")
+    line.add_argument("--tiles", type=measure.positive, default=1, help="windows of a picture in the autoencoder")
     line.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the compiler, repeatable")
     line.add_argument("--hlo", type=writing.absolute, metavar="FILE", help="also keep the compiled module's text")
     line.add_argument("--out", type=writing.absolute, metavar="FOLDER", help="one JSON file a run, named after it")
@@ -64,7 +65,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
     dit = dataclasses.replace(model.dit, attention=args.attention)
     if args.layers:
         dit = dataclasses.replace(dit, num_layers=args.layers)
-    return dataclasses.replace(model, dit=dit)
+    return dataclasses.replace(model, dit=dit, vae=dataclasses.replace(model.vae, tiles=args.tiles))
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -76,6 +77,8 @@ def name_of(args: argparse.Namespace) -> str:
     for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype"):
         if own[name] != usual[name]:
             fields.append(f"{own[name]}steps" if name == "steps" else own[name])
+    if args.tiles != 1:
+        fields.append(f"{args.tiles}tiles")
     if args.option:
         fields.append("options-" + hashlib.sha256(" ".join(sorted(args.option)).encode()).hexdigest()[:6])
     return "_".join(filter(None, fields)) + ".json"
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
         "devices": count,
         "mesh": args.mesh or {},
         "settings": {name: getattr(args, name) for name in
-                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "option")}
+                     ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "tiles", "option")}
                     | {"layers": plan.config.dit.num_layers, "attention": plan.config.dit.attention},
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
