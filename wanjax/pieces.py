@@ -145,3 +145,16 @@ def run_chunks(
 
     (_, out), _ = lax.scan(step, (cache, out), jnp.arange(later))
     return out
+
+
+def check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
+    """Raises ValueError, with the nearest numbers that it can take, for a video that the encoder cannot."""
+    if len(shape) != 5 or shape[-1] != 3:
+        raise ValueError(f"video: got shape {shape}, give [B, T, H, W, 3]")
+    frames, step = shape[1], config.temporal_stride
+    if frames < 1 or (frames - 1) % step:
+        below = max(1, (frames - 1) // step * step + 1)
+        raise ValueError(f"video: {frames} frames are not a multiple of {step} plus 1; use {below} or {below + step}")
+    stride = config.spatial_stride
+    if shape[2] % stride or shape[3] % stride or 0 in shape:
+        raise ValueError(f"video: {shape[2]}x{shape[3]} pixels are not multiples of {stride}")

@@ -17,16 +17,28 @@ from jax import lax
 
 from wanjax.attention import attention
 from wanjax.config import Precision, VAEConfig
-from wanjax.layers import Dense, conv3d
-from wanjax.pieces import decode_reach, encode_reach, run_chunks, windows_of
+from wanjax.layers import Dense, conv3d, dot
+from wanjax.pieces import check_video, decode_reach, encode_reach, run_chunks, windows_of
 
 Cache = dict[str, Any]
-
 ALL, COARSE, FINE = "all", "coarse", "fine"
 """Parts of the encoder and the decoder: at the latents' resolution, with attention among all positions of a frame, and
 above it, where everything is near."""
 
-SAME_2D = ((1, 1), (1, 1))
+SAME_2D, NO_2D = ((1, 1), (1, 1)), ((0, 0), (0, 0))
+
+
+STREAM = 2.0**-6
+"""What the stream that blocks add to is scaled by in float16, so that it may reach four million: all that reads it is
+linear, or a norm, which does not care."""
+
+
+def _stream(precision: Precision) -> float:
+    return STREAM if precision.residual == "float16" else 1.0
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1 else x * scale
 
 
 def _part(cache: Cache | None, name: str) -> Any:
@@ -40,6 +52,7 @@ class Conv(nn.Module):
     Attributes:
       kernel_size, strides: per (time, height, width).
       spatial_padding: zeros before and after, per (height, width).
+      scale: of the bias; that of what goes in and comes out.
     The cache is its last `kt - time stride` input frames, in the compute dtype.
     """
 
@@ -48,6 +61,7 @@ class Conv(nn.Module):
     kernel_size: tuple[int, int, int] = (3, 3, 3)
     strides: tuple[int, int, int] = (1, 1, 1)
     spatial_padding: tuple[tuple[int, int], tuple[int, int]] = SAME_2D
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -63,11 +77,11 @@ class Conv(nn.Module):
         x = jnp.concatenate([cache, x], 1) if past else x
         padding = ((0, 0), *self.spatial_padding)
         y = conv3d(x, kernel, precision, self.strides, padding, self.config.conv3d)
-        return y + bias.astype(compute), x[:, x.shape[1] - past :]
+        return y + _scaled(bias, self.scale).astype(compute), x[:, x.shape[1] - past :]
 
 
 class SpatialConv(nn.Module):
-    """3x3 convolution of every frame; parameters `kernel` [3, 3, I, O] and `bias` [O]."""
+    """3x3 convolution of every frame of the stream; parameters `kernel` [3, 3, I, O] and `bias` [O]."""
 
     features: int
     precision: Precision
@@ -80,9 +94,24 @@ class SpatialConv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
-        strides, padding = (1, self.stride, self.stride), ((0, 0), *self.padding)
-        y = conv3d(x, kernel[None], self.precision, strides, padding)
-        return y + bias.astype(y.dtype)
+        strides = (1, self.stride, self.stride)
+        y = conv3d(x, kernel[None], self.precision, strides, ((0, 0), *self.padding))
+        return y + _scaled(bias, _stream(self.precision)).astype(y.dtype)
+
+
+class Linear(nn.Module):
+    """A product at every position that gives the stream; parameters as `Dense` has them."""
+
+    features: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param = jnp.dtype(self.precision.param)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), param)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
+        y = dot(x, kernel, self.precision)
+        return y + _scaled(bias, _stream(self.precision)).astype(y.dtype)
 
 
 class ChannelNorm(nn.Module):
@@ -108,12 +137,12 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
         precision, new = self.config.precision, {}
-        residual, skip = jnp.dtype(precision.residual), x
+        residual, skip, scale = jnp.dtype(precision.residual), x, _stream(precision)
         if x.shape[-1] != self.features:
-            skip = Dense(self.features, precision, name="shortcut")(x)
+            skip = Linear(self.features, precision, name="shortcut")(x)
         for i in ("1", "2"):
-            x = nn.silu(ChannelNorm(precision, name=f"norm{i}")(x))
-            conv = Conv(self.features, self.config, name=f"conv{i}")
+            x = _scaled(nn.silu(ChannelNorm(precision, name=f"norm{i}")(x)), scale)
+            conv = Conv(self.features, self.config, scale=scale, name=f"conv{i}")
             x, new[f"conv{i}"] = conv(x, _part(cache, f"conv{i}"))
         return x.astype(residual) + skip.astype(residual), new
 
@@ -130,7 +159,7 @@ class FrameAttention(nn.Module):
         q, k, v = jnp.split(Dense(3 * dim, self.precision, name="qkv")(tokens), 3, -1)
         # In blocks of queries where the logits are large; heads this wide have no fused kernel.
         y = attention(q, k, v, precision=self.precision)
-        y = Dense(dim, self.precision, name="proj")(y).reshape(x.shape)
+        y = Linear(dim, self.precision, name="proj")(_scaled(y, _stream(self.precision))).reshape(x.shape)
         return x + y.astype(x.dtype)
 
 
@@ -163,8 +192,8 @@ class Downsample(nn.Module):
             return x.astype(residual), {}
         if cache is None:
             return x.astype(residual), {"temporal": x[:, -1:]}
-        none = ((0, 0), (0, 0))
-        x, last = Conv(dim, self.config, (3, 1, 1), (2, 1, 1), none, name="temporal")(x, cache["temporal"])
+        scale = _stream(self.config.precision)
+        x, last = Conv(dim, self.config, (3, 1, 1), (2, 1, 1), NO_2D, scale, name="temporal")(x, cache["temporal"])
         return x.astype(residual), {"temporal": last}
 
 
@@ -184,7 +213,7 @@ class Upsample(nn.Module):
         if self.temporal and cache is None:
             new["temporal"] = jnp.zeros((batch, 2, height, width, dim), jnp.dtype(precision.compute))
         elif self.temporal:
-            conv = Conv(2 * dim, self.config, (3, 1, 1), spatial_padding=((0, 0), (0, 0)), name="temporal")
+            conv = Conv(2 * dim, self.config, (3, 1, 1), (1, 1, 1), NO_2D, _stream(precision), name="temporal")
             x, new["temporal"] = conv(x, cache["temporal"])
             x = jnp.moveaxis(x.reshape(batch, -1, height, width, 2, dim), 4, 2)  # [B, T, 2, H, W, C]
         x = x.reshape(batch, -1, height, 1, width, 1, dim)
@@ -234,6 +263,13 @@ class Head(nn.Module):
         return x, {"conv": last}
 
 
+def _conv_in(features: int, config: VAEConfig, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, jax.Array]:
+    """What begins the stream; to be called in a compact method."""
+    scale = _stream(config.precision)
+    x, last = Conv(features, config, scale=scale, name="conv_in")(_scaled(x, scale), _part(cache, "conv_in"))
+    return x.astype(jnp.dtype(config.precision.residual)), last
+
+
 class Encoder(nn.Module):
     """Video chunk to features of 2 * latent_channels; or its fine part, behind that its coarse one."""
 
@@ -243,8 +279,7 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
         c, new = self.config, {}
         if part != COARSE:
-            x, new["conv_in"] = Conv(c.base_dim, c, name="conv_in")(x, _part(cache, "conv_in"))
-            x = x.astype(jnp.dtype(c.precision.residual))
+            x, new["conv_in"] = _conv_in(c.base_dim, c, x, cache)
         flags = (*c.temporal_downsample, None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult, flags, strict=True)):
             if part == (FINE if temporal is None else COARSE):
@@ -269,9 +304,7 @@ class Decoder(nn.Module):
     def __call__(self, x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
         c, new = self.config, {}
         if part != FINE:
-            top = c.base_dim * c.dim_mult[-1]
-            x, new["conv_in"] = Conv(top, c, name="conv_in")(x, _part(cache, "conv_in"))
-            x = x.astype(jnp.dtype(c.precision.residual))
+            x, new["conv_in"] = _conv_in(c.base_dim * c.dim_mult[-1], c, x, cache)
             x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
         flags = (*c.temporal_downsample[::-1], None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult[::-1], flags, strict=True)):
@@ -343,14 +376,10 @@ def encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
     Raises:
       ValueError: a shape the model cannot take; names the nearest that it can.
     """
-    _check_video(config, video.shape)
-    chunk = config.temporal_stride
+    check_video(config, video.shape)
     batch, frames, height, width, _ = video.shape
-    stride, channels = config.spatial_stride, config.latent_channels
-    later = (frames - 1) // chunk
-    shift = jnp.asarray(config.latent_mean, jnp.float32)
-    scale = jnp.asarray(config.latent_std, jnp.float32)
-
+    chunk, stride, channels = config.temporal_stride, config.spatial_stride, config.latent_channels
+    shift, scale = (jnp.asarray(x, jnp.float32) for x in (config.latent_mean, config.latent_std))
     apply = functools.partial(WanVAE(config).apply, {"params": params}, method="encode_chunk")
 
     def run(x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
@@ -358,7 +387,7 @@ def encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
         return (moments[..., :channels].astype(jnp.float32) - shift) / scale, cache
 
     grid = (height // stride, width // stride)
-    out = jnp.zeros((batch, 1 + later, *grid, channels), jnp.float32)
+    out = jnp.zeros((batch, 1 + (frames - 1) // chunk, *grid, channels), jnp.float32)
     windows = windows_of(config, grid, encode_reach(config))
     if windows is None:
         return run_chunks(run, video, chunk, out, 1)
@@ -393,9 +422,7 @@ def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
         raise ValueError(f"latents: got shape {latents.shape}, give [B, F, h, w, {config.latent_channels}] with F >= 1")
     chunk, stride = config.temporal_stride, config.spatial_stride
     batch, frames, height, width, _ = latents.shape
-    shift = jnp.asarray(config.latent_mean, jnp.float32)
-    scale = jnp.asarray(config.latent_std, jnp.float32)
-
+    shift, scale = (jnp.asarray(x, jnp.float32) for x in (config.latent_mean, config.latent_std))
     apply = functools.partial(WanVAE(config).apply, {"params": params}, method="decode_chunk")
 
     def coarse(x: jax.Array, cache: Cache | None, part: str = COARSE) -> tuple[jax.Array, Cache]:
@@ -421,15 +448,3 @@ def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
         return run_chunks(fine, features, 1, out, chunk, windows.corner(start, stride))
 
     return windows.over(out, write)
-
-
-def _check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
-    if len(shape) != 5 or shape[-1] != 3:
-        raise ValueError(f"video: got shape {shape}, give [B, T, H, W, 3]")
-    frames, step = shape[1], config.temporal_stride
-    if frames < 1 or (frames - 1) % step:
-        below = max(1, (frames - 1) // step * step + 1)
-        raise ValueError(f"video: {frames} frames are not a multiple of {step} plus 1; use {below} or {below + step}")
-    stride = config.spatial_stride
-    if shape[2] % stride or shape[3] % stride or 0 in shape:
-        raise ValueError(f"video: {shape[2]}x{shape[3]} pixels are not multiples of {stride}")
