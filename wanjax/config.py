@@ -296,11 +296,12 @@ class ModelConfig:
             clip=None if self.clip is None else dataclasses.replace(self.clip, precision=encoders),
         )
 
-    def for_platform(self, platform: str) -> "ModelConfig":
+    def for_platform(self, platform: str, kind: str = "") -> "ModelConfig":
         """The same model with every "auto" resolved; other choices stay.
 
         Args:
           platform: "cpu", "gpu" or "cuda", "rocm", or "tpu", as JAX names them.
+          kind: of the device, as JAX names it ("TPU v6 lite"): a kernel may have a form for it.
 
         Raises:
           ValueError: another platform.
@@ -308,6 +309,7 @@ class ModelConfig:
         if platform not in _PLATFORMS:
             raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
         attention, rotation, conv3d, product = _PLATFORMS[platform]
+        attention += f"-{_TPUS[kind]}" if platform == "tpu" and kind in _TPUS else ""
 
         def resolved(config: Any, **choices: str) -> Any:
             own = {field: name for field, name in choices.items() if getattr(config, field) == "auto"}
@@ -342,6 +344,8 @@ _PLATFORMS: Mapping[str, tuple[str, str, str, str]] = {
     "tpu": ("splash", "product", "conv3d", "compute"),
 }
 """What "auto" means for attention, rotary pairs, 3D convolutions and matrix products."""
+_TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+         "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
 
 def _flf2v_14b() -> ModelConfig:

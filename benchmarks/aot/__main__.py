@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         line.error(f"--option {' '.join(args.option)}: give NAME=VALUE, such as xla_tpu_scoped_vmem_limit_kib=65536")
     try:
         target.prepare()
+        model = model.for_platform(target.platform, target.devices()[0].device_kind)
         settings = Settings.of(model, frames=args.frames, size=args.size, steps=args.steps, method=args.method,
                                guidance_mode=args.guidance_mode)  # fmt: skip
         plan = Plan.of(model, settings, platform=target.platform)
