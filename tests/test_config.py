@@ -122,6 +122,7 @@ def test_configs_are_frozen():
 
 REFUSED = [
     (lambda: Precision(product="bfloat16"), "precision: product='bfloat16' is not one of auto, float32, compute"),
+    (lambda: VAEConfig(tiles=0), "vae: tiles 0: give a whole number from 1"),
     (lambda: VAEConfig(conv3d="fft"), "vae: conv3d 'fft' is not auto, conv3d or taps"),
     (lambda: Precision(param="int8"), "precision: param='int8' is not one of float32, bfloat16, float16"),
     (lambda: DiTConfig(dim=100, num_heads=3), "dit: dim 100 is not a multiple of num_heads 3"),

@@ -8,6 +8,7 @@ kernel cannot do it leaves to "xla".
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 
 import chex
@@ -23,6 +24,7 @@ __all__ = ["KERNELS", "Residual", "attention"]
 
 KERNELS: MappingProxyType[str, Callable[..., tuple[jax.Array, Residual | None]]] = MappingProxyType(
     {"xla": xla.attend, "chunked": xla.attend_in_chunks, "cudnn": cudnn.attend, "splash": splash.attend}
+    | {f"splash-{name}": partial(splash.attend, blocks=blocks) for name, blocks in splash.BLOCKS.items()}
 )
 
 
