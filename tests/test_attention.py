@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from reference import relative_error
 
 from wanjax.attention import KERNELS, attention, cudnn, parallel, splash, xla
-from wanjax.config import BFLOAT16, FLOAT32, Precision, preset
+from wanjax.config import preset
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 from wanjax.sharding import make_mesh
 
 B, S, K, N, D = 2, 13, 7, 3, 8

@@ -7,19 +7,8 @@ import re
 import pytest
 from jax import lax
 
-from wanjax.config import (
-    BFLOAT16,
-    FLOAT32,
-    PRESETS,
-    CLIPConfig,
-    DiTConfig,
-    Precision,
-    UMT5Config,
-    VAEConfig,
-    from_json,
-    preset,
-    to_json,
-)
+from wanjax.config import PRESETS, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, from_json, preset, to_json
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 
 
 @pytest.mark.parametrize("name", PRESETS)

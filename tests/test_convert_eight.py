@@ -21,7 +21,7 @@ import convert
 from convert import __main__ as command
 from convert import sources, write
 from wanjax import checkpoint, store
-from wanjax.config import BFLOAT16
+from wanjax.precision import BFLOAT16
 
 WEIGHTS = sorted(DTYPES)
 

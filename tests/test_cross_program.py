@@ -15,8 +15,8 @@ from reference import relative_error
 
 import wanjax.attention.xla
 from wanjax import cross, kab
-from wanjax.config import BFLOAT16, FLOAT32
 from wanjax.layers import constrain
+from wanjax.precision import BFLOAT16, FLOAT32
 from wanjax.sharding import make_mesh
 
 

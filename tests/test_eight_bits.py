@@ -16,7 +16,8 @@ from test_store import equal, flip, refused
 from benchmarks import random_model
 from convert import __main__ as command
 from wanjax import checkpoint, manifest, shapes, sharding, store
-from wanjax.config import BFLOAT16, PRESETS, Precision, from_json, preset, to_json
+from wanjax.config import PRESETS, from_json, preset, to_json
+from wanjax.precision import BFLOAT16, Precision
 
 WEIGHTS = sorted(DTYPES)
 PICKED = "dit/blocks/cross_attn/k_image/"

@@ -16,8 +16,8 @@ from test_hosts import begin, end, free_port
 from test_parallel import CONFIG, case, run
 
 from wanjax import shapes, sharding
-from wanjax.config import BFLOAT16
 from wanjax.dit import WanDiT
+from wanjax.precision import BFLOAT16
 
 WEIGHTS = sorted(DTYPES)
 

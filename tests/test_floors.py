@@ -10,6 +10,7 @@ FLOORS = (
     {
         "types",
         "config",
+        "precision",
         "settings",
         "environment",
         "hosts",

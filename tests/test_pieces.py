@@ -10,8 +10,9 @@ import pytest
 from reference import relative_error
 
 from wanjax import pieces, sharding, vae
-from wanjax.config import BFLOAT16, VAEConfig
+from wanjax.config import VAEConfig
 from wanjax.pieces import Windows, decode_reach, encode_reach
+from wanjax.precision import BFLOAT16
 
 REACH = {"encode": encode_reach, "decode": decode_reach}
 CONFIGS = {

@@ -18,7 +18,8 @@ from reference import listing, numpy_state, randomize, relative_error
 from convert import vae as names
 from convert.keymap import CONV3D, check, convert
 from wanjax import checkpoint, vae
-from wanjax.config import BFLOAT16, VAE_BFLOAT16, VAEConfig, preset
+from wanjax.config import VAEConfig, preset
+from wanjax.precision import BFLOAT16, VAE_BFLOAT16
 
 CONFIGS = {
     "wan": VAEConfig(base_dim=8, conv3d="taps"),

@@ -16,8 +16,8 @@ from jax import lax
 
 from wanjax import kab
 from wanjax.attention import Residual, attention, parallel, xla
-from wanjax.config import FLOAT32, Precision
 from wanjax.layout import TokenLayout
+from wanjax.precision import FLOAT32, Precision
 from wanjax.types import Branches, CrossBias, CrossControl
 
 

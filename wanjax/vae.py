@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from wanjax.attention import attention
-from wanjax.config import Precision, VAEConfig
+from wanjax.config import VAEConfig
 from wanjax.layers import Dense, conv3d, dot
 from wanjax.pieces import check_video, decode_reach, encode_reach, run_chunks, windows_of
+from wanjax.precision import Precision
 
 Cache = dict[str, Any]
 ALL, COARSE, FINE = "all", "coarse", "fine"

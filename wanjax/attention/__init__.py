@@ -18,7 +18,7 @@ import numpy as np
 
 from wanjax.attention import cudnn, splash, xla
 from wanjax.attention.xla import Residual
-from wanjax.config import FLOAT32, Precision
+from wanjax.precision import FLOAT32, Precision
 
 __all__ = ["KERNELS", "Residual", "attention"]
 

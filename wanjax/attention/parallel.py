@@ -23,9 +23,9 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from wanjax.attention import attention, splash
-from wanjax.config import Precision
 from wanjax.layers import TOKENS, mesh_axes
 from wanjax.layout import TokenLayout
+from wanjax.precision import Precision
 
 SUMMED = (*TOKENS, "tensor")
 """Axes over which the queries and heads of one sample lie."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wanjax.attention import xla
-from wanjax.config import Precision
+from wanjax.precision import Precision
 
 BLOCK = 1024
 """Most queries, and most keys, of one block where nothing else is said: what fits every generation."""

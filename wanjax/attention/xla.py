@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wanjax.config import Precision
+from wanjax.precision import Precision
 
 CHUNK_BYTES = 256 * 2**20
 """Logits larger than this are computed in blocks of queries."""
