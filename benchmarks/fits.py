@@ -3,9 +3,9 @@
     python -m benchmarks.fits --limit 9 --out fits.json
 
 FLF2V-14B at its full width with few layers and random weights, in float32 (of bfloat16 kernels a CPU makes float32
-copies), is written to a folder as by `python -m convert`. Then `python -m samplers.inbetween` makes one clip from it in a process of its own, once for each
-way: first without a limit, whose clip the others are compared with, and then under `--limit` (RLIMIT_AS, all that the
-process maps).
+copies), is written to a folder as by `python -m convert`. Then `python -m samplers.inbetween` makes one clip from it in
+a process of its own, once for each way: first without a limit, whose clip the others are compared with, and then under
+`--limit` (RLIMIT_AS, all that the process maps).
 """
 
 import argparse

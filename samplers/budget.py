@@ -14,7 +14,7 @@ from samplers.chips import Chip, Devices
 from samplers.plan import Settings, check_settings
 from wanjax import checkpoint, sharding
 from wanjax.config import PRESETS, ModelConfig, preset
-from wanjax.precision import BFLOAT16
+from wanjax.precision import BFLOAT16, Precision
 from wanjax.residency import POLICIES
 
 REACHED = (0.3, 0.65)
@@ -194,12 +194,21 @@ def seconds(
     passes = 1 if settings.guidance == 1 or settings.guidance_mode == "batched" else 2
     moved = max(way.estimate.weights["dit"] / chip.bandwidth, way.estimate.host / devices.count / chip.link)
     found = {}
-    for stage, part, extra in (("encode", config.vae, overlap["keyframes"]), ("denoise", config.dit, 1),
-                               ("decode", config.vae, overlap["decode"])):  # fmt: skip
-        peak = chip.single if part.precision.compute == "float32" else chip.peak
+    for stage, part, extra in (("encode", "vae", overlap["keyframes"]), ("denoise", "dit", 1),
+                               ("decode", "vae", overlap["decode"])):  # fmt: skip
+        peak = _peak(chip, getattr(config.for_platform(chip.platform), part).precision)
         least = settings.steps * passes * moved if stage == "denoise" else 0
         found[stage] = [max(least, work[stage] * extra / devices.count / peak / share) for share in REACHED[::-1]]
     return found | {"total": [sum(own[end] for own in found.values()) for end in (0, 1)]}
+
+
+def _peak(chip: Chip, precision: Precision) -> float:
+    """Operations a second: of half precision, of float32, or of what stands in for it, TF32 or three passes."""
+    if precision.compute != "float32":
+        return chip.peak
+    if getattr(precision, "passes", "exact") == "exact":
+        return chip.single
+    return chip.peak / (2 if chip.platform == "gpu" else 3)
 
 
 def _about_fraction(chip: Chip, way: memory.Choice) -> list[str]:

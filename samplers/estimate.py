@@ -188,7 +188,7 @@ def temporary(
     platform: str,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of each stage besides the weights, on one device."""
-    c, s, factors = config, settings, FACTORS[platform]
+    c, s, factors = config.for_platform(platform), settings, FACTORS[platform]
     (height, width), frames = s.size, c.vae.latent_frames(s.frames)
     area, latents = height * width, frames * height * width // c.vae.spatial_stride**2
     found = {"text": _encoder(2, c.dit.text_length, c.umt5)}

@@ -13,12 +13,14 @@ from samplers.estimate import GIB
 from samplers.plan import Settings
 from wanjax import checkpoint, sharding
 from wanjax.config import preset
-from wanjax.precision import BFLOAT16, VAE_BFLOAT16
+from wanjax.precision import BFLOAT16, Precision
 from wanjax.residency import POLICIES
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "aot"
 REPORTS = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("stages/*.json")])
 """Of `benchmarks.aot`, of the present form of the sampler."""
+HALF = Precision(compute="bfloat16", residual="bfloat16")
+"""Of the VAE."""
 # GiB that XLA's memory analysis gave for FLF2V-14B, 81 frames, bfloat16, compiled for H100s; temporaries alone.
 FIGURES = {
     ("float32", (480, 864), 1): {"keyframes": 6.60, "denoise": 2.66, "decode": 7.79},
@@ -49,7 +51,7 @@ def chosen(gib, size=(480, 864), mesh=None, platform="gpu", vae=None, host=256, 
 
 @pytest.mark.parametrize("vae, size, devices", FIGURES, ids=str)
 def test_estimates_are_near_the_compilers(vae, size, devices):
-    config, settings = clip(size, VAE_BFLOAT16 if vae == "bfloat16" else None)
+    config, settings = clip(size, HALF if vae == "bfloat16" else None)
     mesh = sharding.choose_mesh(devices, 40)
     found = estimate.estimate(config, settings, mesh, platform="gpu")
     for stage, gib in FIGURES[vae, size, devices].items():
@@ -143,7 +145,7 @@ ON_A_CPU = {
 @pytest.mark.parametrize("dtype, vae, size, layers", ON_A_CPU, ids=str)
 def test_a_cpu_copies_half_precision(dtype, vae, size, layers):
     """Of kernels in bfloat16 it keeps float32 copies of all layers, which nothing else does."""
-    config, _ = clip(vae=VAE_BFLOAT16 if vae == "bfloat16" else None)
+    config, _ = clip(vae=HALF if vae == "bfloat16" else None)
     config = config if dtype == "bfloat16" else preset("flf2v_14b")
     shallow = {part: replace(getattr(config, part), num_layers=layers) for part in ("dit", "umt5", "clip")}
     config = replace(config, **shallow)
@@ -220,7 +222,7 @@ def test_devices_that_share_a_picture_have_no_windows():
 
 @pytest.mark.parametrize("limit", [4, 6, 11])
 def test_the_vae_keeps_to_its_limit(limit):
-    found = chosen(79.6, (720, 1280), vae=VAE_BFLOAT16, vae_memory=limit * GIB)
+    found = chosen(79.6, (720, 1280), vae=HALF, vae_memory=limit * GIB)
     assert max(found.estimate.temporary[stage] for stage in ("keyframes", "decode")) <= limit * GIB
     assert (found.tiles > 1) == (limit < 11)
     assert found.policy == "keep"
