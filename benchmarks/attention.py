@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from benchmarks import measure
 from samplers import flops
 from wanjax.attention import KERNELS, attention
-from wanjax.config import BFLOAT16, FLOAT32, PRESETS, ModelConfig, Precision, preset
+from wanjax.config import PRESETS, ModelConfig, preset
 from wanjax.manifest import first_line
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 
 LIMIT = 1e-2
 """Relative error in bfloat16 against float32."""

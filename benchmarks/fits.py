@@ -2,10 +2,10 @@
 
     python -m benchmarks.fits --limit 9 --out fits.json
 
-FLF2V-14B at its full width with few layers and random weights, in bfloat16, is written to a folder as by
-`python -m convert`. Then `python -m samplers.inbetween` makes one clip from it in a process of its own, once for each
-way: first without a limit, whose clip the others are compared with, and then under `--limit` (RLIMIT_AS, all that the
-process maps).
+FLF2V-14B at its full width with few layers and random weights, in float32 (of bfloat16 kernels a CPU makes float32
+copies), is written to a folder as by `python -m convert`. Then `python -m samplers.inbetween` makes one clip from it in
+a process of its own, once for each way: first without a limit, whose clip the others are compared with, and then under
+`--limit` (RLIMIT_AS, all that the process maps).
 """
 
 import argparse
@@ -50,7 +50,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = argparse.ArgumentParser("python -m benchmarks.fits", description=__doc__.split("\n", 1)[0])
-    line.add_argument("--layers", type=measure.positive, default=6, help="of the transformer (default: %(default)s)")
+    line.add_argument("--layers", type=measure.positive, default=3, help="of the transformer (default: %(default)s)")
     line.add_argument("--encoder-layers", type=measure.positive, default=1, help="of UMT5 and CLIP")
     line.add_argument("--size", type=measure.parse_size, default=(64, 96), metavar="HEIGHTxWIDTH")
     line.add_argument("--limit", type=float, required=True, metavar="GIB", help="of what a process maps")
@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def model_of(layers: int, encoder_layers: int) -> ModelConfig:
-    """FLF2V-14B with so many layers, in bfloat16."""
-    full = checkpoint.with_dtype(preset("flf2v_14b"), "bfloat16")
+    """FLF2V-14B with so many layers, in float32."""
+    full = checkpoint.with_dtype(preset("flf2v_14b"), "float32")
     return dataclasses.replace(
         full,
         name=f"flf2v_14b_{layers}_layers",
@@ -83,7 +83,7 @@ def write_model(folder: Path, config: ModelConfig) -> None:
             entries[name] = manifest.entry_of(array)
     (folder / checkpoint.CONFIG).write_text(to_json(config), encoding="utf-8")
     shutil.copyfile(checkpoint.bundled() / checkpoint.TOKENIZER, folder / checkpoint.TOKENIZER)
-    (folder / checkpoint.MANIFEST).write_text(manifest.Manifest(entries, {}, "benchmarks.fits", "bf16").dumps())
+    (folder / checkpoint.MANIFEST).write_text(manifest.Manifest(entries, {}, "benchmarks.fits", "f32").dumps())
     checkpoint.sign(folder)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from benchmarks import measure, random_model
 from samplers import flops
 from wanjax import rope, shapes, vae
-from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Precision, VAEConfig, preset
+from wanjax.config import PRESETS, DiTConfig, ModelConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 
 LIMITS = {"float32, device against CPU": 2e-5, "bfloat16 against float32": 2e-2, "taps against conv3d": 2e-5}
 

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from wanjax import settings, writing
-from wanjax.config import BFLOAT16, FLOAT32, ModelConfig, Precision
+from wanjax.config import ModelConfig
 from wanjax.environment import peak_memory, report, versions
 from wanjax.layers import dot
 from wanjax.manifest import first_line
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 
 POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "diffusers")

@@ -27,8 +27,8 @@ def count(shapes: Any) -> int:
 def params(shapes: Any, seed: int = 0) -> Any:
     """Random parameters on the default device.
 
-    Kernels keep the variance of their inputs, scales are near 1, the rest is small. Zeros would be unfair to
-    measure with: products of them draw less power and run faster. The numbers are windows of one pool of
+    Kernels keep the variance of their inputs (8-bit ones roughly), scales are near 1, the rest is small. Zeros would
+    be unfair to measure with: products of them draw less power and run faster. The numbers are windows of one pool of
     normal ones, for a random generator per parameter takes XLA most of a minute to compile.
 
     Args:
@@ -54,9 +54,10 @@ def _leaf(path: str, leaf: jax.ShapeDtypeStruct, pool: jax.Array, starts: jax.Ar
     stacked = path.startswith("blocks/")
     shape = leaf.shape[1:] if stacked else leaf.shape
     name, size = path.rsplit("/", 1)[-1], math.prod(shape)
-    offset, scale = {"kernel": (0.0, 1 / math.sqrt(math.prod(shape[:-1]))), "scale": (1.0, 0.1),
+    spread = 32.0 if leaf.dtype.itemsize == 1 else 1 / math.sqrt(math.prod(shape[:-1]))
+    offset, scale = {"kernel": (0.0, spread), "factor": (5e-4, 5e-6), "scale": (1.0, 0.1),
                      "gamma": (1.0, 0.1)}.get(name, (0.0, 0.1))  # fmt: skip
-    values = (offset + scale * pool).astype(leaf.dtype)
+    values = jnp.clip(offset + scale * pool, -127, 127).astype(leaf.dtype)
 
     def one(start: jax.Array) -> jax.Array:
         window = jnp.roll(values, start)

@@ -18,7 +18,8 @@ from convert.sources import Part, Source
 from convert.tensors import SourceError
 from convert.tokenizer import Vocabulary
 from wanjax import checkpoint
-from wanjax.config import BFLOAT16, FLOAT32, PRESETS, DiTConfig, ModelConfig, Precision, preset
+from wanjax.config import PRESETS, DiTConfig, ModelConfig, preset
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 
 DTYPES = ("bf16", "f32", "int8", "fp8", "keep")
 

@@ -13,7 +13,8 @@ from samplers import estimate, flops, memory, schedule
 from samplers.chips import Chip, Devices
 from samplers.plan import Settings, check_settings
 from wanjax import checkpoint, sharding
-from wanjax.config import BFLOAT16, PRESETS, ModelConfig, Precision, preset
+from wanjax.config import PRESETS, ModelConfig, preset
+from wanjax.precision import BFLOAT16, Precision
 from wanjax.residency import POLICIES
 
 REACHED = (0.3, 0.65)

@@ -194,9 +194,7 @@ def _memory(
     asked = None if weights == "auto" and choice.weights == "bf16" else choice.weights
     config = config if asked is None else checkpoint.with_weights(config, asked)
     config = streaming.with_stream(config) if choice.policy == "stream" else config
-    if choice.tiles > 1:
-        config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, tiles=choice.tiles))
-    return config, choice, asked
+    return dataclasses.replace(config, vae=dataclasses.replace(config.vae, tiles=choice.tiles)), choice, asked
 
 
 def _worth_saying(choice: memory.Choice, asked: tuple[str, str, int | None]) -> bool:

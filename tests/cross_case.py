@@ -11,7 +11,7 @@ import pytest
 from reference import relative_error
 
 from wanjax import cross
-from wanjax.config import FLOAT32
+from wanjax.precision import FLOAT32
 from wanjax.types import Branches, CrossBias, CrossControl
 
 SIZES = (11, 6, 6)

@@ -342,3 +342,34 @@ def test_a_missing_compiler_is_one_line(target, package, monkeypatch, capsys):
         command.main(["--target", target, "--mesh", "tensor=8"])
     assert ended.value.code == 2
     assert f"{package} is not installed; pip install" in capsys.readouterr().err.splitlines()[-1]
+
+
+SLICED = """HloModule m
+
+%fused (p0: f32[21,8,4], p1: f32[8,4], p2: s32[]) -> (f32[21,8,4], f32[8]) {
+  %p0 = f32[21,8,4]{2,1,0} parameter(0)
+  %p1 = f32[8,4]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %cut = f32[1,8,4]{2,1,0} dynamic-slice(%p0, %p2, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  %new = f32[1,8,4]{2,1,0} bitcast(%p1)
+  %both = f32[1,8,4]{2,1,0} add(%cut, %new)
+  %into = f32[21,8,4]{2,1,0} dynamic-update-slice(%p0, %both, %p2, %zero, %zero)
+  %sums = f32[8]{0} bitcast(%cut)
+  ROOT %out = (f32[21,8,4]{2,1,0}, f32[8]{0}) tuple(%into, %sums)
+}
+
+ENTRY %main (a: f32[21,8,4], b: f32[8,4], i: s32[]) -> bf16[8,4] {
+  %a = f32[21,8,4]{2,1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %done = (f32[21,8,4]{2,1,0}, f32[8]{0}) fusion(%a, %b, %i), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/blocks/cross_attn/add"}
+  ROOT %half = bf16[8,4]{1,0} convert(%b), metadata={op_name="jit(f)/blocks/ffn/convert"}
+}
+"""  # noqa: E501
+
+
+def test_traffic_counts_slices_and_what_is_written_into_an_array():
+    """32 numbers are cut out, 32 added, 32 written back and 32 (here) handed on; a copy in half precision apart."""
+    program = report.Program(hlo.parse(SLICED))
+    assert program.traffic() == {"cross_attn": 4 * (32 + 32 + 1 + 32 + 32), "ffn": 4 * 32 + 2 * 32}

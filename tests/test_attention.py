@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from reference import relative_error
 
 from wanjax.attention import KERNELS, attention, cudnn, parallel, splash, xla
-from wanjax.config import BFLOAT16, FLOAT32, Precision
+from wanjax.config import preset
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 from wanjax.sharding import make_mesh
 
 B, S, K, N, D = 2, 13, 7, 3, 8
@@ -209,10 +210,12 @@ def test_cudnn_leaves_what_it_cannot_do_to_xla(monkeypatch, options, width, mesh
     assert asked == ["cudnn"] * fused and out.shape == q.shape
 
 
-@pytest.mark.parametrize("queries, keys, width, holes", [
-    (300, 257, 128, False), (130, 200, 64, True), pytest.param(1100, 1030, 128, True, marks=pytest.mark.slow),
+@pytest.mark.parametrize("queries, keys, width, holes, kernel", [
+    (300, 257, 128, False, "splash"), (130, 200, 64, True, "splash"),
+    pytest.param(1100, 1030, 128, True, "splash", marks=pytest.mark.slow),
+    (1100, 1300, 64, True, "splash-v6e"),
 ])  # fmt: skip
-def test_splash(queries, keys, width, holes):
+def test_splash(queries, keys, width, holes, kernel):
     """In Pallas' interpreter: lengths that its blocks do not divide, several blocks, two clips, both head widths, keys
     that do not count; the log-sum-exp in float32."""
     rng = np.random.default_rng(0)
@@ -222,8 +225,8 @@ def test_splash(queries, keys, width, holes):
     valid = rng.random(keys) < 0.7 if holes else None
     fixed = {"scale": scale, "valid": valid}
     with pltpu.force_tpu_interpret_mode():
-        out, (top, log_sum) = attention(q, k, v, precision=BFLOAT16, kernel="splash", residual=True, **fixed)
-        alone = attention(q, k, v, precision=BFLOAT16, kernel="splash", **fixed)
+        out, (top, log_sum) = attention(q, k, v, precision=BFLOAT16, kernel=kernel, residual=True, **fixed)
+        alone = attention(q, k, v, precision=BFLOAT16, kernel=kernel, **fixed)
     assert out.shape == q.shape and out.dtype == jnp.bfloat16
     # Of the same numbers in float32: rounding what comes out to bfloat16 is 1.7e-3 of the difference.
     exact = (x.astype(jnp.float32) for x in (q, k, v))
@@ -237,6 +240,23 @@ def test_splash(queries, keys, width, holes):
 )
 def test_splash_blocks(length, wanted):
     assert splash.block(length) == wanted
+
+
+def test_splash_blocks_by_generation():
+    """The device's kind chooses the kernel, its table the blocks; both sizes of video are whole blocks of each."""
+    config = preset("flf2v_14b")
+    kinds = {"TPU v5 lite": "splash-v5e", "TPU v5": "splash-v5p", "TPU v6 lite": "splash-v6e", "TPU7x": "splash-tpu7x",
+             "TPU v9": "splash", "": "splash"}  # fmt: skip
+    assert {kind: config.for_platform("tpu", kind).dit.attention for kind in kinds} == kinds
+    assert config.for_platform("gpu", "TPU v6 lite").dit.attention == "cudnn"
+    for kernel in kinds.values():
+        assert kernel in KERNELS
+        unit, blocks = splash.unit(kernel), splash.BLOCKS.get(kernel[7:], splash.Blocks(1024, 1024, 512))
+        assert unit == max(blocks.queries, blocks.keys) and blocks.keys % blocks.compute == 0
+        for tokens, padded in ((1620, 34816), (3600, 75776)):
+            assert parallel.layout(21, tokens, kernel).local == padded
+            assert padded % splash.block(padded, blocks.queries) == padded % splash.block(padded, blocks.keys) == 0
+    assert splash.unit("xla") == splash.unit("cudnn") == 1
 
 
 def test_keys_that_do_not_count(kernel):

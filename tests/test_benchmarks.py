@@ -28,7 +28,8 @@ from samplers import flops, programs, sample
 from samplers.plan import Plan, Settings
 from wanjax import shapes
 from wanjax.accepted import check_conditions
-from wanjax.config import BFLOAT16, PRESETS, preset
+from wanjax.config import PRESETS, preset
+from wanjax.precision import BFLOAT16
 
 ROOT = Path(__file__).parents[1]
 TINY = preset("tiny")

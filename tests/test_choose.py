@@ -81,6 +81,8 @@ VARIANTS = {
     "only a variant": (["model.fp16.safetensors"], "model.fp16.safetensors"),
     "variants": (["model.fp16.safetensors", "model.bf16.safetensors", "model.fp8.safetensors"],
                  "model.fp16.safetensors"),
+    "8 bits": (["model.fp8_scaled.safetensors", "model.int8.safetensors"], "model.int8.safetensors"),
+    "int8 beside": (["model.bf16.safetensors", "model.int8.safetensors"], "model.bf16.safetensors"),
     "an index beside": (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"],
                         "model.safetensors.index.json"),
     "indexes": (["model.safetensors.index.json", "model.safetensors.index.fp16.json"], "model.safetensors.index.json"),

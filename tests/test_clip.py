@@ -14,7 +14,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from convert import clip as table
 from convert.keymap import ConversionError, check, convert
 from wanjax.clip import CLIPVision
-from wanjax.config import BFLOAT16, CLIPConfig, preset
+from wanjax.config import CLIPConfig, preset
+from wanjax.precision import BFLOAT16
 
 SIZES = [(32, 8), (28, 14), (15, 3), (6, 6)]
 

@@ -7,19 +7,8 @@ import re
 import pytest
 from jax import lax
 
-from wanjax.config import (
-    BFLOAT16,
-    FLOAT32,
-    PRESETS,
-    CLIPConfig,
-    DiTConfig,
-    Precision,
-    UMT5Config,
-    VAEConfig,
-    from_json,
-    preset,
-    to_json,
-)
+from wanjax.config import PRESETS, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, from_json, preset, to_json
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -122,6 +111,7 @@ def test_configs_are_frozen():
 
 REFUSED = [
     (lambda: Precision(product="bfloat16"), "precision: product='bfloat16' is not one of auto, float32, compute"),
+    (lambda: VAEConfig(tiles=0), "vae: tiles 0: give a whole number from 1"),
     (lambda: VAEConfig(conv3d="fft"), "vae: conv3d 'fft' is not auto, conv3d or taps"),
     (lambda: Precision(param="int8"), "precision: param='int8' is not one of float32, bfloat16, float16"),
     (lambda: DiTConfig(dim=100, num_heads=3), "dit: dim 100 is not a multiple of num_heads 3"),

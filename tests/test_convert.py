@@ -19,7 +19,7 @@ import convert
 from convert import __main__ as command
 from convert import plan, read, sources
 from wanjax import checkpoint, sharding, store
-from wanjax.config import BFLOAT16
+from wanjax.precision import BFLOAT16
 
 
 def test_every_number_arrives(made):

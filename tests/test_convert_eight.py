@@ -19,9 +19,9 @@ from test_quantised import EIGHT, opened, text
 
 import convert
 from convert import __main__ as command
-from convert import write
+from convert import sources, write
 from wanjax import checkpoint, store
-from wanjax.config import BFLOAT16
+from wanjax.precision import BFLOAT16
 
 WEIGHTS = sorted(DTYPES)
 
@@ -148,6 +148,19 @@ def check_products(folder, weights, products):
         wanted, factor = codes(products[f"blocks.{i}.ffn.0.weight"].T, weights)
         np.testing.assert_array_equal(found[i].astype(np.float64), wanted)
         np.testing.assert_array_equal(factors[i], factor)
+
+
+@pytest.mark.parametrize(
+    "name, form", [("wan_int8", "int8 with a scale of each row"), ("wan_fp8_scaled", "the older form")]
+)
+def test_the_better_of_two_copies(tmp_path, name, form):
+    comfy(tmp_path / f"{name}.safetensors", form)
+    tensors = original("dit", CONFIG.dit, plain_params()["dit"])
+    tensors = {key: torch.from_numpy(np.array(array)).bfloat16() for key, array in tensors.items()}
+    save_file(tensors, tmp_path / "wan_bf16.safetensors")
+    found = sources.find(tmp_path, ["dit"])
+    assert found.parts["dit"].tensors.files == (tmp_path / "wan_bf16.safetensors",)
+    assert f"wan_bf16.safetensors, {name}.safetensors are copies of one dit; wan_bf16" in found.notes[0]
 
 
 def rotation(size, group):

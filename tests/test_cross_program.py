@@ -1,5 +1,7 @@
 """Cross-attention as a program: what is run and kept in memory, one program for all values, half precision, a mesh."""
 
+import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -13,9 +15,25 @@ from reference import relative_error
 
 import wanjax.attention.xla
 from wanjax import cross, kab
-from wanjax.config import BFLOAT16, FLOAT32
 from wanjax.layers import constrain
+from wanjax.precision import BFLOAT16, FLOAT32
 from wanjax.sharding import make_mesh
+
+
+@BOTH
+def test_logits_are_kept_in_half_precision_where_products_return_it(isolated):
+    """As on accelerators: no product gives float32 logits, and the numbers are float32's to bfloat16's rounding."""
+    case, found = Case(7), []
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.branches)
+    active = control(case.strength(1.0, 0.5), isolated)
+    for precision in (dataclasses.replace(BFLOAT16, product="compute"), BFLOAT16):
+        out = attend(*half, None, active, precision=precision)
+        found.append((out.astype(jnp.float32), *leaves(bias_of(*half[:2], active, precision=precision))))
+        text = str(jax.make_jaxpr(lambda *x, p=precision: both(*x, None, active, p)[0])(*half))
+        wide = re.findall(r":f32\[2,3,4,\d+\] = dot_general", text)
+        assert bool(wide) == (precision.product != "compute")
+    for one, other in zip(*found, strict=True):
+        assert 0 < relative_error(one, other) <= 2e-2
 
 
 @BOTH

@@ -13,10 +13,11 @@ from reference import listing, numpy_state, randomize, relative_error
 from convert import dit as names
 from convert.keymap import ConversionError, check, convert
 from wanjax import kab, rope
-from wanjax.config import BFLOAT16, DiTConfig, preset
+from wanjax.config import DiTConfig, preset
 from wanjax.cross import cross_attention
 from wanjax.dit import WanDiT, sinusoid
 from wanjax.kab import KAB
+from wanjax.precision import BFLOAT16
 from wanjax.types import Branches, Conditions, CrossBias, CrossControl
 
 SMALL = DiTConfig(

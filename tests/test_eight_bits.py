@@ -13,9 +13,11 @@ from nano import NANO, random_params, write_model, write_orbax, write_tokenizer
 from test_shapes import same, traced_dit
 from test_store import equal, flip, refused
 
+from benchmarks import random_model
 from convert import __main__ as command
 from wanjax import checkpoint, manifest, shapes, sharding, store
-from wanjax.config import BFLOAT16, PRESETS, Precision, from_json, preset, to_json
+from wanjax.config import PRESETS, from_json, preset, to_json
+from wanjax.precision import BFLOAT16, Precision
 
 WEIGHTS = sorted(DTYPES)
 PICKED = "dit/blocks/cross_attn/k_image/"
@@ -223,3 +225,14 @@ def test_a_configuration_of_other_8_bits(stored, tmp_path):
     checkpoint.sign(folder)
     with pytest.raises(checkpoint.CheckpointError, match="factor"):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_random_codes_to_measure_with(weights):
+    """They fill their range, and products come out of the size that kernels in floats give."""
+    shapes_of = shapes.dit(eight(preset("tiny"), weights).dit)["blocks"]
+    blocks = random_model.params({"blocks": {"ffn_in": shapes_of["ffn_in"]}})["blocks"]
+    codes, factor = np.asarray(blocks["ffn_in"]["kernel"]).astype(np.float32), np.asarray(blocks["ffn_in"]["factor"])
+    assert codes.std() == pytest.approx(32, rel=0.05) and np.abs(codes).max() <= 128 and factor.min() > 0
+    x = np.random.default_rng(0).normal(size=(9, codes.shape[1]))
+    assert 0.1 < (x @ (codes[0] * factor[0])).std() < 1

@@ -17,9 +17,10 @@ from samplers import pipeline
 from samplers.pipeline import Batch, Inputs, make
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, rope, shapes
-from wanjax.config import DiTConfig, Precision
+from wanjax.config import DiTConfig
 from wanjax.dit import Block, WanDiT
 from wanjax.layout import TokenLayout
+from wanjax.precision import Precision
 from wanjax.quantise import quantise
 from wanjax.types import Branches
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from eight import DTYPES, KERNELS, eight, quantised
 from flax.traverse_util import flatten_dict
+from nano import write_model, write_orbax
 from reference import relative_error
+from test_hosts import begin, end, free_port
 from test_parallel import CONFIG, case, run
 
 from wanjax import shapes, sharding
-from wanjax.config import BFLOAT16
 from wanjax.dit import WanDiT
+from wanjax.precision import BFLOAT16
 
 WEIGHTS = sorted(DTYPES)
 
@@ -66,3 +68,34 @@ def test_no_stack_of_kernels_exists_in_floats(policy):
     assert len(kernels) == 3
     found = re.findall(r"\b(\w+)\[([\d,]+)\]", compiled.as_text())
     assert {dtype for dtype, shape in found if shape in kernels} == {"s8"}
+
+
+READ = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from eight import eight, quantised
+from nano import NANO, random_params
+from wanjax import checkpoint, hosts, sharding, store
+with hosts.Company("read") as company:
+    company.join(sys.argv[1])
+    for folder in sys.argv[2:]:
+        params = store.restore(Path(folder), "dit", checkpoint.param_shapes(eight(NANO, "int8"))["dit"],
+                               sharding.make_mesh({"fsdp": 4, "sequence": 2}))
+        wanted, split = quantised(random_params(NANO)["dit"], "int8"), 0
+        for leaf, own in zip(*map(jax.tree.leaves, (params, wanted)), strict=True):
+            split += leaf.dtype == np.int8 and not leaf.sharding.is_fully_replicated
+            for shard in leaf.addressable_shards:
+                np.testing.assert_array_equal(shard.data, own[shard.index])
+        print("split", split)
+    company.done()
+"""
+
+
+def test_hosts_quantise_what_they_share(tmp_path):
+    """Two processes of four devices: codes are of all inputs, though each host keeps its own rows."""
+    folders = [write_model(tmp_path / "model"), write_orbax(tmp_path / "orbax")]
+    port = free_port()
+    results = end([begin(["-c", READ, f"127.0.0.1:{port},{number},2", *folders], 4) for number in (0, 1)])
+    assert [code for code, *_ in results] == [0, 0], results
+    assert [out for _, out, _ in results] == [["split 12", "split 12"]] * 2

@@ -10,6 +10,7 @@ FLOORS = (
     {
         "types",
         "config",
+        "precision",
         "settings",
         "environment",
         "hosts",
@@ -21,7 +22,7 @@ FLOORS = (
         "targets",
         "writing",
     },
-    {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding", "layout", "accepted"},
+    {"layers", "rope", "retro", "kab", "cross", "method", "attention", "sharding", "layout", "pieces", "accepted"},
     {"dit", "vae", "umt5", "clip", "tokenizer", "shapes"},
     {
         "keyframes",

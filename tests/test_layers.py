@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from reference import relative_error
 
 from wanjax import layers
-from wanjax.config import BFLOAT16, FLOAT32
+from wanjax.precision import BFLOAT16, FLOAT32
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

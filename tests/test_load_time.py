@@ -62,6 +62,7 @@ def sparse_transformer(file: Path) -> int:
     return LAYERS * 2 * int(np.prod(shapes["blocks.0.ffn.0.weight"]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_of_a_conversion_at_full_width(tmp_path):
     """At most three times the largest stacked array and 1.5 GB: a layer at a time, not the whole stack."""

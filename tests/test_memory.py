@@ -12,7 +12,8 @@ from samplers import compiled_budget, estimate, hostmemory, memory
 from samplers.estimate import GIB
 from samplers.plan import Settings
 from wanjax import checkpoint, sharding
-from wanjax.config import BFLOAT16, Precision, preset
+from wanjax.config import preset
+from wanjax.precision import BFLOAT16, Precision
 from wanjax.residency import POLICIES
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "aot"

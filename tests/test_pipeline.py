@@ -128,6 +128,7 @@ def test_the_noise_of_a_seed_stays_what_it_is(seed):
     np.testing.assert_array_equal(pipeline.noise(plan, [seed]), expected)
 
 
+@pytest.mark.slow
 def test_more_keyframes_by_the_call_alone(model):
     """One, two or three keyframes anywhere; each reaches the latents, in any order, by any spelling of its place."""
     first, last = images(0)
@@ -151,6 +152,7 @@ def test_more_keyframes_by_the_call_alone(model):
         inbetween(model, (None, None), settings())
 
 
+@pytest.mark.slow
 def test_guidance_modes_agree_and_scale_one_ignores_the_negative_prompt(model):
     def latents(**changes):
         return inbetween(model, images(), settings(**changes)).latents

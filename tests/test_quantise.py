@@ -9,8 +9,8 @@ import pytest
 from eight import DTYPES, LARGEST, codes
 from reference import relative_error
 
-from wanjax.config import Precision
 from wanjax.layers import Dense, dot
+from wanjax.precision import Precision
 from wanjax.quantise import quantise
 
 WEIGHTS = sorted(DTYPES)

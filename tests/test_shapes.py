@@ -11,8 +11,9 @@ from nano import NANO
 from benchmarks.random_model import inputs
 from wanjax import rope, shapes, vae
 from wanjax.clip import CLIPVision
-from wanjax.config import BFLOAT16, PRESETS, DiTConfig, Precision, VAEConfig, preset
+from wanjax.config import PRESETS, DiTConfig, VAEConfig, preset
 from wanjax.dit import WanDiT
+from wanjax.precision import BFLOAT16, Precision
 from wanjax.umt5 import UMT5Encoder
 
 KEY = jax.random.key(0)

@@ -14,7 +14,8 @@ from transformers import UMT5EncoderModel
 
 from convert import umt5 as table
 from convert.keymap import ConversionError, check, convert
-from wanjax.config import BFLOAT16, UMT5Config, preset
+from wanjax.config import UMT5Config, preset
+from wanjax.precision import BFLOAT16
 from wanjax.umt5 import UMT5Encoder, position_buckets
 
 CONFIG = UMT5Config(

@@ -6,22 +6,12 @@ The public names; `samplers.pipeline` makes videos of them. Importing runs nothi
 from wanjax import attention, kab, method, retro, rope
 from wanjax.checkpoint import CheckpointError, Model, load, param_shapes, save
 from wanjax.clip import CLIPVision
-from wanjax.config import (
-    BFLOAT16,
-    FLOAT32,
-    CLIPConfig,
-    DiTConfig,
-    ModelConfig,
-    Precision,
-    SamplingDefaults,
-    UMT5Config,
-    VAEConfig,
-    preset,
-)
+from wanjax.config import CLIPConfig, DiTConfig, ModelConfig, SamplingDefaults, UMT5Config, VAEConfig, preset
 from wanjax.dit import WanDiT
 from wanjax.kab import KAB
 from wanjax.keyframes import KeyframeError
 from wanjax.method import METHODS, Isolation, Method
+from wanjax.precision import BFLOAT16, FLOAT32, Precision
 from wanjax.retro import ReTRo
 from wanjax.tokenizer import PromptCut, Tokenizer
 from wanjax.types import Branches, Conditions, CrossBias, CrossControl, RopeTable

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from wanjax import compare, manifest, sharding, store, streaming, writing
-from wanjax.config import BFLOAT16, FLOAT32, VAE_BFLOAT16, ModelConfig, from_json, to_json
+from wanjax.config import ModelConfig, from_json, to_json
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
+from wanjax.precision import BFLOAT16, FLOAT32, VAE_BFLOAT16
 from wanjax.residency import POLICIES, Model, Parts
 from wanjax.settings import refuse
 from wanjax.shapes import param_shapes

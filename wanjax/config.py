@@ -8,66 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import dacite
-from jax import lax
 
+from wanjax.precision import FLOAT32, Precision
 from wanjax.settings import refuse
 
-_DTYPES = ("float32", "bfloat16", "float16")
 STREAMS = ("no", "program", "loop")
-_CHOICES: Mapping[str, tuple[str | None, ...]] = {
-    "product": ("auto", "float32", "compute"), "kernel": (None, "int8", "float8_e4m3fn"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtypes of one model, by role.
-
-    Attributes:
-      param: how weights are stored.
-      compute: inputs of matrix products and convolutions.
-      residual: the stream that blocks add to.
-      softmax: attention logits and probabilities.
-      product: what matrix products of half-precision inputs return before it is cast: "float32", "compute" (the compute
-        dtype; on CPUs an order of magnitude slower) or "auto", which `ModelConfig.for_platform` resolves and which is
-        "float32" where it is not resolved. They are summed in float32 either way.
-      kernel: how the kernels of the transformer's blocks are stored instead: "int8" or "float8_e4m3fn", with a float32
-        factor for each output channel (`quantise`); None for `param`. Products are in `compute` all the same.
-    Time embedding, modulation, norms, head (their parameters too) and solver arithmetic are float32 under every
-    policy.
-    """
-
-    param: str = "float32"
-    compute: str = "float32"
-    residual: str = "float32"
-    softmax: str = "float32"
-    product: str = "auto"
-    kernel: str | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, names = getattr(self, field.name), _CHOICES.get(field.name, _DTYPES)
-            told = ", ".join(str(name) for name in names)
-            refuse((value not in names, f"precision: {field.name}={value!r} is not one of {told}"))
-        overflows = bool(self.kernel) and self.compute == "float16"
-        refuse((overflows, f"precision: products of kernel={self.kernel!r} overflow compute='float16'; take bfloat16"))
-
-    @property
-    def plain(self) -> "Precision":
-        """The same without 8-bit kernels."""
-        return dataclasses.replace(self, kernel=None)
-
-    @property
-    def matmul(self) -> lax.Precision | None:
-        """float32 must mean float32 on accelerators too, where the default is TF32 or bfloat16 passes."""
-        return lax.Precision.HIGHEST if self.compute == "float32" else None
-
-
-FLOAT32 = Precision()
-BFLOAT16 = Precision(param="bfloat16", compute="bfloat16")
-VAE_BFLOAT16 = Precision(compute="bfloat16", residual="bfloat16")
-"""Half the memory of float32, and 11 times faster on an H200. Clips decoded by the bundled model's trained weights are
-60 dB from float32's, by random ones of full width 48. The weights stay float32: they are small."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +84,9 @@ class VAEConfig:
         "auto", which `ModelConfig.for_platform` resolves. Taps: decoding and encoding by the bundled model's VAE was 2
         to 4 times faster with them on a CPU (JAX 0.10.2, two cores); on GPUs they meet cuDNN's well-tuned NHWC
         kernels. TPUs take 3D convolutions natively.
+      tiles: windows that the longer side of a picture is cut into, one after the other, for less memory at the price of
+        their overlaps (`pieces`); the result is that of one window to float32's rounding. A picture that is too small
+        for so many has fewer, and one that several devices share has one on each.
     """
 
     base_dim: int = 96
@@ -155,6 +103,7 @@ class VAEConfig:
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
     conv3d: str = "auto"
+    tiles: int = 1
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
@@ -165,6 +114,7 @@ class VAEConfig:
              f"vae: {levels} multipliers need {levels - 1} temporal_downsample flags, got {flags}"),
             ({len(self.latent_mean), len(self.latent_std)} != {z},
              f"vae: latent_mean and latent_std need {z} numbers each"),
+            (self.tiles < 1, f"vae: tiles {self.tiles}: give a whole number from 1"),
         )  # fmt: skip
 
     @property
@@ -304,11 +254,12 @@ class ModelConfig:
             clip=None if self.clip is None else dataclasses.replace(self.clip, precision=encoders),
         )
 
-    def for_platform(self, platform: str) -> "ModelConfig":
+    def for_platform(self, platform: str, kind: str = "") -> "ModelConfig":
         """The same model with every "auto" resolved; other choices stay.
 
         Args:
           platform: "cpu", "gpu" or "cuda", "rocm", or "tpu", as JAX names them.
+          kind: of the device, as JAX names it ("TPU v6 lite"): a kernel may have a form for it.
 
         Raises:
           ValueError: another platform.
@@ -316,6 +267,7 @@ class ModelConfig:
         if platform not in _PLATFORMS:
             raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
         attention, rotation, conv3d, product = _PLATFORMS[platform]
+        attention += f"-{_TPUS[kind]}" if platform == "tpu" and kind in _TPUS else ""
 
         def resolved(config: Any, **choices: str) -> Any:
             own = {field: name for field, name in choices.items() if getattr(config, field) == "auto"}
@@ -328,10 +280,18 @@ class ModelConfig:
         return dataclasses.replace(
             self,
             dit=part(self.dit, attention=attention, rotation=rotation),
-            vae=part(self.vae, conv3d=conv3d),
+            vae=part(dataclasses.replace(self.vae, precision=_half(self.vae.precision, platform)), conv3d=conv3d),
             umt5=part(self.umt5),
             clip=None if self.clip is None else part(self.clip),
         )
+
+
+def _half(precision: Precision, platform: str) -> Precision:
+    """The autoencoder's float16 as a platform has it. TPUs multiply bfloat16 only: there the same numbers come of
+    float32 in three passes. CPUs have nothing that is faster than float32."""
+    if precision.compute != "float16" or platform not in ("cpu", "tpu"):
+        return precision
+    return Precision(precision.param, product=precision.product, passes="fast" if platform == "tpu" else "exact")
 
 
 _PLATFORMS: Mapping[str, tuple[str, str, str, str]] = {
@@ -342,6 +302,8 @@ _PLATFORMS: Mapping[str, tuple[str, str, str, str]] = {
     "tpu": ("splash", "product", "conv3d", "compute"),
 }
 """What "auto" means for attention, rotary pairs, 3D convolutions and matrix products."""
+_TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+         "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
 
 def _flf2v_14b() -> ModelConfig:

@@ -16,8 +16,8 @@ from jax import lax
 
 from wanjax import kab
 from wanjax.attention import Residual, attention, parallel, xla
-from wanjax.config import FLOAT32, Precision
 from wanjax.layout import TokenLayout
+from wanjax.precision import FLOAT32, Precision
 from wanjax.types import Branches, CrossBias, CrossControl
 
 
@@ -136,11 +136,13 @@ def _by_frame(
     q, scale, keys, values, own, control, strength, precision, inspect, layout: TokenLayout, part, axes
 ) -> tuple[jax.Array, CrossReport | None]:
     """Attention with KAB's bias and the caller's, a frame at a time: neither the probabilities nor the bias of every
-    query exist all at once. A frame's logits serve its frame attention and its output.
+    query exist all at once. A frame's logits serve its frame attention and its output; in between they are kept as the
+    policy's products return them, and each softmax of them is in its own dtype.
 
     The anchors come first, to fill the carry with their frame attention; what they put out then is written again.
     Of several devices each has its `part` of every frame; the mean over a frame is a sum over `axes`.
     """
+    softmax = jnp.dtype(precision.softmax)
     frames, nothing = layout.frames, jnp.zeros((q.shape[0], layout.frames, 1), jnp.float32)
     added = _parts(own.replace(text=nothing if own.text is None else own.text), 2)
     added += [nothing] * (len(keys) - len(added))
@@ -151,7 +153,7 @@ def _by_frame(
 
     def attend(scores: list[jax.Array], look: bool) -> tuple[list[jax.Array] | None, list[jax.Array]]:
         """Logits -> (frame attention [B, K] or None, probabilities in the output [B, N, Q, K]), lists over c."""
-        found = [xla.softmax(x) for x in scores]
+        found = [xla.softmax(x.astype(softmax)) for x in scores]
         shares = _shares([residual for _, residual in found], control)
         weighed = [p * jnp.expand_dims(weight, -1) for (p, _), (_, weight) in zip(found, shares, strict=True)]
         if not look:
@@ -163,7 +165,7 @@ def _by_frame(
 
     def turn(carry: tuple, step: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple | None]:
         (anchored, out), (index, frame) = carry, step
-        scores, plain = [xla.logits(q[frame], k, scale, precision) for k in keys], None
+        scores, plain = [xla.logits(q[frame], k, scale, precision, kept=True) for k in keys], None
         bias = [x[:, frame] for x in added]
         if control is not None:
             plain, _ = attend(scores, True)
@@ -172,7 +174,7 @@ def _by_frame(
             targets = [(curve * x).sum(0) for x in anchored]
             bias = [kab.anchor_bias(row, target, strength[:, frame], control.floor) + x
                     for row, target, x in zip(plain, targets, bias, strict=True)]  # fmt: skip
-        scores = [x + b[:, None, None].astype(x.dtype) for x, b in zip(scores, bias, strict=True)]
+        scores = [x.astype(softmax) + b[:, None, None].astype(softmax) for x, b in zip(scores, bias, strict=True)]
         biased, probabilities = attend(scores, inspect)
         mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
         out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)

@@ -18,10 +18,11 @@ from einops import rearrange
 from wanjax import rope, sharding
 from wanjax.accepted import check_conditions, check_cross
 from wanjax.attention import parallel
-from wanjax.config import DiTConfig, Precision
+from wanjax.config import DiTConfig
 from wanjax.cross import CrossReport, cross_attention
 from wanjax.layers import TOKENS, Dense, LayerNorm, RMSNorm, constrain, layer_norm
 from wanjax.layout import TokenLayout
+from wanjax.precision import Precision
 from wanjax.types import Branches, Conditions, CrossBias, CrossControl, RopeTable
 
 IMAGE_EPS = 1e-5

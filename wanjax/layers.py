@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wanjax.config import Precision
+from wanjax.precision import Precision
 
 Initializer = Callable[..., jax.Array]
 

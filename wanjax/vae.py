@@ -7,6 +7,7 @@ frame, sees zeros as its past and skips the temporal (de)convolutions of the res
 `temporal_stride` frames (encoder) or one latent frame (decoder).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,15 +16,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from wanjax.attention import attention
-from wanjax.config import Precision, VAEConfig
-from wanjax.layers import Dense, constrain, conv3d
+from wanjax.config import VAEConfig
+from wanjax.layers import Dense, conv3d, dot
+from wanjax.pieces import check_video, decode_reach, encode_reach, run_chunks, windows_of
+from wanjax.precision import Precision
 
 Cache = dict[str, Any]
+ALL, COARSE, FINE = "all", "coarse", "fine"
+"""Parts of the encoder and the decoder: at the latents' resolution, with attention among all positions of a frame, and
+above it, where everything is near."""
 
-SAME_2D = ((1, 1), (1, 1))
+SAME_2D, NO_2D = ((1, 1), (1, 1)), ((0, 0), (0, 0))
 
-PICTURE = (None, None, "rows", "columns", None)
-"""Mesh axes of [B, T, H, W, C], see `sharding.picture_mesh`."""
+
+STREAM = 2.0**-6
+"""What the stream that blocks add to is scaled by in float16, so that it may reach four million: all that reads it is
+linear, or a norm, which does not care."""
+
+
+def _stream(precision: Precision) -> float:
+    return STREAM if precision.residual == "float16" else 1.0
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1 else x * scale
 
 
 def _part(cache: Cache | None, name: str) -> Any:
@@ -37,6 +53,7 @@ class Conv(nn.Module):
     Attributes:
       kernel_size, strides: per (time, height, width).
       spatial_padding: zeros before and after, per (height, width).
+      scale: of the bias; that of what goes in and comes out.
     The cache is its last `kt - time stride` input frames, in the compute dtype.
     """
 
@@ -45,6 +62,7 @@ class Conv(nn.Module):
     kernel_size: tuple[int, int, int] = (3, 3, 3)
     strides: tuple[int, int, int] = (1, 1, 1)
     spatial_padding: tuple[tuple[int, int], tuple[int, int]] = SAME_2D
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -60,11 +78,11 @@ class Conv(nn.Module):
         x = jnp.concatenate([cache, x], 1) if past else x
         padding = ((0, 0), *self.spatial_padding)
         y = conv3d(x, kernel, precision, self.strides, padding, self.config.conv3d)
-        return y + bias.astype(compute), x[:, x.shape[1] - past :]
+        return y + _scaled(bias, self.scale).astype(compute), x[:, x.shape[1] - past :]
 
 
 class SpatialConv(nn.Module):
-    """3x3 convolution of every frame; parameters `kernel` [3, 3, I, O] and `bias` [O]."""
+    """3x3 convolution of every frame of the stream; parameters `kernel` [3, 3, I, O] and `bias` [O]."""
 
     features: int
     precision: Precision
@@ -77,9 +95,24 @@ class SpatialConv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, param)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
-        strides, padding = (1, self.stride, self.stride), ((0, 0), *self.padding)
-        y = conv3d(x, kernel[None], self.precision, strides, padding)
-        return y + bias.astype(y.dtype)
+        strides = (1, self.stride, self.stride)
+        y = conv3d(x, kernel[None], self.precision, strides, ((0, 0), *self.padding))
+        return y + _scaled(bias, _stream(self.precision)).astype(y.dtype)
+
+
+class Linear(nn.Module):
+    """A product at every position that gives the stream; parameters as `Dense` has them."""
+
+    features: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param = jnp.dtype(self.precision.param)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), param)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), param)
+        y = dot(x, kernel, self.precision)
+        return y + _scaled(bias, _stream(self.precision)).astype(y.dtype)
 
 
 class ChannelNorm(nn.Module):
@@ -105,12 +138,12 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
         precision, new = self.config.precision, {}
-        residual, skip = jnp.dtype(precision.residual), x
+        residual, skip, scale = jnp.dtype(precision.residual), x, _stream(precision)
         if x.shape[-1] != self.features:
-            skip = Dense(self.features, precision, name="shortcut")(x)
+            skip = Linear(self.features, precision, name="shortcut")(x)
         for i in ("1", "2"):
-            x = nn.silu(ChannelNorm(precision, name=f"norm{i}")(x))
-            conv = Conv(self.features, self.config, name=f"conv{i}")
+            x = _scaled(nn.silu(ChannelNorm(precision, name=f"norm{i}")(x)), scale)
+            conv = Conv(self.features, self.config, scale=scale, name=f"conv{i}")
             x, new[f"conv{i}"] = conv(x, _part(cache, f"conv{i}"))
         return x.astype(residual) + skip.astype(residual), new
 
@@ -127,7 +160,7 @@ class FrameAttention(nn.Module):
         q, k, v = jnp.split(Dense(3 * dim, self.precision, name="qkv")(tokens), 3, -1)
         # In blocks of queries where the logits are large; heads this wide have no fused kernel.
         y = attention(q, k, v, precision=self.precision)
-        y = Dense(dim, self.precision, name="proj")(y).reshape(x.shape)
+        y = Linear(dim, self.precision, name="proj")(_scaled(y, _stream(self.precision))).reshape(x.shape)
         return x + y.astype(x.dtype)
 
 
@@ -160,8 +193,8 @@ class Downsample(nn.Module):
             return x.astype(residual), {}
         if cache is None:
             return x.astype(residual), {"temporal": x[:, -1:]}
-        none = ((0, 0), (0, 0))
-        x, last = Conv(dim, self.config, (3, 1, 1), (2, 1, 1), none, name="temporal")(x, cache["temporal"])
+        scale = _stream(self.config.precision)
+        x, last = Conv(dim, self.config, (3, 1, 1), (2, 1, 1), NO_2D, scale, name="temporal")(x, cache["temporal"])
         return x.astype(residual), {"temporal": last}
 
 
@@ -181,7 +214,7 @@ class Upsample(nn.Module):
         if self.temporal and cache is None:
             new["temporal"] = jnp.zeros((batch, 2, height, width, dim), jnp.dtype(precision.compute))
         elif self.temporal:
-            conv = Conv(2 * dim, self.config, (3, 1, 1), spatial_padding=((0, 0), (0, 0)), name="temporal")
+            conv = Conv(2 * dim, self.config, (3, 1, 1), (1, 1, 1), NO_2D, _stream(precision), name="temporal")
             x, new["temporal"] = conv(x, cache["temporal"])
             x = jnp.moveaxis(x.reshape(batch, -1, height, width, 2, dim), 4, 2)  # [B, T, 2, H, W, C]
         x = x.reshape(batch, -1, height, 1, width, 1, dim)
@@ -231,45 +264,59 @@ class Head(nn.Module):
         return x, {"conv": last}
 
 
+def _conv_in(features: int, config: VAEConfig, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, jax.Array]:
+    """What begins the stream; to be called in a compact method."""
+    scale = _stream(config.precision)
+    x, last = Conv(features, config, scale=scale, name="conv_in")(_scaled(x, scale), _part(cache, "conv_in"))
+    return x.astype(jnp.dtype(config.precision.residual)), last
+
+
 class Encoder(nn.Module):
-    """Video chunk to features of 2 * latent_channels."""
+    """Video chunk to features of 2 * latent_channels; or its fine part, behind that its coarse one."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
         c, new = self.config, {}
-        x, new["conv_in"] = Conv(c.base_dim, c, name="conv_in")(x, _part(cache, "conv_in"))
-        x = x.astype(jnp.dtype(c.precision.residual))
+        if part != COARSE:
+            x, new["conv_in"] = _conv_in(c.base_dim, c, x, cache)
         flags = (*c.temporal_downsample, None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult, flags, strict=True)):
+            if part == (FINE if temporal is None else COARSE):
+                continue
             resample = None if temporal is None else Downsample
             name = f"level_{i}"
             level = Level(c.base_dim * mult, c, c.num_res_blocks, resample, bool(temporal), name=name)
             x, new[name] = level(x, _part(cache, name))
+        if part == FINE:
+            return x, new
         x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
         x, new["head"] = Head(2 * c.latent_channels, c, name="head")(x, _part(cache, "head"))
         return x, new
 
 
 class Decoder(nn.Module):
-    """Latent chunk to video chunk."""
+    """Latent chunk to video chunk; or its coarse part, behind that its fine one, from the first upsampling on."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
         c, new = self.config, {}
-        top = c.base_dim * c.dim_mult[-1]
-        x, new["conv_in"] = Conv(top, c, name="conv_in")(x, _part(cache, "conv_in"))
-        x = x.astype(jnp.dtype(c.precision.residual))
-        x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
+        if part != FINE:
+            x, new["conv_in"] = _conv_in(c.base_dim * c.dim_mult[-1], c, x, cache)
+            x, new["middle"] = Middle(c, name="middle")(x, _part(cache, "middle"))
         flags = (*c.temporal_downsample[::-1], None)
         for i, (mult, temporal) in enumerate(zip(c.dim_mult[::-1], flags, strict=True)):
             resample = None if temporal is None else Upsample
             name, blocks = f"level_{i}", c.num_res_blocks + 1
+            if i == 0 and part != ALL:
+                blocks, resample = (0, resample) if part == FINE else (blocks, None)
             level = Level(c.base_dim * mult, c, blocks, resample, bool(temporal), name=name)
             x, new[name] = level(x, _part(cache, name))
+            if part == COARSE:
+                return x, new
         x, new["head"] = Head(3, c, name="head")(x, _part(cache, "head"))
         return x, new
 
@@ -285,14 +332,16 @@ class WanVAE(nn.Module):
         self.quant = Dense(2 * c.latent_channels, c.precision)
         self.post_quant = Dense(c.latent_channels, c.precision)
 
-    def encode_chunk(self, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """[B, 1 or temporal_stride, H, W, 3] -> ([B, 1, h, w, 2C] mean and log-variance, cache)."""
-        x, cache = self.encoder(video, cache)
-        return self.quant(x), cache
+    def encode_chunk(self, video: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
+        """[B, 1 or temporal_stride, H, W, 3] -> ([B, 1, h, w, 2C] mean and log-variance, cache); between the fine and
+        the coarse part of it [B, 1, h, w, width of the last level but one]."""
+        x, cache = self.encoder(video, cache, part)
+        return x if part == FINE else self.quant(x), cache
 
-    def decode_chunk(self, latents: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """[B, 1, h, w, C] raw latents -> ([B, 1 or temporal_stride, H, W, 3], cache)."""
-        return self.decoder(self.post_quant(latents), cache)
+    def decode_chunk(self, latents: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
+        """[B, 1, h, w, C] raw latents -> ([B, 1 or temporal_stride, H, W, 3], cache); between the coarse and the fine
+        part of it [B, 1, h, w, width of the last level]."""
+        return self.decoder(latents if part == FINE else self.post_quant(latents), cache, part)
 
     def __call__(self, video: jax.Array) -> jax.Array:
         """Reconstructs two chunks, [B, 1 + temporal_stride, H, W, 3]: touches every parameter once."""
@@ -328,20 +377,32 @@ def encode(config: VAEConfig, params: Any, video: jax.Array) -> jax.Array:
     Raises:
       ValueError: a shape the model cannot take; names the nearest that it can.
     """
-    _check_video(config, video.shape)
-    chunk = config.temporal_stride
+    check_video(config, video.shape)
     batch, frames, height, width, _ = video.shape
-    stride, channels = config.spatial_stride, config.latent_channels
-    later = (frames - 1) // chunk
-    shift = jnp.asarray(config.latent_mean, jnp.float32)
-    scale = jnp.asarray(config.latent_std, jnp.float32)
+    chunk, stride, channels = config.temporal_stride, config.spatial_stride, config.latent_channels
+    shift, scale = (jnp.asarray(x, jnp.float32) for x in (config.latent_mean, config.latent_std))
+    apply = functools.partial(WanVAE(config).apply, {"params": params}, method="encode_chunk")
 
-    def run(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        moments, cache = WanVAE(config).apply({"params": params}, x, cache, method="encode_chunk")
+    def run(x: jax.Array, cache: Cache | None, part: str = ALL) -> tuple[jax.Array, Cache]:
+        moments, cache = apply(x, cache, part=part)
         return (moments[..., :channels].astype(jnp.float32) - shift) / scale, cache
 
-    out = jnp.zeros((batch, 1 + later, height // stride, width // stride, channels), jnp.float32)
-    return _run_chunks(run, video, chunk, out, 1)
+    grid = (height // stride, width // stride)
+    out = jnp.zeros((batch, 1 + (frames - 1) // chunk, *grid, channels), jnp.float32)
+    windows = windows_of(config, grid, encode_reach(config))
+    if windows is None:
+        return run_chunks(run, video, chunk, out, 1)
+
+    def write(features: jax.Array, start: jax.Array) -> jax.Array:
+        def fine(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+            x, cache = apply(windows.cut(x, start, stride), cache, part=FINE)
+            return windows.kept(x, start), cache
+
+        return run_chunks(fine, video, chunk, features, 1, windows.corner(start))
+
+    width = config.base_dim * (1, *config.dim_mult)[-2]
+    features = jnp.zeros((*out.shape[:-1], width), jnp.dtype(config.precision.residual))
+    return run_chunks(functools.partial(run, part=COARSE), windows.over(features, write), 1, out, 1)
 
 
 def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
@@ -362,53 +423,29 @@ def decode(config: VAEConfig, params: Any, latents: jax.Array) -> jax.Array:
         raise ValueError(f"latents: got shape {latents.shape}, give [B, F, h, w, {config.latent_channels}] with F >= 1")
     chunk, stride = config.temporal_stride, config.spatial_stride
     batch, frames, height, width, _ = latents.shape
-    shift = jnp.asarray(config.latent_mean, jnp.float32)
-    scale = jnp.asarray(config.latent_std, jnp.float32)
+    shift, scale = (jnp.asarray(x, jnp.float32) for x in (config.latent_mean, config.latent_std))
+    apply = functools.partial(WanVAE(config).apply, {"params": params}, method="decode_chunk")
+
+    def coarse(x: jax.Array, cache: Cache | None, part: str = COARSE) -> tuple[jax.Array, Cache]:
+        return apply(x.astype(jnp.float32) * scale + shift, cache, part=part)
 
     def run(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        x = x.astype(jnp.float32) * scale + shift
-        x, cache = WanVAE(config).apply({"params": params}, x, cache, method="decode_chunk")
+        x, cache = coarse(x, cache, ALL)
         return jnp.clip(x.astype(jnp.float32), -1, 1), cache
 
     out = jnp.zeros((batch, 1 + (frames - 1) * chunk, height * stride, width * stride, 3), jnp.float32)
-    return _run_chunks(run, latents, 1, out, chunk)
+    windows = windows_of(config, (height, width), decode_reach(config))
+    if windows is None:
+        return run_chunks(run, latents, 1, out, chunk)
+    features = jnp.zeros((*latents.shape[:-1], config.dim_mult[-1] * config.base_dim),
+                         jnp.dtype(config.precision.residual))  # fmt: skip
+    features = run_chunks(coarse, latents, 1, features, 1)
 
+    def write(out: jax.Array, start: jax.Array) -> jax.Array:
+        def fine(x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+            x, cache = apply(windows.cut(x, start), cache, part=FINE)
+            return jnp.clip(windows.kept(x, start, stride).astype(jnp.float32), -1, 1), cache
 
-def _run_chunks(run: Any, x: jax.Array, size_in: int, out: jax.Array, size_out: int) -> jax.Array:
-    """Runs `run(chunk, cache)` over time: one frame first, then `size_in` frames to `size_out` at a time.
+        return run_chunks(fine, features, 1, out, chunk, windows.corner(start, stride))
 
-    Chunks are cut from x and written into `out` in place, which the loop carries beside the cache: stacked
-    scan inputs and outputs would each cost a transposed copy of the whole video.
-    """
-
-    def run_split(chunk: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """Pictures over the devices; convolutions swap the borders of neighbours."""
-        y, cache = run(constrain(chunk, *PICTURE), cache)
-        return constrain(y, *PICTURE), cache
-
-    first, cache = run_split(x[:, :1], None)
-    out = lax.dynamic_update_slice_in_dim(out, first, 0, 1)
-    later = (x.shape[1] - 1) // size_in
-    if later == 0:
-        return out
-
-    def step(carry: tuple[Cache, jax.Array], index: jax.Array) -> tuple[tuple[Cache, jax.Array], None]:
-        cache, out = carry
-        chunk = lax.dynamic_slice_in_dim(x, 1 + index * size_in, size_in, 1)
-        y, cache = run_split(chunk, cache)
-        return (cache, lax.dynamic_update_slice_in_dim(out, y, 1 + index * size_out, 1)), None
-
-    (_, out), _ = lax.scan(step, (cache, out), jnp.arange(later))
-    return out
-
-
-def _check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
-    if len(shape) != 5 or shape[-1] != 3:
-        raise ValueError(f"video: got shape {shape}, give [B, T, H, W, 3]")
-    frames, step = shape[1], config.temporal_stride
-    if frames < 1 or (frames - 1) % step:
-        below = max(1, (frames - 1) // step * step + 1)
-        raise ValueError(f"video: {frames} frames are not a multiple of {step} plus 1; use {below} or {below + step}")
-    stride = config.spatial_stride
-    if shape[2] % stride or shape[3] % stride or 0 in shape:
-        raise ValueError(f"video: {shape[2]}x{shape[3]} pixels are not multiples of {stride}")
+    return windows.over(out, write)

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--dtype", choices=sorted(measure.POLICIES), default="bfloat16")
     line.add_argument("--memory", choices=("keep", "stream"), default="keep", help="stream: kernels in host memory")
     line.add_argument("--weights", choices=checkpoint.WEIGHTS, help="of the transformer (default: as --dtype says)")
+    line.add_argument("--tiles", type=measure.positive, default=1, help="windows of a picture in the autoencoder")
     line.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the compiler, repeatable")
     line.add_argument("--hlo", type=writing.absolute, metavar="FILE", help="also keep the compiled module's text")
     line.add_argument("--out", type=writing.absolute, metavar="FOLDER", help="one JSON file a run, named after it")
@@ -67,7 +68,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
     dit = dataclasses.replace(model.dit, attention=args.attention)
     if args.layers:
         dit = dataclasses.replace(dit, num_layers=args.layers)
-    return dataclasses.replace(model, dit=dit)
+    return dataclasses.replace(model, dit=dit, vae=dataclasses.replace(model.vae, tiles=args.tiles))
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -79,6 +80,8 @@ def name_of(args: argparse.Namespace) -> str:
     for name in ("preset", "steps", "method", "guidance_mode", "attention", "dtype", "memory", "weights"):
         if own[name] != usual[name]:
             fields.append(f"{own[name]}steps" if name == "steps" else own[name])
+    if args.tiles != 1:
+        fields.append(f"{args.tiles}tiles")
     if args.option:
         fields.append("options-" + hashlib.sha256(" ".join(sorted(args.option)).encode()).hexdigest()[:6])
     return "_".join(filter(None, fields)) + ".json"
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace, plan: Plan, target: Target) -> dict[str, Any]:
         "mesh": args.mesh or {},
         "settings": {name: getattr(args, name) for name in
                      ("preset", "size", "frames", "steps", "method", "guidance_mode", "dtype", "memory", "weights",
-                      "option")}
+                     "tiles", "option")}
                     | {"layers": plan.config.dit.num_layers, "attention": plan.config.dit.attention},
         "seconds": seconds,
         "memory_bytes": report.memory(compiled),
@@ -171,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         line.error(f"--option {' '.join(args.option)}: give NAME=VALUE, such as xla_tpu_scoped_vmem_limit_kib=65536")
     try:
         target.prepare()
+        model = model.for_platform(target.platform, target.devices()[0].device_kind)
         settings = Settings.of(model, frames=args.frames, size=args.size, steps=args.steps, method=args.method,
                                guidance_mode=args.guidance_mode)  # fmt: skip
         if args.memory == "stream":

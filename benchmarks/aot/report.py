@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.aot import hlo
+from benchmarks.aot import hlo, traffic
 from benchmarks.aot.hlo import Executed, Instruction, Module
 from benchmarks.aot.operations import is_kernel, kernel_name, operations
 from benchmarks.aot.targets import Chip
@@ -156,6 +156,10 @@ class Program:
         return [{"shape": shape, "op": op, "part": where, "bytes": size, "times": times}
                 for (shape, op, where, size), times in found]  # fmt: skip
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes read and written by part of the model, see `traffic.moved`."""
+        return self._summed(lambda one: traffic.moved(self.module, one, self.shapes[one.computation]))
+
     def loops(self) -> list[dict[str, Any]]:
         """Loops with their trips; those that the run decides are taken as `traced`."""
         found = [(one, hlo.trips(self.module, one.computation, one.instruction)) for one in self.executed
@@ -189,6 +193,7 @@ def describe(text: str, chip: Chip, traced: int, devices: int, total: int | None
             "total": total,
             "times_an_even_share": None if total is None else sum(own.values()) * devices / total,
         },
+        "traffic": {"parts": program.traffic(), "cross_attn_with_kab": _cross(active.traffic())},
         "collectives": totals,
         "collectives_in_full": collectives,
         "kernels": program.kernels(),
@@ -198,6 +203,10 @@ def describe(text: str, chip: Chip, traced: int, devices: int, total: int | None
     if cycles:
         report["cycles"] = {"parts": cycles, "with_kab": sum(active.cycles().values()), **estimate(program, chip)}
     return report
+
+
+def _cross(parts: Mapping[str, int]) -> int:
+    return sum(n for name, n in parts.items() if name.startswith("cross_attn"))
 
 
 def estimate(program: Program, chip: Chip) -> dict[str, float | int | None]:

@@ -33,9 +33,10 @@ from benchmarks.tiny.latents import VARIETIES, LatentSet, build, encoder, load_v
 from samplers.schedule import TRAIN_TIMESTEPS, shifted
 from wanjax import checkpoint, conditioning, rope
 from wanjax.clip import CLIPVision
-from wanjax.config import BFLOAT16, ModelConfig, preset
+from wanjax.config import ModelConfig, preset
 from wanjax.dit import WanDiT
 from wanjax.keyframes import CLIP_MEAN, CLIP_STD
+from wanjax.precision import BFLOAT16
 from wanjax.tokenizer import Tokenizer
 from wanjax.types import Conditions
 from wanjax.umt5 import UMT5Encoder

@@ -8,6 +8,7 @@ kernel cannot do it leaves to "xla".
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 
 import chex
@@ -17,12 +18,13 @@ import numpy as np
 
 from wanjax.attention import cudnn, splash, xla
 from wanjax.attention.xla import Residual
-from wanjax.config import FLOAT32, Precision
+from wanjax.precision import FLOAT32, Precision
 
 __all__ = ["KERNELS", "Residual", "attention"]
 
 KERNELS: MappingProxyType[str, Callable[..., tuple[jax.Array, Residual | None]]] = MappingProxyType(
     {"xla": xla.attend, "chunked": xla.attend_in_chunks, "cudnn": cudnn.attend, "splash": splash.attend}
+    | {f"splash-{name}": partial(splash.attend, blocks=blocks) for name, blocks in splash.BLOCKS.items()}
 )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wanjax.attention import xla
-from wanjax.config import Precision
+from wanjax.precision import Precision
 
 
 def attend(

@@ -23,9 +23,9 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from wanjax.attention import attention, splash
-from wanjax.config import Precision
 from wanjax.layers import TOKENS, mesh_axes
 from wanjax.layout import TokenLayout
+from wanjax.precision import Precision
 
 SUMMED = (*TOKENS, "tensor")
 """Axes over which the queries and heads of one sample lie."""
@@ -36,8 +36,8 @@ def layout(frames: int, queries: int, kernel: str) -> TokenLayout:
     mesh = jax.sharding.get_abstract_mesh()
     groups, split = (1, 1) if mesh.empty else (dict(mesh.shape).get(axis, 1) for axis in TOKENS)
     # Of the keys of all devices, and the queries of one group, whole blocks.
-    unit = splash.BLOCK // math.gcd(splash.BLOCK, split) if kernel == "splash" else 1
-    return TokenLayout.of(frames, queries, groups * split, unit)
+    unit = splash.unit(kernel)
+    return TokenLayout.of(frames, queries, groups * split, unit // math.gcd(unit, split))
 
 
 def scaled(q: jax.Array, dtype: str) -> tuple[jax.Array, float]:

@@ -1,22 +1,54 @@
 """The fused attention of TPUs: jax's own splash kernel (`jax.experimental.pallas.ops.tpu.splash_attention`)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wanjax.attention import xla
-from wanjax.config import Precision
+from wanjax.precision import Precision
 
 BLOCK = 1024
-"""Most queries, and most keys, of one block; `layout` pads the video's tokens to multiples of it. Blocks of 2048
-overflow the VMEM of a v5e."""
+"""Most queries, and most keys, of one block where nothing else is said: what fits every generation."""
 LANES = 128
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Most queries and keys that are in VMEM at once, and most keys that are multiplied at once."""
+
+    queries: int
+    keys: int
+    compute: int
+
+
+BLOCKS: Mapping[str, Blocks] = MappingProxyType(
+    {
+        "v5e": Blocks(1024, 1024, 512),
+        "v5p": Blocks(1024, 1024, 512),
+        "v6e": Blocks(2048, 2048, 1024),
+        "tpu7x": Blocks(2048, 2048, 1024),
+    }
+)
+"""By generation, as `config` names kernels ("splash-v6e"); docs/accelerators.md has the reasons."""
+
+
 def attend(
-    q, k, v, bias, valid: np.ndarray | None, scale: float, precision: Precision, residual: bool
+    q,
+    k,
+    v,
+    bias,
+    valid: np.ndarray | None,
+    scale: float,
+    precision: Precision,
+    residual: bool,
+    blocks: Blocks | None = None,
 ) -> tuple[jax.Array, xla.Residual | None]:
-    """The kernel "splash"; the log sum of its residual holds the whole log-sum-exp beside a maximum of 0.
+    """The kernel "splash", or with `blocks` that of a generation; the log sum of its residual holds the whole
+    log-sum-exp beside a maximum of 0.
 
     Lengths and widths that its blocks and lanes do not divide are padded, padded keys hidden by segment ids. Left to
     "xla" are biases, and float32, whose products the kernel would round. It computes logits and softmax in float32.
@@ -27,12 +59,13 @@ def attend(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     queries, keys, width = q.shape[1], k.shape[1], q.shape[-1]
-    block_q, block_k = block(queries), block(keys)
+    blocks = blocks or Blocks(BLOCK, BLOCK, BLOCK // 2)
+    block_q, block_k = block(queries, blocks.queries), block(keys, blocks.keys)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale
     q, k, v = (_pad(x, size) for x, size in ((q, block_q), (k, block_k), (v, block_k)))
     counts = np.pad(np.ones(keys, bool) if valid is None else valid, (0, k.shape[1] - keys))
     segments = splash.SegmentIds(np.zeros(q.shape[1], np.int32), np.where(counts, 0, 1).astype(np.int32))
-    compute = block_k // 2 if block_k % (2 * LANES) == 0 and block_k > 512 else block_k
+    compute = block_k // 2 if block_k % (2 * LANES) == 0 and block_k > blocks.compute else block_k
     batch, _, heads, _ = q.shape
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * (batch * heads)),
@@ -49,11 +82,19 @@ def attend(
     return out, (jnp.zeros_like(log_sum_exp), log_sum_exp)
 
 
-def block(length: int) -> int:
-    """The multiple of LANES, at most BLOCK, that costs least: of padding, and of loading, which each block does as for
-    LANES more rows."""
-    sizes = range(LANES, BLOCK + 1, LANES)
+def block(length: int, most: int | None = None) -> int:
+    """The multiple of LANES, at most `most` (BLOCK), that costs least: of padding, and of loading, which each block
+    does as for LANES more rows."""
+    sizes = range(LANES, (most or BLOCK) + 1, LANES)
     return min(sizes, key=lambda size: -(-length // size) * (size + LANES))
+
+
+def unit(kernel: str) -> int:
+    """What a kernel wants the tokens of a video padded to multiples of; 1 of kernels that are not these."""
+    name, _, generation = kernel.partition("-")
+    if name != "splash":
+        return 1
+    return max(BLOCKS[generation].queries, BLOCKS[generation].keys) if generation else BLOCK
 
 
 def _pad(x: jax.Array, size: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wanjax.config import Precision
+from wanjax.precision import Precision
 
 CHUNK_BYTES = 256 * 2**20
 """Logits larger than this are computed in blocks of queries."""
@@ -22,10 +22,16 @@ Their sum is its log-sum-exp, but in one float32 number they would lose what dif
 1e4 it has steps of 1e-3."""
 
 
-def logits(q: jax.Array, k: jax.Array, scale: float, precision: Precision) -> jax.Array:
-    """scale * q k^T: q [B, S, N, D], k [B, K, N, D] in the compute dtype -> [B, N, S, K] in the softmax dtype."""
-    product = jnp.einsum("BSND,BKND->BNSK", q, k, precision=precision.matmul, preferred_element_type=jnp.float32)
-    return product.astype(jnp.dtype(precision.softmax)) * scale
+def logits(q: jax.Array, k: jax.Array, scale: float, precision: Precision, kept: bool = False) -> jax.Array:
+    """scale * q k^T: q [B, S, N, D], k [B, K, N, D] in the compute dtype -> [B, N, S, K] in the softmax dtype.
+
+    Those that are `kept`, for more than one softmax, are in what the policy's products return, where that is less. They
+    are summed in float32 either way.
+    """
+    narrow = kept and precision.product == "compute"
+    out = jnp.dtype(precision.compute if narrow else "float32")
+    product = jnp.einsum("BSND,BKND->BNSK", q, k, precision=precision.matmul, preferred_element_type=out)
+    return product.astype(out if narrow else jnp.dtype(precision.softmax)) * scale
 
 
 def softmax(logits: jax.Array) -> tuple[jax.Array, Residual]:
