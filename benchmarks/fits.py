@@ -4,11 +4,12 @@
 
 FLF2V-14B at its full width with few layers and random weights, in float32 (of bfloat16 kernels a CPU makes float32
 copies), is written to a folder as by `python -m convert`. Then `python -m samplers.inbetween` makes one clip from it in
-a process of its own, once for each way: first without a limit, whose clip the others are compared with, and then under
-`--limit` (RLIMIT_AS, all that the process maps).
+a process of its own, once for each way: first without a limit, whose clip the others are compared with, and then in a
+control group with `--limit`, which has to be allowed to make one (root is).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,14 @@ WAYS = {
     "auto": [],
 }
 
-LIMITED = """
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+GROUPS = (("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory"), ("sys/fs/cgroup", "memory.max", ""))
+"""Of both versions of control groups: where they are, the file of the limit, their name in /proc/self/cgroup."""
+INSIDE = """
+import os, sys
+open(sys.argv[1], "w").write(str(os.getpid()))
 os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Takes a limit on itself and becomes another program."""
+"""Enters a control group and becomes another program."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--layers", type=measure.positive, default=3, help="of the transformer (default: %(default)s)")
     line.add_argument("--encoder-layers", type=measure.positive, default=1, help="of UMT5 and CLIP")
     line.add_argument("--size", type=measure.parse_size, default=(64, 96), metavar="HEIGHTxWIDTH")
-    line.add_argument("--limit", type=float, required=True, metavar="GIB", help="of what a process maps")
+    line.add_argument("--limit", type=float, required=True, metavar="GIB", help="of memory for a run")
     line.add_argument("--folder", type=Path, help="where the model is, or is to be kept (default: thrown away)")
     line.add_argument("--out", type=measure.output, metavar="FILE", help="JSON of all results")
     return line
@@ -87,22 +91,46 @@ def write_model(folder: Path, config: ModelConfig) -> None:
     checkpoint.sign(folder)
 
 
+@contextlib.contextmanager
+def group(limit: float | None) -> Iterator[Path]:
+    """A control group with a limit in GiB. OSError where none can be made."""
+    for top, name, kind in GROUPS:  # noqa: B007
+        own = [line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()
+               if line.split(":", 2)[1] == kind]  # fmt: skip
+        folder = Path("/") / top / (own[0].lstrip("/") if own else "") / f"wanjax-fits-{os.getpid()}"
+        if (folder.parent / "cgroup.procs").is_file():
+            break
+    folder.mkdir()
+    try:
+        if limit is not None:
+            (folder / name).write_text(str(int(limit * GIB)))
+        yield folder
+    finally:
+        folder.rmdir()
+
+
 def run(folder: Path, out: Path, size: tuple[int, int], way: list[str], limit: float | None) -> dict[str, Any]:
-    """One clip in a process of its own: exit code, last line, seconds, the most memory that was resident."""
+    """One clip in a process of its own: exit code, last line, seconds, the most memory that was taken."""
     command = [sys.executable, "-m", "samplers.inbetween", "--model", str(folder), "--out", str(out), "--quiet",
                "--frames", "5", "--size", "x".join(map(str, size)), "--steps", "2", "--scale", "1", *way]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     begun = time.perf_counter()
-    if limit is not None:
-        command = [sys.executable, "-c", LIMITED, str(int(limit * GIB)), *command]
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        told = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    return {"exit": process.returncode, "said": told.strip().splitlines()[-1:], "seconds": time.perf_counter() - begun,
-            "resident_bytes": usage.ru_maxrss * 1024}  # fmt: skip
+    with group(limit) as own, tempfile.TemporaryFile("w+") as told:
+        inside = [sys.executable, "-c", INSIDE, str(own / "cgroup.procs"), *command]
+        with subprocess.Popen(inside, env=environment, stdout=subprocess.DEVNULL, stderr=told) as process:
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, taken(own))
+                time.sleep(0.05)
+        told.seek(0)
+        said = told.read().strip().splitlines()[-1:]
+    return {"exit": process.returncode, "said": said, "seconds": time.perf_counter() - begun, "peak_bytes": peak}
+
+
+def taken(own: Path) -> int:
+    """Bytes of a control group's processes; files that the system keeps in its cache are not in it."""
+    fields = dict(line.split() for line in (own / "memory.stat").read_text().splitlines())
+    return int(fields.get("anon", fields.get("rss", 0)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,10 +153,10 @@ def main(argv: list[str] | None = None) -> int:
                 found[name]["clip"] = digest(clip) if clip.is_dir() else None
                 print(name, found[name], flush=True)
         wanted = found["keep, no limit"]["clip"]
-        rows = [[name, one["exit"], f"{one['resident_bytes'] / GIB:.2f}", f"{one['seconds']:.0f}",
+        rows = [[name, one["exit"], f"{one['peak_bytes'] / GIB:.2f}", f"{one['seconds']:.0f}",
                  "-" if one["clip"] is None else "same" if one["clip"] == wanted else "another", *one["said"]]
                 for name, one in found.items()]  # fmt: skip
-        measure.print_table(("way", "exit", "GiB resident", "seconds", "clip", "last line"), rows)
+        measure.print_table(("way", "exit", "GiB at the peak", "seconds", "clip", "last line"), rows)
         sizes = {part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
                  for part, tree in shapes.param_shapes(config).items()}  # fmt: skip
         measure.write(args.out, {"layers": args.layers, "encoder_layers": args.encoder_layers, "size": args.size,

@@ -365,6 +365,21 @@ def test_a_containers_limit_counts(tmp_path, name, text, limit):
     assert found == (machine if limit is None else min(limit, machine))
 
 
+@pytest.mark.parametrize("line, place", [
+    ("4:memory:/jobs/one/step", "memory/jobs/one/memory.limit_in_bytes"),
+    ("0::/jobs/one/step", "jobs/one/step/memory.max"), ("0::/jobs/one/step", "unified/jobs/memory.max"),
+])  # fmt: skip
+def test_a_limit_of_the_own_group_counts(tmp_path, line, place):
+    """As batch systems set it: on the group of the process or one above it."""
+    own, file = tmp_path / "proc/self/cgroup", tmp_path / "sys/fs/cgroup" / place
+    for one, text in ((own, f"5:devices:/else\n{line}\n"), (file, "3221225472\n")):
+        one.parent.mkdir(parents=True, exist_ok=True)
+        one.write_text(text)
+    assert hostmemory.host_memory(tmp_path) == 3 * GIB
+    own.write_text("4:memory:/else\n0::/else\n")
+    assert hostmemory.host_memory(tmp_path) == hostmemory.host_memory(tmp_path / "nothing")
+
+
 def test_the_estimate_is_of_the_policy():
     config = preset("flf2v_14b")
     wide = estimate.estimate(config, Settings.of(config), platform="gpu")

@@ -10,7 +10,6 @@ import pytest
 from nano import NANO, write_model
 from PIL import Image
 
-from benchmarks import fits
 from samplers import command, files, memory, pipeline
 from samplers.plan import Settings
 from wanjax import checkpoint, sharding
@@ -145,10 +144,17 @@ def _stop():
     raise InterruptedError
 
 
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit on a process is set by POSIX")
 def test_a_limit_on_the_process_is_seen(folder, pictures, tmp_path):
     """What does not fit in what the process may map is refused before any work, in one line."""
-    line = [sys.executable, "-c", fits.LIMITED, str(16 << 30), sys.executable, "-m", "samplers.inbetween",
+    line = [sys.executable, "-c", LIMITED, str(16 << 30), sys.executable, "-m", "samplers.inbetween",
             "--first", str(pictures[0]), "--last", str(pictures[1]), "--model", str(folder), "--size", "4096x4096",
             "--out", str(tmp_path / "a.mp4")]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
