@@ -17,7 +17,7 @@ from wanjax.precision import BFLOAT16, Precision
 from wanjax.residency import POLICIES
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "aot"
-REPORTS = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("stages/*.json")])
+REPORTS = sorted(file for folder in (".", "stages", "vae") for file in (RESULTS / folder).glob("*.json"))
 """Of `benchmarks.aot`, of the present form of the sampler."""
 HALF = Precision(compute="bfloat16", residual="bfloat16")
 """Of the VAE."""
