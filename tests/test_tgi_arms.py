@@ -47,6 +47,7 @@ def turned_round(clips):
     return Clips(*(getattr(clips, field.name)[::-1] for field in dataclasses.fields(clips)))
 
 
+@pytest.mark.slow
 def test_wan_is_the_pipeline(model, batch):
     """The arm without a method makes what the product makes from the same noise and the keyframes as they are."""
     pairs = [(item.read()[0], item.read()[-1]) for item in procedural("dev", FRAMES, 2).items]
@@ -88,6 +89,7 @@ def test_variants_of_the_method_are_one_program(batch):
     assert not np.array_equal(made["retro"], made["wan"])
 
 
+@pytest.mark.slow
 def test_random_bias_has_the_size_of_kabs(model, batch):
     """Its spread is KAB's, in KAB's layers and frames and nowhere else."""
     settings = dataclasses.replace(batch.settings, method=NANO_METHOD)

@@ -26,7 +26,7 @@ def videos(count: int, frames: int) -> torch.Tensor:
     return to_tensor(np.stack([clip(seed, frames=frames).video for seed in range(count)]))
 
 
-@pytest.mark.parametrize("frames", [5, 9, 25])
+@pytest.mark.parametrize("frames", [5, 9, pytest.param(25, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_whole_sequence_equals_chunks(uncompiled, frames):
     vae, video = shaken_vae(), videos(2, frames)

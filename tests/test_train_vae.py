@@ -43,6 +43,7 @@ def test_clips_stage_uses_every_length(uncompiled):
     assert all(moved)
 
 
+@pytest.mark.slow
 def test_decoder_alone_leaves_the_latents(uncompiled, tmp_path):
     """The encoder stays what the average was, bit for bit, also after a resume; the decoder moves."""
     torch.manual_seed(0)

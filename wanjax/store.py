@@ -76,7 +76,7 @@ SPLITS = 8
 """Into how many chunks a long axis is cut, so that up to as many hosts can each read its own."""
 LONG = 1024
 OTHER = "not the array of the manifest (its sha256 is another)"
-AHEAD = 4 << 30
+AHEAD = 1 << 30
 """Bytes that may wait to be digested while more is read."""
 
 
