@@ -102,7 +102,8 @@ def one_device():
 MESHES = [
     {"fsdp": 2, "sequence": 4}, {"data": 2, "sequence": 2, "tensor": 2},
     *(pytest.param(sizes, marks=pytest.mark.slow)
-      for sizes in ({"sequence": 2}, {"sequence": 3}, {"sequence": 4}, {"sequence": 6}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4})),
+      for sizes in ({"sequence": 2}, {"sequence": 3}, {"sequence": 4}, {"sequence": 6}, {"fsdp": 8},
+                    {"fsdp": 2, "tensor": 4})),
 ]  # fmt: skip
 
 
