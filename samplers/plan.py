@@ -154,7 +154,8 @@ class Plan:
         check_settings(config, settings)
         s = settings
         places = pixel_places(at, s.frames)
-        config = config.for_platform(jax.default_backend() if platform is None else platform)
+        kind = jax.devices()[0].device_kind if platform is None else ""
+        config = config.for_platform(jax.default_backend() if platform is None else platform, kind)
         levels = schedule.sigmas(s.schedule, s.steps, s.shift)
         method = arrays(s.method, config, s.frames, s.size, s.steps, places)
         step = solvers.table(s.solver, levels, s.timesteps)
