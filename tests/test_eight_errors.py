@@ -51,6 +51,7 @@ def velocity(dtype, weights, told):
     return jax.jit(WanDiT(config).apply)({"params": model.part("dit")}, latents, times, conditions, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_velocities(told, dtype):
     plain = velocity(dtype, None, told)

@@ -29,7 +29,7 @@ def one_device(weights):
 
 
 @pytest.mark.parametrize("sizes", [
-    {"fsdp": 2, "sequence": 4}, {"data": 2, "sequence": 2, "tensor": 2},
+    {"data": 2, "sequence": 2, "tensor": 2}, pytest.param({"fsdp": 2, "sequence": 4}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 8}, marks=pytest.mark.slow), pytest.param({"tensor": 4}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("weights", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
@@ -45,7 +45,7 @@ def test_every_mesh_computes_the_same(sizes, weights):
     assert kernel.dtype == DTYPES[weights] and not kernel.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_no_stack_of_kernels_exists_in_floats(policy):
     """The compiled module of three steps: every array of kernels with the layer axis is of codes, inside the loop over
     steps and outside."""
