@@ -7,6 +7,7 @@ FLF2V-14B (`benchmarks.aot`); other models have them in proportion. docs/memory.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -157,9 +158,10 @@ def streamed(name: str) -> bool:
     return name.startswith("blocks/") and name.endswith(("/kernel", "/factor"))
 
 
+@lru_cache(maxsize=16)  # a choice asks for it at every number of windows
 def stored(config: ModelConfig, weights: str = "bf16") -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Shape and dtype of every parameter by part and name, the transformer's block kernels as `weights` say; of "bf16"
-    as the configuration has them.
+    as the configuration has them. Not to be changed: it is kept.
 
     Raises:
       ValueError: others than in `checkpoint.WEIGHTS`, or than the folder's where that has 8 bits already.
@@ -216,6 +218,7 @@ def temporary(
     return found
 
 
+@lru_cache(maxsize=64)
 def _widened(config: ModelConfig, part: str, policy: str, weights: str) -> int:
     """What a CPU adds: it multiplies in float32, and XLA makes float32 copies of all layers' kernels before the loop
     over them, unless they stream; of kernels that are float32 it copies one layer's at a time."""

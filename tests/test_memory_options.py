@@ -155,7 +155,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 def test_a_limit_on_the_process_is_seen(folder, pictures, tmp_path):
     """What does not fit in what the process may map is refused before any work, in one line."""
     line = [sys.executable, "-c", LIMITED, str(16 << 30), sys.executable, "-m", "samplers.inbetween",
-            "--first", str(pictures[0]), "--last", str(pictures[1]), "--model", str(folder), "--size", "4096x4096",
+            "--first", str(pictures[0]), "--last", str(pictures[1]), "--model", str(folder), "--size", "32768x32768",
             "--out", str(tmp_path / "a.mp4")]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "there are 1" in done.stderr, done.stderr
