@@ -101,18 +101,23 @@ def main(argv: list[str] | None = None) -> int:
     measure.check_clip(line, preset(args.preset), args.size, args.frames)
     measure.backend(line)
 
-    def run() -> bool:
-        found = measured(args)
-        rows = [[name, f"{one['median_seconds']:.4g} s", f"{one['ratio']:.2f}", f"{one['relative_error']:.1e}",
-                 f"{one['moved_bytes'] / 1e9 / one['median_seconds']:.1f} GB/s"]
-                for name, one in found["runs"].items()]  # fmt: skip
-        measure.print_table(("kernels", "a guided step", "to keep", "difference", "from the host"), rows)
-        named = {name: getattr(args, name) for name in
-                 ("preset", "size", "frames", "method", "guidance_mode", "dtype")}  # fmt: skip
-        measure.write(args.out, {"benchmark": "streaming", "environment": measure.environment()} | named | found)
-        return all(one["relative_error"] < 1e-5 for one in found["runs"].values()) or args.dtype != "float32"
+    return measure.guarded(line, lambda: run(args))
 
-    return measure.guarded(line, run)
+
+def run(args: argparse.Namespace) -> bool:
+    """Measures, prints and writes; whether all forms give the same."""
+    found = measured(args)
+    rows = [[name, f"{one['median_seconds']:.4g} s", f"{one['ratio']:.2f}", f"{one['relative_error']:.1e}",
+             f"{one['moved_bytes'] / 1e9 / one['median_seconds']:.1f} GB/s"]
+            for name, one in found["runs"].items()]  # fmt: skip
+    measure.print_table(("kernels", "a guided step", "to keep", "difference", "from the host"), rows)
+    names = ("preset", "size", "frames", "method", "guidance_mode", "dtype")
+    own = {"benchmark": "streaming", "environment": measure.environment()} | {
+        name: getattr(args, name) for name in names
+    }
+    measure.write(args.out, own | found)
+    # Of half precision what XLA fuses in another program may be rounded elsewhere.
+    return all(one["relative_error"] < (1e-5 if args.dtype == "float32" else 0.02) for one in found["runs"].values())
 
 
 if __name__ == "__main__":

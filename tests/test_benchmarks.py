@@ -21,6 +21,7 @@ from benchmarks import (
     method_cost,
     random_model,
     steps,
+    streaming,
     throughput,
     vs_diffusers,
 )
@@ -34,7 +35,8 @@ from wanjax.precision import BFLOAT16
 ROOT = Path(__file__).parents[1]
 TINY = preset("tiny")
 PROGRAMS = {"throughput": throughput, "gpu_parity": gpu_parity, "attention": attention_benchmark,
-            "vs_diffusers": vs_diffusers, "method_cost": method_cost, "load_time": load_time}  # fmt: skip
+            "vs_diffusers": vs_diffusers, "method_cost": method_cost, "load_time": load_time,
+            "streaming": streaming}  # fmt: skip
 
 # These programs run once: compiling quickly matters more than running quickly.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -100,7 +102,7 @@ def test_every_part_of_the_gpu_suite_takes_its_arguments(tmp_path, dry, monkeypa
             program = PROGRAMS[module.removeprefix("benchmarks.")]
             monkeypatch.setattr(program, "run", lambda *_, program=program: started.append(program) or True)
             assert program.main(arguments) == 0
-    assert started == [gpu_parity, throughput, attention_benchmark, method_cost, throughput, vs_diffusers]
+    assert started == [gpu_parity, throughput, attention_benchmark, method_cost, throughput, streaming, vs_diffusers]
 
 
 def test_a_failing_part_stops_no_other_and_shows_in_the_exit_code(tmp_path):
@@ -126,6 +128,7 @@ def test_timing():
     assert timing.median == 2 and timing.spread == 1.5
 
 
+@pytest.mark.slow
 def test_the_configuration_chooses_kernel_and_convolution(monkeypatch):
     """ "auto" is what the product takes on this machine, other names are taken as they are."""
     size = ["--preset", "tiny", "--size", "16x16", "--frames", "5", "--matmul", "128"]
@@ -213,6 +216,7 @@ def test_a_step_is_the_pipelines(mode, rows):
     assert program(steps.part(config, mode, rows + 1)) != program(wanted)
 
 
+@pytest.mark.slow
 def test_attention_agreement_notices_a_wrong_implementation(monkeypatch):
     case = attention_benchmark.Case("text", 2, 6, 5, 2, 8, "11SK", residual=True)
     assert all(row["passed"] for row in attention_benchmark.agreement(case))

@@ -293,7 +293,10 @@ def control_of(config, frames, anchors, images, batch=2, strong=True):
     return {"control": control, "strength": strength}
 
 
-@pytest.mark.parametrize("name, images", [("t2v", 0), ("i2v", 1), ("flf2v", 2), ("i2v", 3)])
+@pytest.mark.parametrize(
+    "name, images",
+    [("t2v", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("i2v", 1), ("flf2v", 2))), ("i2v", 3)],
+)
 def test_images_and_anchors_are_different_numbers(name, images):
     """Any of both: one program for other places, shares, strengths and weights; the report has an axis of images."""
     config = SLIM[name]
@@ -341,6 +344,7 @@ def test_wrong_controls_are_named(field, value, message):
         WanDiT(config).init(jax.random.key(0), *make_inputs(config, (5, 1, 4, 4)), **told)
 
 
+@pytest.mark.slow
 def test_the_config_names_the_kernel():
     """All give the same; float32 is left to XLA by cuDNN, "auto" is XLA where nothing resolved it."""
     config = dataclasses.replace(SLIM["flf2v"], num_layers=1)

@@ -161,13 +161,13 @@ from wanjax import checkpoint, hosts, sharding, store
 from pathlib import Path
 with hosts.Company("read") as company:
     company.join(sys.argv[1])
-    read, whole = 0, store._numbers
+    read, whole = 0, store.numbers
     def numbers(*arguments):
         global read
         found = whole(*arguments)
         read += found.nbytes
         return found
-    store._numbers = numbers
+    store.numbers = numbers
     params = store.restore(Path(sys.argv[2]), "dit", checkpoint.param_shapes(NANO)["dit"],
                            sharding.make_mesh({"fsdp": 4, "sequence": 2}))
     least = 0

@@ -407,6 +407,7 @@ def test_help_groups_options_and_gives_defaults(capsys):
         assert part in text
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_there_are_one_line(job, tmp_path):
     """Of any platform, also where the model's folder is bad: the devices are asked first."""
     for platform in ("cuda", "tpu", "gpu", "nonsense"):

@@ -149,6 +149,7 @@ def images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
+@pytest.mark.slow
 def test_as_the_torch_definition(reference, params):
     """On an image that is made larger along one side and smaller along the other."""
     pixels = images(2, 70, 401)

@@ -101,6 +101,7 @@ def test_training_sees_what_sampling_sees(setup):
         assert relative_error(found, getattr(expected, name)) < 1e-3, name
 
 
+@pytest.mark.slow
 def test_dropped_last_keyframe_leaves_no_trace(setup):
     config, _, tokenizer, data, _ = setup
     batch = train_dit.Batches(data, tokenizer, config, 64, seed=1).draw(0)
@@ -180,6 +181,7 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_going_on_from_a_model(setup, tmp_path, monkeypatch):
     """All four models come from the folder: a run of a few steps at the warm-up's rate stays next to them."""
     config, vae_params, _, _, folder = setup
