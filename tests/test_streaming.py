@@ -82,10 +82,9 @@ def test_a_bias_of_the_callers(folder):
     assert np.abs(plain.latents - wanted).max() > 1e-3
 
 
-def evaluated(config, params, rng, method="paper"):
-    """The carry after two rows of the table."""
-    plan = Plan.of(config, Settings.of(config, method=method))
-    d = config.dit
+def arguments(plan, rng):
+    """Of `Programs.denoise`, after the params."""
+    d = plan.config.dit
     told = pipeline.Conditions(
         rng.normal(size=(1, d.text_length, d.text_dim)).astype(np.float32),
         rng.normal(size=(1, 2, d.image_tokens, d.image_dim)).astype(np.float32),
@@ -93,8 +92,13 @@ def evaluated(config, params, rng, method="paper"):
     )
     noise = rng.normal(size=(1, *plan.latent_shape)).astype(np.float32)
     carry = pipeline.start(plan, jax.numpy.asarray(noise))
-    run = programs.Programs.of(plan, 2).denoise
-    return run(params, carry, plan.table, np.int32(0), told, np.zeros_like(told.text), plan.method, None)
+    return carry, plan.table, np.int32(0), told, np.zeros_like(told.text), plan.method, None
+
+
+def evaluated(config, params, rng, method="paper"):
+    """The carry after two rows of the table."""
+    plan = Plan.of(config, Settings.of(config, method=method))
+    return programs.Programs.of(plan, 2).denoise(params, *arguments(plan, rng))
 
 
 @pytest.mark.parametrize(("method", "weights"), [("wan", None), ("paper", "int8"), ("paper", "fp8")])
@@ -115,6 +119,16 @@ def test_every_form_computes_the_same(folder, method, weights):
             moved = streaming.moved(model.part("dit"), form)
             same = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), moved, params)
             assert all(jax.tree.leaves(same))
+
+
+def test_a_program_compiled_for_host_memory_takes_it(folder):
+    """As on a TPU: compiled from shapes ahead of the weights, whose kernels then come in host memory."""
+    plan = Plan.of(streaming.with_stream(CONFIG, "tpu"), Settings.of(CONFIG, method="paper"))
+    denoise = kept.compiled(programs.Programs.of(plan, 2).denoise, shapes(plan)["denoise"], None)
+    params = streaming.restore(folder, checkpoint.param_shapes(CONFIG)["dit"], "program")
+    found = denoise(params, *arguments(plan, np.random.default_rng(3)))
+    wanted = evaluated(CONFIG, checkpoint.load(folder).part("dit"), np.random.default_rng(3))
+    equal(jax.tree.leaves(found), jax.tree.leaves(wanted))
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
