@@ -129,6 +129,8 @@ def why_not(case: Case, kernel: str) -> str | None:
         return "cudnn runs on NVIDIA GPUs only"
     if kernel == "cudnn" and case.bias:
         return "cudnn leaves a bias to xla"
+    if kernel.startswith("splash") and jax.default_backend() != "tpu":
+        return "splash runs on TPUs only"
     statistics = jax.local_devices()[0].memory_stats() or {}
     limit = statistics.get("bytes_limit", 4 * 2**30)
     # Logits, probabilities and one temporary.
