@@ -24,7 +24,7 @@ TARGETS: Mapping[tuple[str, int], str] = MappingProxyType(
     {
         ("h100", 1): "h100x1", ("h100", 2): "h100x2", ("h100", 4): "h100x4", ("h100", 8): "h100x8",
         ("v6e", 1): "v6e:1x1", ("v6e", 8): "v6e:2x4", ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4",
-        ("v5e", 16): "v5e:4x4",        ("v5p", 4): "v5p:2x2x1",
+        ("v5e", 16): "v5e:4x4", ("v5p", 4): "v5p:2x2x1",
     }
 )  # fmt: skip
 """What `benchmarks.aot` calls so many devices."""

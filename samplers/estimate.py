@@ -5,7 +5,7 @@ FLF2V-14B (`benchmarks.aot`); other models have them in proportion. docs/memory.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from samplers.plan import Settings
 from wanjax import sharding
 from wanjax.checkpoint import with_weights
 from wanjax.config import ModelConfig, VAEConfig
+from wanjax.pieces import decode_reach, encode_reach
 from wanjax.residency import POLICIES
 from wanjax.shapes import param_shapes
 
@@ -33,9 +34,8 @@ ABREAST: Mapping[str, int] = MappingProxyType({"gpu": 2, "tpu": 1, "cpu": 2})
 """Layers whose kernels are on the device at once where they are streamed: one computes and one comes; on TPUs they come
 one kernel ahead."""
 
-REACH: Mapping[str, int] = MappingProxyType({"keyframes": 5, "decode": 7})
-"""Latents that a window of the VAE's reads of its neighbours' on each inner side, by stage, as its convolutions reach;
-of the published VAE."""
+REACH: Mapping[str, Callable[[VAEConfig], int]] = MappingProxyType({"keyframes": encode_reach, "decode": decode_reach})
+"""Latents that a window of the VAE's reads of its neighbours' on each inner side, by stage."""
 COARSE = 1.35
 """What is not cut into windows: the features of the whole video at the latents' resolution, and a third more."""
 
@@ -265,9 +265,9 @@ def window_share(config: VAEConfig, size: tuple[int, int], stage: str, tiles: in
     """
     tiles = getattr(config, "tiles", 1) if tiles is None else tiles
     side = max(size) // config.spatial_stride
-    return min(1.0, math.ceil((side + 2 * REACH[stage] * (tiles - 1)) / tiles) / side)
+    return min(1.0, math.ceil((side + 2 * REACH[stage](config) * (tiles - 1)) / tiles) / side)
 
 
 def most_tiles(config: VAEConfig, size: tuple[int, int]) -> int:
     """More windows than this are mostly what they read of each other's."""
-    return max(1, max(size) // config.spatial_stride // (2 * max(REACH.values())))
+    return max(1, max(size) // config.spatial_stride // (2 * max(reach(config) for reach in REACH.values())))

@@ -133,9 +133,7 @@ def prepare(
       ValueError: one clear line (`KeyframeError`, `OutputError`, `CheckpointError` among them).
     """
     folder = checkpoint.open_folder(model)
-    config = folder.config
-    if dtype is not None:
-        config = checkpoint.with_dtype(config, dtype)
+    config = folder.config if dtype is None else checkpoint.with_dtype(folder.config, dtype)
     given = {name: value for name, value in settings.items() if value is not None}
     if size not in (None, "auto"):
         given["size"] = size
@@ -144,19 +142,14 @@ def prepare(
     images, notes = _read_keyframes((first, last), chosen.matte)
     notes += folder.notes
     if size == "auto":
-        area = config.sampling.size[0] * config.sampling.size[1]
-        fitting = keyframes.area_size((images[0].height, images[0].width), area, config.size_multiple)
-        chosen = dataclasses.replace(chosen, size=fitting)
+        chosen = dataclasses.replace(chosen, size=_fitting_size(images[0], config))
     mesh = _mesh(devices, mesh or {}, config.dit.num_heads)
     hosts.check_mesh(math.prod(mesh.values()))
     config, choice, asked = _memory(config, chosen, mesh, memory, weights, vae_memory)
     notes += [choice.why] if _worth_saying(choice, (memory, weights, vae_memory)) else []
     plan = Plan.of(config, chosen)
     inputs = Inputs.prepare([images], plan)
-    for name, image in zip(("first", "last"), images, strict=True):
-        if (image.height, image.width) != chosen.size:
-            notes.append(f"{name} keyframe {image.height}x{image.width} is brought to "
-                         f"{chosen.size[0]}x{chosen.size[1]} by {chosen.fit}")  # fmt: skip
+    notes += _about_sizes(images, chosen)
     notes += _about_prompts(folder.tokenizer, chosen, config)
     notes += hints.about(folder.path, chosen.prompt, list(inputs.pixels[0]))
     fps = config.sampling.fps if fps is None else fps
@@ -166,9 +159,6 @@ def prepare(
         raise ValueError(f"scale {scale}: give a whole number of at least 1")
     notes += _about_repeats(mesh, chosen)
     looked_at = _looked_at(explain, explain_layer, explain_step, plan)
-    if looked_at is not None and choice.policy == "stream":
-        raise ValueError("--explain looks into the whole transformer, which is never there with --memory stream; "
-                         "use --memory stage, or leave one of them away")  # fmt: skip
     sources = (keyframes.split(path)[0] for path in (first, last))
     outputs = video.name_outputs(out)  # of the other hosts, which write nothing
     if hosts.is_first():
@@ -234,7 +224,11 @@ def _plots(folder: str | Path | None) -> list[writing.Target]:
 
 
 def _looked_at(folder: str | Path | None, layer: int | None, step: int | None, plan: Plan) -> tuple[int, int] | None:
-    """Which layer and step are plotted. ValueError as `explain.check`, or for a layer without a folder."""
+    """Which layer and step are plotted. ValueError as `explain.check`, for a layer without a folder, or for a model of
+    which only single layers are there."""
+    if folder is not None and plan.config.dit.stream != "no":
+        raise ValueError("--explain looks into the whole transformer, which is never there with --memory stream; "
+                         "use --memory stage, or leave one of them away")  # fmt: skip
     if folder is not None:
         return explain.check(plan, layer, step)
     if layer is not None or step is not None:
@@ -248,6 +242,19 @@ def _read_keyframes(paths: tuple[str | Path, str | Path], matte: Sequence[int]) 
         warnings.simplefilter("always", keyframes.KeyframeWarning)
         images = [keyframes.read(path, matte) for path in paths]
     return images, [str(warning.message) for warning in caught]
+
+
+def _fitting_size(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
+    """(height, width) of the image's aspect at the model's usual area."""
+    return keyframes.area_size((image.height, image.width), math.prod(config.sampling.size), config.size_multiple)
+
+
+def _about_sizes(images: Sequence[Image.Image], settings: Settings) -> list[str]:
+    """A line for each keyframe that is not of the video's size."""
+    height, width = settings.size
+    return [f"{name} keyframe {image.height}x{image.width} is brought to {height}x{width} by {settings.fit}"
+            for name, image in zip(("first", "last"), images, strict=True)
+            if (image.height, image.width) != settings.size]  # fmt: skip
 
 
 def _about_prompts(tokenizer: Tokenizer, settings: Settings, config: ModelConfig) -> list[str]:

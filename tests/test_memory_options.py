@@ -110,7 +110,6 @@ def test_refused_before_any_work(folder, pictures, tmp_path, options, said):
 
 
 def test_explain_needs_the_whole_transformer(folder, pictures, tmp_path):
-    pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="--explain looks into the whole transformer.*--memory stage"):
         prepared(folder, pictures, tmp_path / "a.mp4", memory="stream", explain=tmp_path / "plots", method="paper")
 

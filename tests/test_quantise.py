@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import qwix
 from eight import DTYPES, LARGEST, codes
 from reference import relative_error
 
@@ -27,7 +28,6 @@ def kernel(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(96, 40), (1, 7), (200, 1)], ids=str)
 def test_as_qwix(weights, shape):
     """Its int8 reaches to 127.5, ours to 127, the same on both sides; its float8 is ours."""
-    qwix = pytest.importorskip("qwix")
     matrix = kernel(*shape)
     theirs = qwix.quantize(jnp.asarray(matrix), DTYPES[weights], channelwise_axes=(1,))
     own, factor = quantise(matrix, DTYPES[weights])

@@ -27,8 +27,6 @@ ALL, COARSE, FINE = "all", "coarse", "fine"
 above it, where everything is near."""
 
 SAME_2D, NO_2D = ((1, 1), (1, 1)), ((0, 0), (0, 0))
-
-
 STREAM = 2.0**-6
 """What the stream that blocks add to is scaled by in float16, so that it may reach four million: all that reads it is
 linear, or a norm, which does not care."""
