@@ -36,7 +36,6 @@ def setup(vae_folder, tmp_path_factory):
     """Config, VAE parameters, tokenizer and data of a few short, small clips."""
     patch = pytest.MonkeyPatch()
     patch.setattr(latents, "SHARD", CLIPS)
-    patch.setattr(latents, "IMAGE_SHARE", 2)
     patch.setattr(torch_vae, "_fused_norm_silu", lambda: torch_vae.norm_silu)
 
     patch.setattr(latents, "training_clip", lambda number, variety, frames: clip(number, "train", frames, SIZE))
@@ -57,7 +56,7 @@ def test_latents_are_those_of_the_jax_vae(setup):
     videos = np.stack([clip(seed, "train", FRAMES, SIZE).video for seed in range(CLIPS)])
     expected = jax.jit(lambda x: vae.encode(config.vae, vae_params, x))(keyframes.to_unit(videos))
     assert relative_error(data.latents.astype(np.float32), expected) < 1e-3  # kept in float16
-    np.testing.assert_array_equal(data.last, videos[:, -1])
+    np.testing.assert_array_equal(data.images[:, 0, 1], videos[:, -1])
 
 
 def test_latents_are_read_again_and_guarded(setup, vae_folder):
@@ -81,40 +80,52 @@ def test_lengths_share_the_steps(setup, vae_folder):
     assert {train_dit.MixedLengths(sets[:1], 0).draw(step).latents.shape[1] for step in range(5)} == {3}
 
 
+def test_drawn_places():
+    """All kinds of DRAWN come up, in their shares; places ascend within the clip, and a single one may lie anywhere."""
+    rng = np.random.default_rng(0)
+    drawn = [latents.drawn_places(rng, FRAMES) for _ in range(2000)]
+    assert all(at == tuple(sorted(set(at))) and 0 <= at[0] and at[-1] < FRAMES for at in drawn)
+    kinds = [(at[0] == 0, len(set(at) - {0, FRAMES - 1}), at[-1] == FRAMES - 1) for at in drawn]
+    for share, kind in latents.DRAWN:
+        assert abs(kinds.count(kind) / len(drawn) - share) < 0.03, kind
+    assert sum(share for share, _ in latents.DRAWN) == pytest.approx(1)
+    assert {at[0] for at in drawn if len(at) == 1} == set(range(FRAMES))
+
+
 @pytest.mark.slow
 def test_training_sees_what_sampling_sees(setup):
-    """The conditions of a batch equal those that the pipeline makes from keyframes and caption."""
+    """The conditions of both views of a clip equal those that the pipeline makes from keyframes and caption."""
     config, vae_params, tokenizer, data, _ = setup
     state = train_dit.new_state(config, 0)
-    batches = train_dit.Batches(data, tokenizer, config, 16, seed=0)
-    batch = batches.draw(0)
-    kept = [row for row in range(16) if batch.keep_last[row] and batch.ids[row, 1] != 0]
+    batch = next(one for one in map(train_dit.Batches(data, tokenizer, config, 16, seed=0).draw, range(9))
+                 if {int(n) for n in one.given.any(2).sum(1)} >= {1, 2, 3})  # fmt: skip
     conditions = jax.jit(lambda p, b: train_dit.encode_conditions(config, p, b))(state.params, batch)
     model = checkpoint.Model(config, {**state.params, "vae": vae_params}, tokenizer)
-    plan = Plan.of(config, Settings.of(config, frames=FRAMES, size=(SIZE, SIZE)))
-    pairs = [(batch.first[row], batch.last[row]) for row in kept]
-    row_of = {data.first[i].tobytes() + data.last[i].tobytes(): i for i in range(CLIPS)}
-    captions = [data.captions[row_of[first.tobytes() + last.tobytes()]] for first, last in pairs]
-    expected = pipeline.encode(model, plan, [Inputs.prepare(pairs, plan)], [captions])[0].conditions
-    for name in ("text", "images", "latent"):
-        found = np.asarray(getattr(conditions, name))[kept]
-        assert relative_error(found, getattr(expected, name)) < 1e-3, name
+    videos = np.stack([clip(seed, "train", FRAMES, SIZE).video for seed in range(CLIPS)])
+    rows = [int(np.flatnonzero((data.latents == one).all((1, 2, 3, 4)))[0]) for one in batch.latents]
+    for at in {tuple(np.flatnonzero(one.reshape(-1)[3:])) for one in batch.given}:
+        same = [n for n in range(16) if tuple(np.flatnonzero(batch.given[n].reshape(-1)[3:])) == at]
+        plan = Plan.of(config, Settings.of(config, frames=FRAMES, size=(SIZE, SIZE)), [int(place) for place in at])
+        inputs = Inputs.prepare([[videos[rows[n]][place] for place in plan.at] for n in same], plan)
+        texts = [data.captions[rows[n]] if batch.ids[n, 1] != 0 else "" for n in same]
+        expected = pipeline.encode(model, plan, [inputs], [texts])[0].conditions
+        for name in ("text", "images", "latent"):
+            found = np.asarray(getattr(conditions, name))[same]
+            assert relative_error(found, getattr(expected, name)) < 1e-3, (at, name)
 
 
 @pytest.mark.slow
-def test_dropped_last_keyframe_leaves_no_trace(setup):
+def test_an_image_that_is_not_there_leaves_no_trace(setup):
     config, _, tokenizer, data, _ = setup
     batch = train_dit.Batches(data, tokenizer, config, 64, seed=1).draw(0)
-    dropped = batch.keep_last == 0
-    assert 0 < dropped.sum() < 32
-    assert (batch.given[dropped][:, -1] == 0).all() and (batch.given[~dropped][:, -1, -1] == 1).all()
-    altered = batch.replace(last=255 - batch.last)
+    absent = ~batch.seen
+    assert 0 < absent.sum() < 40 and not absent.all(1).any()
+    altered = batch.replace(images=np.where(absent[..., None, None, None], 255 - batch.images, batch.images))
     params = train_dit.new_state(config, 0).params
     run = jax.jit(lambda p, b: train_dit.encode_conditions(config, p, b))
     plain, other = run(params, batch), run(params, altered)
-    last, altered_last = plain.images[:, 1], other.images[:, 1]
-    np.testing.assert_array_equal(last[dropped], altered_last[dropped])
-    assert not np.array_equal(last[~dropped], altered_last[~dropped])
+    np.testing.assert_array_equal(plain.images, other.images)
+    assert not np.asarray(plain.images)[absent].any() and np.asarray(plain.images)[~absent].any()
     assert (batch.attention_mask.sum(1) == 1).any(), "some captions are dropped"
 
 

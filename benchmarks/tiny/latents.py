@@ -1,6 +1,6 @@
 """The DiT's training set: clips as latents, computed once by the trained VAE and kept in files.
 
-Axis letters as in `wanjax.types`; N clips, of which M have an image-to-video condition too.
+Axis letters as in `wanjax.types`; N clips, each seen in V = 2 ways: by its two ends, and by keyframes drawn at random.
 """
 
 from __future__ import annotations
@@ -29,8 +29,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD = 480  # clips a file
 BATCH = 16
 Encoder = Callable[[np.ndarray], np.ndarray]
-IMAGE_SHARE = 5  # one clip in this many can be trained on without its last keyframe
 VARIETIES = ("plain", "rich", "challenges")
+DRAWN = (
+    (0.25, (True, 0, False)),
+    (0.10, (False, 0, True)),
+    (0.10, (False, 1, False)),
+    (0.30, (True, 1, True)),
+    (0.10, (True, 2, True)),
+    (0.075, (True, 1, False)),
+    (0.075, (False, 1, True)),
+)
+"""Which keyframes the second view of a clip has: share, (first, inner ones, last)."""
 
 
 def training_clip(number: int, variety: str, frames: int) -> Clip | ChallengeClip:
@@ -80,17 +89,18 @@ class LatentSet:
 
     Attributes:
       latents: [N, F, h, w, 16].
-      condition: [N, F, h, w, 16], of the video that holds both keyframes.
-      image_condition: [M, F, h, w, 16], of the video that holds the first alone; for clips 0 .. M - 1.
-      first, last: uint8 [N, H, W, 3].
+      condition: [N, V, F, h, w, 16], of the video that holds a view's keyframes.
+      given: float32 [N, V, F, temporal_stride], the mask of them.
+      images: uint8 [N, V, 2, H, W, 3], those that the vision tower sees.
+      seen: bool [N, V, 2], which of these are there.
       captions: N strings.
     """
 
     latents: np.ndarray
     condition: np.ndarray
-    image_condition: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    given: np.ndarray
+    images: np.ndarray
+    seen: np.ndarray
     captions: list[str]
 
 
@@ -123,26 +133,54 @@ def _encode_all(encode: Encoder, videos: np.ndarray) -> np.ndarray:
     return np.concatenate(parts).astype(np.float16)
 
 
-def _shard(encode: Encoder, index: int, variety: str, frames: int) -> dict[str, np.ndarray]:
+def drawn_places(rng: np.random.Generator, frames: int) -> tuple[int, ...]:
+    """Pixel frames of a clip's keyframes in its second view, as the shares of DRAWN have it; never none."""
+    shares, kinds = zip(*DRAWN, strict=True)
+    first, inner, last = kinds[rng.choice(len(kinds), p=shares)]
+    inside = rng.choice(np.arange(1, frames - 1), size=inner, replace=False)
+    return (*[0] * first, *sorted(map(int, inside)), *[frames - 1] * last)
+
+
+def image_places(at: tuple[int, ...], frames: int) -> tuple[int | None, int | None]:
+    """Which of a first-and-last-frame model's two images shows which pixel frame, as the pipeline has it: the outermost
+    keyframes, and a single one in the nearer place."""
+    if len(at) > 1:
+        return at[0], at[-1]
+    return (at[0], None) if at[0] <= (frames - 1) / 2 else (None, at[0])
+
+
+def _view(video: np.ndarray, at: tuple[int, ...], stride: int) -> dict[str, np.ndarray]:
+    """One clip seen by its keyframes `at`: the video that the VAE encodes, mask, images, which of them are there."""
+    frames = len(video)
+    told = conditioning.keyframe_video(keyframes.to_unit(video[None, list(at)]), at, frames)[0]
+    places = image_places(at, frames)
+    images = np.stack([np.zeros_like(video[0]) if place is None else video[place] for place in places])
+    seen = np.array([place is not None for place in places])
+    return {"condition": np.asarray(told), "given": np.asarray(conditioning.mask(frames, stride, at)),
+            "images": images, "seen": seen}  # fmt: skip
+
+
+def _shard(encode: Encoder, index: int, variety: str, frames: int, stride: int) -> dict[str, np.ndarray]:
     numbers = range(index * SHARD, (index + 1) * SHARD)
     drawn = [training_clip(number, variety, frames) for number in numbers]
-    videos = np.stack([one.video for one in drawn])
-    first, last = videos[:, 0], videos[:, -1]
-    images = SHARD // IMAGE_SHARE
-    ends = keyframes.to_unit(np.stack([first, last], 1))
-    both = np.asarray(conditioning.keyframe_video(ends, (0, -1), frames))
-    one = np.asarray(conditioning.keyframe_video(ends[:images, :1], (0,), frames))
-    return {
-        "latents": _encode_all(encode, keyframes.to_unit(videos)),
-        "condition": _encode_all(encode, both),
-        "image_condition": _encode_all(encode, one),
-        "first": first,
-        "last": last,
+    rngs = [np.random.default_rng([number, frames, 1]) for number in numbers]
+    views = [
+        [_view(one.video, at, stride) for at in ((0, frames - 1), drawn_places(rng, frames))]
+        for one, rng in zip(drawn, rngs, strict=True)
+    ]
+    stacked = {name: np.array([[view[name] for view in pair] for pair in views]) for name in views[0][0]}
+    told = stacked["condition"]
+    condition = _encode_all(encode, told.reshape(-1, *told.shape[2:]))
+    return stacked | {
+        "latents": _encode_all(encode, keyframes.to_unit(np.stack([one.video for one in drawn]))),
+        "condition": condition.reshape(*told.shape[:2], *condition.shape[1:]),
         "captions": np.array([one.caption for one in drawn]),
     }
 
 
-def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: str, frames: int) -> LatentSet:
+def build(
+    vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: str, frames: int, stride: int = 4
+) -> LatentSet:
     """Computes what `folder` lacks, shard by shard, and loads it all.
 
     Args:
@@ -151,13 +189,14 @@ def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: 
       clips: at least this many (whole shards).
       variety: a name in VARIETIES.
       frames: length of the clips.
+      stride: the VAE's temporal one.
 
     Raises:
       ValueError: the folder belongs to another VAE, variety or length.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256((vae_folder / WEIGHTS).read_bytes()).hexdigest()
-    origin = json.dumps({"vae": digest, "variety": variety, "frames": frames})
+    origin = json.dumps({"vae": digest, "variety": variety, "frames": frames, "drawn": DRAWN})
     label = folder / "origin.json"
     if not label.exists():
         label.write_text(origin)
@@ -168,20 +207,8 @@ def build(vae_folder: Path, encode: Encoder, folder: Path, clips: int, variety: 
         file = folder / f"{index:04d}.npz"
         if not file.exists():
             with writing.beside(file) as part:
-                np.savez(part, **_shard(encode, index, variety, frames))
+                np.savez(part, **_shard(encode, index, variety, frames, stride))
         with np.load(file) as stored:
             shards.append({name: stored[name] for name in stored.files})
-    return _join(shards)
-
-
-def _join(shards: list[dict[str, np.ndarray]]) -> LatentSet:
-    """One set of all shards, the clips with an image-to-video condition first."""
-    images = SHARD // IMAGE_SHARE
-
-    def gather(name: str) -> np.ndarray:
-        return np.concatenate([s[name][:images] for s in shards] + [s[name][images:] for s in shards])
-
-    image_condition = np.concatenate([s["image_condition"] for s in shards])
-    captions = [str(text) for text in gather("captions")]
-    return LatentSet(gather("latents"), gather("condition"), image_condition, gather("first"), gather("last"),
-                     captions)  # fmt: skip
+    joined = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    return LatentSet(**joined | {"captions": [str(text) for text in joined["captions"]]})

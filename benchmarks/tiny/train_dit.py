@@ -46,7 +46,7 @@ WARMUP_STEPS = 100
 FLAT_SHARE = 0.35  # of the run, before the cosine decay
 SHIFT = 3.0
 CAPTION_DROP = 0.10
-LAST_KEYFRAME_DROP = 0.15
+DRAWN_SHARE = 0.5  # of the clips, seen by other keyframes than both ends (latents.DRAWN)
 TRAINED = ("dit", "umt5", "clip")
 FIRST_LENGTH_SHARE = 0.5  # of the steps; the other lengths share the rest alike
 OTHER_LENGTHS_CLIPS = 5  # one clip of each for so many of the first length
@@ -60,8 +60,8 @@ class Batch:
       latents, condition: [B, F, h, w, 16] normalised.
       given: [B, F, temporal_stride] mask channels.
       ids, attention_mask: int32 [B, L] with L at most the model's text length.
-      first, last: uint8 [B, H, W, 3].
-      keep_last: float32 [B], 0 where the last keyframe is withheld.
+      images: uint8 [B, 2, H, W, 3].
+      seen: bool [B, 2], which of them are there.
     """
 
     latents: jax.Array
@@ -69,9 +69,8 @@ class Batch:
     given: jax.Array
     ids: jax.Array
     attention_mask: jax.Array
-    first: jax.Array
-    last: jax.Array
-    keep_last: jax.Array
+    images: jax.Array
+    seen: jax.Array
 
 
 @struct.dataclass
@@ -139,13 +138,13 @@ def encode_conditions(config: ModelConfig, params: Any, batch: Batch) -> Conditi
     text = UMT5Encoder(config.umt5).apply({"params": params["umt5"]}, batch.ids, mask)
     text = conditioning.pad_text(text, mask)
     text = jnp.pad(text, ((0, 0), (0, config.dit.text_length - text.shape[1]), (0, 0)))
-    pixels = jnp.concatenate([batch.first, batch.last]).astype(jnp.float32) / 255
+    pixels = batch.images.reshape(-1, *batch.images.shape[2:]).astype(jnp.float32) / 255
     pixels = (pixels - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
-    first, last = jnp.split(CLIPVision(config.clip).apply({"params": params["clip"]}, pixels), 2)
-    last = last * batch.keep_last[:, None, None]
+    tokens = CLIPVision(config.clip).apply({"params": params["clip"]}, pixels)
+    tokens = tokens.reshape(*batch.seen.shape, *tokens.shape[1:]) * batch.seen[:, :, None, None]
     shape = (*batch.condition.shape[:-1], batch.given.shape[-1])
     given = jnp.broadcast_to(batch.given[:, :, None, None], shape)
-    return Conditions(text, jnp.stack([first, last], 1), jnp.concatenate([given, batch.condition], -1))
+    return Conditions(text, tokens, jnp.concatenate([given, batch.condition], -1))
 
 
 def loss_of(config: ModelConfig, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
@@ -185,10 +184,10 @@ def update(
     return State(state.step + 1, state.seconds, params, average, moments), loss
 
 
-def rate_at(step: int, done: float) -> float:
+def rate_at(step: int, done: float, peak: float = PEAK_RATE) -> float:
     """Learning rate: linear warm-up by steps; flat, then a cosine to 1% by the share of the run's time."""
     decay = max(0.0, min(1.0, (done - FLAT_SHARE) / (1 - FLAT_SHARE)))
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * decay)))
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
 class Batches:
@@ -199,24 +198,16 @@ class Batches:
         length = min(config.dit.text_length, -(-max(lengths) // 8) * 8)
         self._ids, self._mask = tokenizer.encode([*data.captions, ""], length)
         self._data, self._size, self._seed = data, size, seed
-        frames = (data.latents.shape[1] - 1) * config.vae.temporal_stride + 1
-        stride = config.vae.temporal_stride
-        self._given = np.stack([np.asarray(conditioning.mask(frames, stride, at)) for at in ((0,), (0, -1))])
 
     def draw(self, step: int) -> Batch:
         """The batch of one step, as host arrays."""
         rng, data, size = np.random.default_rng([self._seed, step]), self._data, self._size
-        keep = rng.random(size) >= LAST_KEYFRAME_DROP
         rows = rng.integers(len(data.latents), size=size)
-        rows = np.where(keep, rows, rng.integers(len(data.image_condition), size=size))
-        condition = np.stack([
-            (data.condition if kept else data.image_condition)[row] for row, kept in zip(rows, keep, strict=True)
-        ])  # fmt: skip
+        views = (rng.random(size) < DRAWN_SHARE).astype(int)
         words = np.where(rng.random(size) < CAPTION_DROP, len(data.latents), rows)
-        return Batch(
-            data.latents[rows], condition, self._given[keep.astype(int)], self._ids[words], self._mask[words],
-            data.first[rows], data.last[rows], keep.astype(np.float32),
-        )  # fmt: skip
+        picked = (leaf[rows, views] for leaf in (data.condition, data.given))
+        return Batch(data.latents[rows], *picked, self._ids[words], self._mask[words], data.images[rows, views],
+                     data.seen[rows, views])  # fmt: skip
 
 
 class MixedLengths:
@@ -254,7 +245,7 @@ def train(config: ModelConfig, state: State, batches: MixedLengths, vae_params: 
     while seconds < total:
         began = time.monotonic()
         step = int(state.step)
-        rate = np.float32(rate_at(step, seconds / total))
+        rate = np.float32(rate_at(step, seconds / total, options.rate))
         state, loss = update(config, state, batches.draw(step), rate, np.uint32(options.seed))
         losses.append(float(loss))
         if not math.isfinite(losses[-1]):
@@ -328,6 +319,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="clip lengths; half of the steps take the first (default 25 33 65 81)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=16, help="clips a step at the first length; as many tokens at the "
                         "others (default %(default)s)")  # fmt: skip
+    parser.add_argument("--rate", type=float, default=PEAK_RATE, help="peak of the learning rate (default %(default)s)")
     parser.add_argument("--every", type=float, default=4.0, help="minutes between checkpoints (default %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 (accelerators)")
     parser.add_argument("--latents-only", action="store_true", help="compute the latents and stop")
@@ -364,7 +356,8 @@ def main(arguments: list[str] | None = None) -> None:
     sets = []
     for frames in options.lengths:
         clips = options.clips if frames == options.lengths[0] else options.clips // OTHER_LENGTHS_CLIPS
-        sets.append(build(options.vae, encode, options.out / f"latents{frames}", clips, options.variety, frames))
+        sets.append(build(options.vae, encode, options.out / f"latents{frames}", clips, options.variety, frames,
+                          vae_config.temporal_stride))  # fmt: skip
     if options.latents_only:
         return
     build_tokenizer.main([str(options.out / "tokenizer.json")])
