@@ -56,14 +56,12 @@ def compile_ahead(plan: Plan, chunk: int = 1, folder: Path | None = None) -> Ite
 
 def shapes(plan: Plan) -> dict[str, Any]:
     """What each of `Programs` is called with for one clip, as `jax.ShapeDtypeStruct`s; of a `Loop`, each of its own."""
-    config, params, images = plan.config, checkpoint.param_shapes(plan.config), pipeline.image_slots(plan)
-    d, side, seen = config.dit, config.clip.image_size, len([slot for slot in images if slot is not None])
+    config, params = plan.config, checkpoint.param_shapes(plan.config)
+    d, side = config.dit, config.clip.image_size
+    seen = len([slot for slot in pipeline.image_slots(plan) if slot is not None])
     ids = _struct(2, d.text_length, dtype=np.int32)  # of the prompt and the negative one
-    text = _struct(1, d.text_length, d.text_dim, dtype=config.umt5.precision.residual)
-    tokens = _struct(1, len(images), d.image_tokens, d.image_dim, dtype=config.clip.precision.residual)
+    conditions, text = encoded(plan)
     latents = _struct(1, *plan.latent_shape)
-    latent = _struct(1, *plan.latent_shape[:-1], d.condition_channels)
-    conditions = Conditions(text, tokens, latent)
     carry = jax.eval_shape(lambda noise: pipeline.start(plan, noise), latents)
     table, method = jax.tree.map(lambda leaf: _struct(*np.shape(leaf), dtype=leaf.dtype), (plan.table, plan.method))
     told = conditions, text, method, None
@@ -79,6 +77,16 @@ def shapes(plan: Plan) -> dict[str, Any]:
         else (dit, carry, table, _struct(dtype=np.int32), *told),
         "decode": (params["vae"], latents),
     }
+
+
+def encoded(plan: Plan) -> tuple[Conditions, jax.ShapeDtypeStruct]:
+    """Conditions of one clip, and the text of the pass without prompt."""
+    config, d = plan.config, plan.config.dit
+    text = _struct(1, d.text_length, d.text_dim, dtype=config.umt5.precision.residual)
+    images = _struct(
+        1, len(pipeline.image_slots(plan)), d.image_tokens, d.image_dim, dtype=config.clip.precision.residual
+    )
+    return Conditions(text, images, _struct(1, *plan.latent_shape[:-1], d.condition_channels)), text
 
 
 def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:

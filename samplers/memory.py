@@ -170,6 +170,25 @@ def _tiles(
     return fitting
 
 
+def decode_tiles(config: ModelConfig, settings: Settings, vae_memory: int | None = None) -> int:
+    """Windows of the VAE with which a clip is decoded, the VAE alone in memory: the fewest that fit.
+
+    Args:
+      vae_memory: bytes that it may take besides the weights; None takes what there is.
+
+    Raises:
+      ValueError: that is too little.
+    """
+    platform, there = jax.default_backend(), available()
+    counts = _tiles(config, settings, None, vae_memory, platform)
+
+    def fits(tiles: int) -> bool:
+        found = estimate(config, settings, None, "stage", "bf16", tiles, platform)
+        return there is None or found.stages["decode"] * SPARE <= there
+
+    return next((tiles for tiles in counts if fits(tiles)), counts[-1])
+
+
 def _why(policy: str, weights: str, tiles: int, found: Estimate, memory: int | None, fits: str) -> str:
     """What it is, for a note."""
     what = {

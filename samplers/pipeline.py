@@ -331,12 +331,15 @@ def denoise(
     chunk: int = 1,
     on_step: run.OnStep | None = None,
     programs: Programs | None = None,
+    carry: Carry | None = None,
+    first: int = 0,
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B clips from noise in that shape.
 
     Args:
       seeds: B of them, for solvers that add noise anew; None takes that of the settings for all.
       until: stop before that step, 0 .. steps, and give the latents that enter it.
+      carry, first: go on from the carry of an earlier run that entered step `first`; the noise says the shape alone.
       others: as `inbetween`.
 
     Raises:
@@ -354,8 +357,8 @@ def denoise(
                                 cross_bias)  # fmt: skip
 
     steps = plan.settings.steps if until is None else until
-    carry = run.run(part, start(plan, noise, seeds), plan.table, steps, chunk=chunk, on_step=on_step)
-    return carry.sample
+    begin = start(plan, noise, seeds) if carry is None else carry
+    return run.run(part, begin, plan.table, steps, chunk=chunk, first=first, on_step=on_step).sample
 
 
 def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> Carry:

@@ -65,8 +65,12 @@ def check(carry: Carry) -> None:
 
 
 @contextmanager
-def bar(steps: int, description: str = "denoise") -> Iterator[OnStep]:
-    """A progress bar with ETA, as an `OnStep`; only the first process of several hosts draws it."""
-    shown = tqdm(total=steps, desc=description, unit="step", dynamic_ncols=True, disable=jax.process_index() != 0)
-    with shown:
-        yield lambda done, carry: shown.update(done - shown.n)
+def bar(steps: int, description: str = "denoise", shown: bool = True) -> Iterator[OnStep]:
+    """A progress bar with ETA, as an `OnStep`; only the first process of several hosts draws it.
+
+    Args:
+      shown: False for none.
+    """
+    hidden = not shown or jax.process_index() != 0
+    with tqdm(total=steps, desc=description, unit="step", dynamic_ncols=True, disable=hidden) as drawn:
+        yield lambda done, carry: drawn.update(done - drawn.n)

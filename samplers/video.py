@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -184,33 +184,60 @@ def enlarge_factor(height: int, width: int, target: int = 256) -> int:
 
 
 def contact_sheet(
-    frames: np.ndarray, keyframes: Sequence[np.ndarray] = (), columns: int = 7, rows: int = 2
+    frames: np.ndarray,
+    keyframes: Sequence[np.ndarray] = (),
+    columns: int = 7,
+    rows: int = 2,
+    at: Sequence[int] | None = None,
 ) -> np.ndarray:
     """One picture of a video: evenly chosen frames, the first and the last among them, labelled by number.
 
-    frames: uint8 [T, H, W, 3]; `keyframes`: up to two images uint8 [H, W, 3] which the video was made from,
-    set before the first and after the last frame, to compare. At most columns * rows tiles, read row by row;
-    small frames are enlarged by nearest neighbour to about 128 pixels, large ones reduced to at most 384.
-    Returns uint8 [sheet height, sheet width, 3].
+    frames: uint8 [T, H, W, 3]; `keyframes`: images uint8 [H, W, 3] which the video was made from, set before the frame
+    in whose place they are, the last frame's after it, to compare; `at`: these places, ascending, by default the two
+    ends. At most columns * rows tiles, read row by row, with as many rows more as several keyframes need; small frames
+    are enlarged by nearest neighbour to about 128 pixels, large ones reduced to at most 384. Returns uint8
+    [sheet height, sheet width, 3].
 
-    Raises ValueError when the tiles cannot hold two frames and the keyframes, or a keyframe has another size.
+    Raises ValueError when the tiles cannot hold two frames and the keyframes, a keyframe has another size, or there are
+    not as many places as keyframes.
     """
-    places = columns * rows - len(keyframes)
-    if places < 2 or len(keyframes) > 2:
-        raise ValueError(
-            f"contact sheet of {columns}x{rows} tiles: too small for 2 frames and {len(keyframes)} keyframes "
-            f"(at most two); use more columns"
-        )
+    last = len(frames) - 1
+    at = (0, last)[: len(keyframes)] if at is None else tuple(at)
+    if len(at) != len(keyframes):
+        raise ValueError(f"contact sheet: {len(keyframes)} keyframes at {len(at)} places; give a place for each")
     for keyframe in keyframes:
         if keyframe.shape != frames.shape[1:]:
             raise ValueError(f"keyframe {keyframe.shape}: fit it to the video's {frames.shape[1:]} first")
-    chosen = np.unique(np.rint(np.linspace(0, len(frames) - 1, places)).astype(int))
-    tiles = [(f"{index}", frames[index]) for index in chosen]
-    if len(keyframes):
-        tiles.insert(0, ("first keyframe", keyframes[0]))
-    if len(keyframes) == 2:
-        tiles.append(("last keyframe", keyframes[1]))
+    inner = [place for place in at if 0 < place < last]
+    rows += math.ceil(2 * len(inner) / columns)
+    places = columns * rows - len(keyframes) - len(inner)
+    if places < 2:
+        raise ValueError(
+            f"contact sheet of {columns}x{rows} tiles: too small for 2 frames and {len(keyframes)} keyframes; use more "
+            "columns"
+        )
+    chosen = np.unique([*np.rint(np.linspace(0, last, places)).astype(int), *inner])
+    names = {0: "first keyframe", last: "last keyframe"}
+    tiles = []
+    for index in chosen:
+        own = [(names.get(place, f"keyframe {place}"), pixels)
+               for place, pixels in zip(at, keyframes, strict=True) if place == index]  # fmt: skip
+        frame = [(f"{index}", frames[index])]
+        tiles += frame + own if index == last else own + frame
     return _grid(tiles, min(columns, len(tiles)))
+
+
+def variants_sheet(variants: Mapping[str, Sequence[tuple[int, np.ndarray]]]) -> np.ndarray:
+    """One picture of several videos, a row for each.
+
+    Args:
+      variants: name -> (number, frame uint8 [H, W, 3]) of evenly chosen frames, as many of each.
+
+    Returns:
+      uint8 [sheet height, sheet width, 3].
+    """
+    tiles = [(f"{name} \u00b7 {index}", frame) for name, frames in variants.items() for index, frame in frames]
+    return _grid(tiles, len(next(iter(variants.values()))))
 
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:

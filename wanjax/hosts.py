@@ -272,6 +272,26 @@ def fetch(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
+def from_first(
+    arrays: dict[str, np.ndarray] | None, like: dict[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
+    """What host 0 has, on every host; all of them must ask for it.
+
+    Args:
+      arrays: of host 0; None for nothing.
+      like: arrays of the same names, shapes and dtypes.
+    """
+    if count() == 1:
+        return arrays
+    from jax.experimental import multihost_utils
+
+    there = multihost_utils.broadcast_one_to_all(np.int32(is_first() and arrays is not None))
+    if not there:
+        return None
+    given = multihost_utils.broadcast_one_to_all(arrays if is_first() else like)
+    return {name: np.asarray(array) for name, array in given.items()}
+
+
 def _state() -> Any:
     """JAX's own knowledge of its processes, and its client of the coordination service; it has no public name."""
     from jax._src import distributed

@@ -3,6 +3,7 @@
 - JSON: the key "written_by" of its object.
 - PNG: the text chunk "Software"; WebP: the EXIF field of that name.
 - GIF, MP4, WebM: the comment.
+- safetensors: "written_by" of the metadata.
 Each holds `mark()`, which begins with "wanjax". A folder is ours when every file in it is.
 
 Versions before these marks wrote a JSON without the key. It is accepted by its shape (settings, and the version of
@@ -72,7 +73,8 @@ def _ours(path: Path) -> bool:
     if suffix == ".json":
         value = _json(path)
         return _says(value.get(KEY)) or _is_older(value)
-    read = {".png": _picture, ".gif": _picture, ".webp": _picture, ".mp4": _video, ".webm": _video}.get(suffix)
+    read = {".png": _picture, ".gif": _picture, ".webp": _picture, ".mp4": _video, ".webm": _video,
+            ".safetensors": _tensors}.get(suffix)  # fmt: skip
     return read is not None and (_says(read(path)) or _named_by_older(path))
 
 
@@ -108,6 +110,16 @@ def _video(path: Path) -> str | None:
         with av.open(str(path)) as container:
             return {name.lower(): text for name, text in container.metadata.items()}.get("comment")
     except (OSError, ValueError):
+        return None
+
+
+def _tensors(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as opened:
+            return (opened.metadata() or {}).get(KEY)
+    except (OSError, SafetensorError):
         return None
 
 
