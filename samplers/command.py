@@ -124,7 +124,9 @@ def _make(company: Any, task: Task, progress: bool, programs: Path | None) -> in
         return company.fail(FAILED, error)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        mend = "if memory ran out, try --memory stage or stream, --weights int8, --vae-memory, a smaller size, or bfloat16"
+        mend = (
+            "if memory ran out, try --memory stage or stream, --weights int8, --vae-memory, a smaller size, or bfloat16"
+        )
         return company.fail(FAILED, f"{reason}; {mend}; {task.stopped()}")
     if hosts.is_first() and told:
         _say(told)

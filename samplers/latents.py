@@ -72,7 +72,9 @@ def read(path: str | Path) -> Stored:
     except KeyError as error:
         raise ValueError(f"{path}: holds no latents of a clip; give a file that --keep-latents wrote") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read as latents ({error}); give a file that --keep-latents wrote") from error
+        raise ValueError(
+            f"{path}: cannot be read as latents ({error}); give a file that --keep-latents wrote"
+        ) from error
     if found.ndim != 4 or keyframes.ndim != 4 or len(keyframes) != len(at) or not np.isfinite(found).all():
         raise ValueError(f"{path}: latents {found.shape} of another shape, or not finite; make them again")
     return Stored(found, keyframes, tuple(map(int, at)), recall.from_text(told, str(path)))

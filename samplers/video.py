@@ -135,7 +135,9 @@ def staged_also(outputs: Outputs) -> Iterator[tuple[Outputs, tuple[Path, ...]]]:
         yield Outputs(video, sheet, settings), tuple(also)
 
 
-def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: int = 1) -> None:
+def write(
+    path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: int = 1, made_of: str | None = None
+) -> None:
     """Writes uint8 frames [T, H, W, 3] as the video the suffix of `path` names, enlarged `scale` times.
 
     - .mp4: H.264, .webm: VP9; both 4:2:0 in BT.709, near-transparent quality. That needs even sides, so an
@@ -143,6 +145,8 @@ def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: i
     - .gif: 256 colours a frame, times rounded to 1/100 s so that they do not drift. .webp: lossless, times in
       ms. Both loop. These two formats store a run of identical frames as one frame of the run's duration.
     - no suffix: a folder of PNG files 00000.png, 00001.png, ...; `fps` is not kept.
+
+    `made_of` is what `recall.to_text` says of the clip, kept in the file (in every PNG of a folder).
 
     Replaces what `path` held if wanjax wrote it; `check_output` asks before. On any exception, KeyboardInterrupt
     included, nothing new stays on disk.
@@ -158,14 +162,14 @@ def write(path: str | os.PathLike[str], frames: np.ndarray, fps: float, scale: i
     _check_suffix(path)
     with _replacing(path) as part:
         if suffix in CODECS:
-            _encode(part, suffix, frames, fps, scale)
+            _encode(part, suffix, frames, fps, scale, made_of)
         elif suffix:
-            _animate(part, suffix, frames, fps, scale)
+            _animate(part, suffix, frames, fps, scale, made_of)
         else:
             part.mkdir()
             for index, frame in enumerate(frames):
                 picture = Image.fromarray(enlarge(frame, scale))
-                picture.save(part / f"{index:05d}.png", compress_level=3, pnginfo=_png_mark())
+                picture.save(part / f"{index:05d}.png", compress_level=3, pnginfo=_png_mark(made_of))
 
 
 def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
@@ -240,10 +244,13 @@ def variants_sheet(variants: Mapping[str, Sequence[tuple[int, np.ndarray]]]) -> 
     return _grid(tiles, len(next(iter(variants.values()))))
 
 
-def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as a PNG file, whole or not at all; replaces one that wanjax wrote."""
+def write_png(path: str | os.PathLike[str], image: np.ndarray, made_of: str | None = None) -> None:
+    """Writes uint8 [H, W, 3] as a PNG file, whole or not at all; replaces one that wanjax wrote.
+
+    `made_of` as in `write`.
+    """
     with _replacing(Path(path)) as part:
-        Image.fromarray(image).save(part, format="PNG", pnginfo=_png_mark())
+        Image.fromarray(image).save(part, format="PNG", pnginfo=_png_mark(made_of))
 
 
 def write_json(path: str | os.PathLike[str], settings: Any) -> None:
@@ -274,20 +281,22 @@ def _replacing(path: Path) -> contextlib.AbstractContextManager[Path]:
     return writing.beside(target.path, folder=target.folder, names=target.names, overwrite=True)
 
 
-def _png_mark() -> PngInfo:
+def _png_mark(made_of: str | None) -> PngInfo:
     info = PngInfo()
     info.add_text("Software", marks.mark())
+    if made_of is not None:
+        info.add_text(marks.COMMENT, made_of)
     return info
 
 
-def _encode(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int) -> None:
+def _encode(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int, made_of: str | None) -> None:
     codec, options = CODECS[suffix]
     height, width = (side * scale for side in frames.shape[1:3])
     rate = Fraction(fps).limit_denominator(65535)
     odd = ((0, height % 2), (0, width % 2), (0, 0))
     container_options = {"movflags": "faststart"} if suffix == ".mp4" else {}
     with av.open(str(path), "w", format=suffix[1:], options=container_options) as container:
-        container.metadata["comment"] = marks.mark()
+        container.metadata["comment"] = made_of or marks.mark()
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = height + odd[0][1], width + odd[1][1]
         stream.pix_fmt = "yuv420p"
@@ -306,7 +315,7 @@ def _encode(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int)
         container.mux(stream.encode())
 
 
-def _animate(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int) -> None:
+def _animate(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int, made_of: str | None) -> None:
     # GIF counts hundredths of a second, WebP thousandths; rounding the frame's time and not its length
     # keeps the whole in step.
     tick = 10 if suffix == ".gif" else 1
@@ -314,9 +323,13 @@ def _animate(path: Path, suffix: str, frames: np.ndarray, fps: float, scale: int
     durations = np.maximum(np.diff(times), tick).tolist()
     exif = Image.Exif()
     exif[marks.SOFTWARE] = marks.mark()
+    if made_of is not None:
+        exif[marks.EXIF] = {marks.USER_COMMENT: marks.ASCII + made_of.encode("ascii")}
     # WebP: at 480x864 as small as with the default effort (80, 2) in a third of the time.
     webp = {"lossless": True, "quality": 30, "method": 1, "exif": exif.tobytes()}
-    options: dict[str, Any] = webp if suffix == ".webp" else {"disposal": 1, "comment": marks.mark().encode()}
+    options: dict[str, Any] = (
+        webp if suffix == ".webp" else {"disposal": 1, "comment": (made_of or marks.mark()).encode()}
+    )
     options |= {"save_all": True, "duration": durations, "loop": 0}
     pictures = np.stack([enlarge(frame, scale) for frame in frames])
     # Opened here, as Pillow leaves its own file open on KeyboardInterrupt.

@@ -272,9 +272,7 @@ def fetch(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def from_first(
-    arrays: dict[str, np.ndarray] | None, like: dict[str, np.ndarray]
-) -> dict[str, np.ndarray] | None:
+def from_first(arrays: dict[str, np.ndarray] | None, like: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """What host 0 has, on every host; all of them must ask for it.
 
     Args:

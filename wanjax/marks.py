@@ -4,7 +4,8 @@
 - PNG: the text chunk "Software"; WebP: the EXIF field of that name.
 - GIF, MP4, WebM: the comment.
 - safetensors: "written_by" of the metadata.
-Each holds `mark()`, which begins with "wanjax". A folder is ours when every file in it is.
+Each holds `mark()`, which begins with "wanjax"; a comment may be JSON with that key instead (`samplers.recall`). A
+folder is ours when every file in it is.
 
 Versions before these marks wrote a JSON without the key. It is accepted by its shape (settings, and the version of
 wanjax, or the numbers of the plots), and a video, contact sheet or plot without a mark when such a JSON beside it names
@@ -23,6 +24,10 @@ from typing import Any
 KEY = "written_by"
 SOFTWARE = 0x0131
 """The EXIF (TIFF) tag of the program that made a picture."""
+EXIF, USER_COMMENT, ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+"""The tag of EXIF's own fields, that of the user's comment among them, and what an ASCII comment begins with."""
+COMMENT = "Comment"
+"""The PNG text chunk for the same."""
 
 _NAME = "wanjax"
 _PLOTS = ("retro.png", "strength.png", "attention.png")
@@ -72,20 +77,31 @@ def _ours(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix == ".json":
         value = _json(path)
-        return _says(value.get(KEY)) or _is_older(value)
+        return says(value.get(KEY)) or _is_older(value)
     read = {".png": _picture, ".gif": _picture, ".webp": _picture, ".mp4": _video, ".webm": _video,
             ".safetensors": _tensors}.get(suffix)  # fmt: skip
-    return read is not None and (_says(read(path)) or _named_by_older(path))
+    return read is not None and (says(read(path)) or _named_by_older(path))
 
 
-def _says(text: Any) -> bool:
+def says(text: Any) -> bool:
+    """Whether a mark, or the JSON that stands in its place, is wanjax's."""
+    if isinstance(text, str) and text.startswith("{"):
+        text = _object(text).get(KEY)
     return isinstance(text, str) and (text == _NAME or text.startswith(f"{_NAME} "))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return _object(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -64,13 +64,16 @@ class Batch:
       image_model: conditioned on one image, for the two-way schemes, or None where there is none.
       settings: of the run; `frames` and `size` are those of `clips.truth`.
       clips: the batch.
+
+    Attributes:
+      inputs: its keyframes as the models take them.
     """
 
     def __init__(self, model: Model, image_model: Model | None, settings: Settings, clips: Clips):
         self.model, self.settings, self.clips = model, settings, clips
         self._image_model = image_model
         self.plan = Plan.of(model.config, settings)
-        self._inputs = Inputs.prepare(list(clips.keyframes), self.plan)
+        self.inputs = Inputs.prepare(list(clips.keyframes), self.plan)
 
     @cached_property
     def encoded(self) -> Encoded:
@@ -78,7 +81,7 @@ class Batch:
 
     def _encoded(self, model: Model, captions: Sequence[str]) -> Encoded:
         plan = self.plan if model is self.model else Plan.of(model.config, self.settings)
-        return pipeline.encode(model, plan, [self._inputs], [list(captions)])[0]
+        return pipeline.encode(model, plan, [self.inputs], [list(captions)])[0]
 
     def noise(self, seed: int) -> jax.Array:
         """Standard normal [B, F, h, w, C]."""
@@ -117,14 +120,14 @@ class Batch:
         text_backwards = self._encoded(model, reversed_time).conditions.text
         ends = ((told.text, self._first_seen(model, 0)), (text_backwards, self._first_seen(model, 1)))
         forwards, backwards = (
-            told.replace(text=text, images=images, latent=self.first_frame_latent(model, self._inputs.pixels[:, place]))
+            told.replace(text=text, images=images, latent=self.first_frame_latent(model, self.inputs.pixels[:, place]))
             for place, (text, images) in enumerate(ends)
         )
         return model, forwards, backwards, encoded.negative
 
     def _first_seen(self, model: Model, place: int) -> jax.Array:
         """Image tokens [B, M, K, D] of a model that sees keyframe `place` as the first, and no other."""
-        inputs = Inputs(self._inputs.pixels[:, [place]], self._inputs.vision[:, [place]])
+        inputs = Inputs(self.inputs.pixels[:, [place]], self.inputs.vision[:, [place]])
         plan = Plan.of(model.config, self.settings, at=(0,))
         return pipeline.encode_images(model, plan, inputs.vision)
 
