@@ -1,8 +1,7 @@
 """The options of `python -m samplers.inbetween`: what may stand on its command line, and in a line of its jobs."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 

@@ -91,7 +91,7 @@ class RunFolder:
             )
         if restart:
             with self._locked():
-                self._empty()
+                self.empty()
             return []
         if told != json.loads(_canonical(self.identity)):
             changed = "; ".join(list(differences(told, json.loads(_canonical(self.identity))))[:3])
@@ -108,7 +108,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the folder; inside, no other process works in it. Left empty it disappears.
+        """Makes the folder; inside, no other process works in it. It goes if nothing is kept in it at the end.
 
         Raises:
           OutputError: another process works in it. OSError: a full disk.
@@ -118,17 +118,13 @@ class RunFolder:
             with self._locked():
                 if self._told() is None:
                     writing.write_json(self.path / FILE, dict(self.identity), overwrite=True)
-                yield
+                try:
+                    yield
+                finally:
+                    if not self._kept():
+                        self.empty()
         finally:
-            if not self._kept():
-                self.remove()
-
-    def remove(self) -> None:
-        """Ends the folder, if it is there and nobody works in it."""
-        if self.path.is_dir():
-            with contextlib.suppress(FileNotFoundError), self._locked():
-                self._empty()
-            with contextlib.suppress(OSError):  # somebody put something there meanwhile: not ours to remove
+            with contextlib.suppress(OSError):  # it holds something: what is kept, or what somebody put there
                 self.path.rmdir()
 
     def keep(self, name: str, tree: Any, **told: Any) -> None:
@@ -174,7 +170,8 @@ class RunFolder:
         return writing.locked(self.path / _LOCK, f"run folder {self.path}: another run works in it; wait for it, or "
                               "choose another --out")  # fmt: skip
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Removes what is kept."""
         for entry in list(self.path.iterdir()):
             if _room(entry):
                 shutil.rmtree(entry, ignore_errors=True)
@@ -215,11 +212,17 @@ def _room(entry: Path) -> bool:
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
     """Paths and leaves; random keys as the numbers that they are."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path), jax.random.key_data(leaf) if _is_key(leaf) else leaf) for path, leaf in flat]
+    return [(jax.tree_util.keystr(path), _numbers(leaf) if _is_key(leaf) else leaf) for path, leaf in flat]
+
+
+def _numbers(key: Any) -> Any:
+    if isinstance(key, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, key)
+    return jax.random.key_data(key)
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:

@@ -80,12 +80,12 @@ class Clip:
         """Takes the carry, and what is to be explained, from the run folder. OutputError where they are damaged."""
         if self.kept is None:
             return
-        noise = pipeline.noise(self.plan, [self.job.settings.seed], self.job.devices)
-        begin = pipeline.start(self.plan, noise, [self.job.settings.seed])
-        if (found := self.kept.read(CARRY, (np.zeros((), np.int32), begin))) is not None:
-            self.done, self.carry = int(found[0]), found[1]
+        latents = jax.ShapeDtypeStruct((1, *self.plan.latent_shape), np.float32)
+        begin = jax.eval_shape(lambda noise: pipeline.start(self.plan, noise), latents)
+        if (found := self.kept.read(CARRY, (jax.ShapeDtypeStruct((), np.int32), begin))) is not None:
+            self.done, self.carry = int(found[0]), _placed(found[1], self.job.devices)
         if self.job.explain is not None:
-            self.explained = self.kept.read(EXPLAINED, begin.sample)
+            self.explained = _placed(self.kept.read(EXPLAINED, latents), self.job.devices)
             if self.explained is None and self.done > self.job.explain[1]:
                 self.done, self.carry = 0, None  # it went by without being looked at
 
@@ -97,9 +97,9 @@ class Clip:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
 
     def finish(self) -> None:
-        """Ends the run folder: the results are written."""
+        """Empties the run folder, which then goes: the results are written."""
         if self.kept is not None and hosts.is_first():
-            self.kept.remove()
+            self.kept.empty()
 
     def keep(self, name: str, tree: Any) -> None:
         """Keeps something in the run folder, where there is one. OSError: a full disk."""
@@ -223,8 +223,12 @@ def _joined(trees: Sequence[Any], mesh: Mesh | None) -> Any:
     def join(*leaves: jax.Array) -> jax.Array:
         return jnp.concatenate(leaves) if leaves[0].ndim else leaves[0]
 
-    joined = jax.tree.map(join, *trees)
-    return joined if mesh is None else jax.tree.map(lambda x: sharding.shard_batch(x, mesh) if x.ndim else x, joined)
+    return _placed(jax.tree.map(join, *trees), mesh)
+
+
+def _placed(tree: Any, mesh: Mesh | None) -> Any:
+    """On the mesh, as what the stages put there themselves."""
+    return tree if mesh is None else jax.tree.map(lambda x: sharding.shard_batch(x, mesh) if x.ndim else x, tree)
 
 
 def _one(carry: Carry, number: int) -> Carry:
