@@ -19,10 +19,12 @@ def parse(p: Parser, arguments: Sequence[str]) -> dict[str, Any]:
     """Options, those of an earlier clip (--from) in the place of the defaults.
 
     Raises:
-      ValueError: a file that tells no settings; of a parser that raises, also a bad option.
+      ValueError: a file that tells no settings, options that cannot stand together; of a parser that raises, also a bad
+        option.
     """
     arguments = renamed(arguments)
     options = vars(p.parse_args(arguments))
+    check_modes(options)
     if options["recalled"] is None:
         return options
     found = earlier(options["recalled"], options["preset"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samplers import flags
-from samplers.options import Parser, parser
+from samplers.options import Parser, parser, renamed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -36,7 +36,7 @@ class Task:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 1 for a failed run, 130 after Ctrl-C, SIGTERM."""
     p, arguments = parser(), list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(p.parse_args(arguments))
+    options = vars(p.parse_args(renamed(arguments)))
     progress = not options["quiet"]
     note = flags.settle(distributed=options["distributed"] is not None)
     # Here, as they take a second: not for --help or a mistyped option.
@@ -69,7 +69,6 @@ def _task(p: Parser, arguments: Sequence[str]) -> Task:
     from samplers import asked, files, jobs, latents
 
     options = asked.parse(p, arguments)
-    asked.check_modes(options)
     if options["decode"] is not None:
         decoding = latents.prepare(options["decode"], **asked.decoding(options))
         return Task(decoding.notes, decoding.digest, partial(_decode, decoding), lambda: "nothing was written")

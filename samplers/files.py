@@ -91,7 +91,8 @@ def written(clip: Clip) -> Iterator[Write]:
                 sheet = video.contact_sheet(frames, list(job.inputs.pixels[0]), at=job.plan.at)
                 video.write_png(outputs.sheet, sheet, text)
                 if job.keep_latents:
-                    latents.write(plots.pop(), clip.carry.sample, text, job.inputs.pixels[0], job.plan.at)
+                    own = clip.carry.sample, job.config.vae, text, job.inputs.pixels[0], job.plan.at
+                    latents.write(plots.pop(), *own)
             for folder in plots:
                 with clip.timed("explain"):
                     explain.draw(folder, model, job.plan, _observed(model, clip), *job.explain)

@@ -261,8 +261,9 @@ def groups(lines: Sequence[Line]) -> list[list[Line]]:
 def _alike(job: Job) -> Any:
     """What decides which programs a clip needs, and its negative text, which is encoded once for all."""
     table = jax.tree.structure(job.plan.table), tuple(np.shape(leaf) for leaf in jax.tree.leaves(job.plan.table))
-    return (str(job.folder.path), job.config, job.dtype, job.weights, job.memory.policy, tuple(job.mesh.items()),
-            job.plan.latent_shape, job.plan.at, job.settings.guidance_mode, job.settings.negative_prompt, table)  # fmt: skip
+    model = str(job.folder.path), job.config, job.dtype, job.weights, job.memory.policy, tuple(job.mesh.items())
+    settings = job.plan.latent_shape, job.plan.at, job.settings.guidance_mode, job.settings.negative_prompt
+    return *model, *settings, table
 
 
 @dataclass(frozen=True, eq=False)

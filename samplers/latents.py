@@ -22,9 +22,10 @@ from samplers.plan import Plan
 from samplers.recall import Recalled
 from samplers.request import of_the_file
 from wanjax import checkpoint, environment, hosts, marks
+from wanjax.config import VAEConfig
 
-TOLD = "clip"
-"""The key of the metadata that says what the clip is made of."""
+TOLD, VAE = "clip", "vae"
+"""Keys of the metadata: what the clip is made of, and a digest of how its latents are normalised."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,21 @@ class Stored:
       keyframes: uint8 [A, H, W, 3].
       at: pixel frames of these.
       made_of: settings, model, frames per second.
+      normalised: digest of the VAE's statistics.
     """
 
     latents: np.ndarray
     keyframes: np.ndarray
     at: tuple[int, ...]
     made_of: Recalled
+    normalised: str
 
 
-def write(path: Path, latents: jax.Array, told: str, keyframes: np.ndarray, at: Sequence[int]) -> None:
+def write(path: Path, latents: jax.Array, vae: VAEConfig, told: str, keyframes: np.ndarray, at: Sequence[int]) -> None:
     """Writes the latents [1, F, h, w, C] of a clip to a name that is not there.
 
     Args:
+      vae: that normalised them.
       told: what the clip is made of, of `recall.to_text`.
       keyframes: uint8 [A, H, W, 3]; at: their pixel frames.
 
@@ -56,7 +60,7 @@ def write(path: Path, latents: jax.Array, told: str, keyframes: np.ndarray, at: 
     """
     arrays = {"latents": np.asarray(hosts.fetch(latents)[0], np.float32), "keyframes": keyframes,
               "at": np.asarray(at, np.int32)}  # fmt: skip
-    save_file(arrays, path, {marks.KEY: marks.mark(), TOLD: told})
+    save_file(arrays, path, {marks.KEY: marks.mark(), TOLD: told, VAE: _normalised(vae)})
 
 
 def read(path: str | Path) -> Stored:
@@ -67,7 +71,7 @@ def read(path: str | Path) -> Stored:
     """
     try:
         with safe_open(path, "np") as opened:
-            told = (opened.metadata() or {})[TOLD]
+            told, normalised = ((opened.metadata() or {})[key] for key in (TOLD, VAE))
             found, keyframes, at = (opened.get_tensor(name) for name in ("latents", "keyframes", "at"))
     except KeyError as error:
         raise ValueError(f"{path}: holds no latents of a clip; give a file that --keep-latents wrote") from error
@@ -77,7 +81,11 @@ def read(path: str | Path) -> Stored:
         ) from error
     if found.ndim != 4 or keyframes.ndim != 4 or len(keyframes) != len(at) or not np.isfinite(found).all():
         raise ValueError(f"{path}: latents {found.shape} of another shape, or not finite; make them again")
-    return Stored(found, keyframes, tuple(map(int, at)), recall.from_text(told, str(path)))
+    return Stored(found, keyframes, tuple(map(int, at)), recall.from_text(told, str(path)), normalised)
+
+
+def _normalised(vae: VAEConfig) -> str:
+    return resume.digest([*vae.latent_mean, *vae.latent_std])
 
 
 @dataclass(frozen=True)
@@ -129,15 +137,13 @@ def prepare(
     """
     stored, folder = read(path), checkpoint.open_folder(model)
     config = folder.config if dtype is None else checkpoint.with_dtype(folder.config, dtype)
-    settings, notes = stored.made_of.settings, list(folder.notes)
+    settings, notes = stored.made_of.settings, folder.notes
     tiles = memory.decode_tiles(config, settings, vae_memory)
     config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, tiles=tiles))
     plan = Plan.of(config, settings, stored.at)
-    if stored.latents.shape != plan.latent_shape:
-        raise ValueError(f"{path}: latents {stored.latents.shape}, which {config.name} has as {plan.latent_shape} for "
-                         f"this clip; they are of {stored.made_of.model}, give that as --model")  # fmt: skip
-    if stored.made_of.model != config.name:
-        notes.append(f"{path}: latents of {stored.made_of.model}, decoded by {config.name}")
+    if stored.latents.shape != plan.latent_shape or stored.normalised != _normalised(config.vae):
+        raise ValueError(f"{path}: latents of another autoencoder than {config.name}'s; they are of "
+                         f"{stored.made_of.model}, give that as --model")  # fmt: skip
     fps, scale = of_the_file(config, settings, fps or stored.made_of.fps, scale)
     outputs = video.check_output(out, overwrite, inputs=(path, folder.path))
     video.check_sides(out, *(side * scale for side in settings.size))

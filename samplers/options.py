@@ -49,7 +49,7 @@ def parser() -> Parser:
         action="append",
         type=_keyframe,
         metavar="IMAGE@FRAME",
-        help="one more, in pixel frame FRAME of the clip, -1 the last; may be given often, and without --first or --last",
+        help="another in pixel frame FRAME of the clip, -1 the last; may be given often, without --first and --last too",
     )
     keyframes.add_argument("--loop", action="store_true", help="the first keyframe is the last one too")
     keyframes.add_argument("--prompt", help="what happens between them (default: empty, or the example's)")
@@ -127,14 +127,14 @@ def _add_several(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--jobs",
         metavar="FILE",
-        help="a clip for each line of a .jsonl or .csv file, whose fields are these options; those given beside it hold "
-        "for every line that does not say otherwise. Finished clips are left alone when it is run again",
+        help="a clip for each line of a .jsonl or .csv file, whose fields are these options; those given beside it "
+        "hold for every line that does not say otherwise. Finished clips are left alone when it is run again",
     )
     group.add_argument(
         "--from",
         dest="recalled",
         metavar="FILE",
-        help="the settings of a clip made before, from its JSON, mp4, webm, gif, webp or PNG; options given beside it win",
+        help="the settings of an earlier clip, from its JSON, mp4, webm, gif, webp or PNG; options given beside it win",
     )
     group.add_argument("--decode", metavar="FILE", help="only decode latents that --keep-latents wrote")
 

@@ -101,10 +101,10 @@ class Clip:
         if self.kept is not None and hosts.is_first():
             self.kept.empty()
 
-    def keep(self, name: str, tree: Any) -> None:
+    def keep(self, name: str, tree: Any, **told: Any) -> None:
         """Keeps something in the run folder, where there is one. OSError: a full disk."""
         if self.kept is not None:
-            self.kept.keep(name, tree)
+            self.kept.keep(name, tree, **told)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def _keeping(clip: Clip, number: int) -> OnStep:
                 clip.explained = own.sample
                 clip.keep(EXPLAINED, own.sample)
             if due:
-                clip.keep(CARRY, (np.array(done, np.int32), own))
+                clip.keep(CARRY, (np.array(done, np.int32), own), step=done)
             clip.carry = own
 
     return on_step

@@ -16,7 +16,7 @@ import pytest
 from nano import edit_config, write_model
 from PIL import Image
 
-from samplers import command, files, pipeline
+from samplers import command, files, options
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ RENAMED = [
 def test_old_names_of_options(old, new, value):
     read = command.parser().parse_args
     for line in ([f"--{old}", value], [f"--{old}={value}"]):
-        assert read(command.renamed(line)) == read([f"--{new}", value]) != read([])
+        assert read(options.renamed(line)) == read([f"--{new}", value]) != read([])
 
 
 def test_damaged_weights_fail_in_one_line(job, tmp_path, capsys):
@@ -334,8 +334,8 @@ def test_overwrite_never_replaces_what_is_not_ours(job, tmp_path, capsys, no_com
 
 
 def test_ctrl_c_leaves_nothing(job, tmp_path):
-    """A real SIGINT in the middle of denoising."""
-    command = [sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 1000)]
+    """A real SIGINT in the middle of denoising, of a run that keeps nothing."""
+    command = [sys.executable, "-m", "samplers.inbetween", *arguments(job, "--steps", 1000, "--save-every", 0)]
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=env, bufsize=0) as process:
         seen = b""
@@ -361,9 +361,9 @@ def test_ctrl_c_leaves_nothing(job, tmp_path):
 @pytest.mark.parametrize("writer", ["write_png", "write", "write_json"])
 def test_failure_while_writing_leaves_nothing_new(job, tmp_path, capsys, monkeypatch, writer, error, code, message):
     """At each of the three outputs; what was there before --overwrite stays."""
-    frames = np.zeros((1, 5, 16, 24, 3), np.uint8)
-    made = pipeline.Result(frames, None, dict.fromkeys(("encode", "compile", "denoise", "decode"), 0.0))
-    monkeypatch.setattr(files.pipeline, "make", lambda *_, **__: [made])
+    monkeypatch.setattr(files.work, "encode", lambda *_: None)
+    monkeypatch.setattr(files.work, "denoise", lambda *_: None)
+    monkeypatch.setattr(files.work, "decode", lambda *_: np.zeros((5, 16, 24, 3), np.uint8))
     written = getattr(files.video, writer)
 
     def fail(*arguments):

@@ -21,7 +21,7 @@ from benchmarks.tgi.run import Plan
 from benchmarks.tgi.scores import Scores, ScoresError, model_identity, unfinished
 from benchmarks.tgi.tgi_bench import tgi_bench
 from benchmarks.tgi.videos import videos
-from samplers.command import renamed
+from samplers.options import renamed
 from samplers.plan import Settings
 from wanjax import checkpoint
 
