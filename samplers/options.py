@@ -49,7 +49,7 @@ def parser() -> Parser:
         action="append",
         type=_keyframe,
         metavar="IMAGE@FRAME",
-        help="another in pixel frame FRAME of the clip, -1 the last; may be given often, without --first and --last too",
+        help="another in pixel frame FRAME of the clip, -1 the last; may be given often, also without --first, --last",
     )
     keyframes.add_argument("--loop", action="store_true", help="the first keyframe is the last one too")
     keyframes.add_argument("--prompt", help="what happens between them (default: empty, or the example's)")
@@ -290,7 +290,8 @@ def method_of(options: dict[str, Any]) -> method.Method:
     """Takes the method's options out of `options` and makes one value of them."""
     switches = {name: options.pop(name) for name in ("isolation", "kab", "retro")}
     overrides = {name: options.pop(name) for name in method.OVERRIDES}
-    return method.override(method.named(options["method"]), overrides, **switches)
+    base = options["method"]  # a name, or the whole of an earlier clip's
+    return method.override(method.named(base) if isinstance(base, str) else base, overrides, **switches)
 
 
 def _model_defaults() -> str:
