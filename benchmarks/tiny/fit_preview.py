@@ -88,7 +88,7 @@ def keep(folder: Path, rgb: LatentRGB) -> None:
     file = folder / checkpoint.CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
     config["vae"]["latent_rgb"] = {"factors": rgb.factors, "bias": rgb.bias}
-    text = json.dumps(config, indent=2, ensure_ascii=False)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     writing.write_text(file, text, overwrite=True, anything=True)
     if (folder / checkpoint.MANIFEST).is_file():
         checkpoint.sign(folder)
