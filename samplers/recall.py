@@ -92,6 +92,23 @@ def digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(size + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
+def about_keyframes(recalled: Recalled, where: str, keyframes: Sequence[np.ndarray], at: Sequence[int]) -> list[str]:
+    """A line for each keyframe that is another picture than the one a clip was made of; nothing where nobody tells.
+
+    Args:
+      where: what the lines call the clip.
+      keyframes, at: of the run that is to be, as `to_text` takes them.
+    """
+    told = {one.frame: one.sha256 for one in recalled.keyframes if one.frame is not None and one.sha256 is not None}
+    given = {int(frame): digest(pixels) for frame, pixels in zip(at, keyframes, strict=True)}
+    lines = [f"keyframe at {frame} is not the picture that {where} was made of (or it is fitted another way)"
+             for frame, own in given.items() if frame in told and told[frame] != own]  # fmt: skip
+    if told and set(told) != set(given):
+        places = [", ".join(map(str, sorted(one))) for one in (told, given)]
+        lines.append(f"keyframes at {places[1]}, where {where} had them at {places[0]}")
+    return lines
+
+
 def read(path: str | Path) -> Recalled:
     """What a clip, a contact sheet, a frame, a folder of frames or a run's JSON was made of.
 

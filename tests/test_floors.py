@@ -14,6 +14,7 @@ FLOORS = (
         "settings",
         "environment",
         "hosts",
+        "latent_rgb",
         "compare",
         "marks",
         "publishing",

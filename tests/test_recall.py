@@ -4,15 +4,16 @@ import dataclasses
 import json
 import re
 
+import nano
 import numpy as np
 import pytest
 from PIL import Image
 from test_video import moving_disc
 
-from samplers import recall, video
+from samplers import pipeline, recall, video
 from samplers.plan import Settings
 from samplers.recall import Keyframe
-from wanjax import marks
+from wanjax import checkpoint, marks
 from wanjax.kab import KAB
 from wanjax.method import METHODS, Isolation, Method
 from wanjax.retro import ReTRo
@@ -109,6 +110,18 @@ def test_digests_tell_pixels_and_size_apart():
     grey = np.full((4, 6, 3), 9, np.uint8)
     assert recall.digest(grey) == recall.digest(grey.copy(order="F")) != recall.digest(grey + 1)
     assert recall.digest(grey) != recall.digest(grey.reshape(6, 4, 3))
+
+
+def test_other_keyframes_are_noticed(tmp_path):
+    clip = recall.from_text(text_of(Settings()), "clip")
+    assert recall.about_keyframes(clip, "clip.mp4", CLIP[[0, -1]], (0, 2)) == []
+    (line,) = recall.about_keyframes(clip, "clip.mp4", CLIP[[0, 1]], (0, 2))
+    assert line.startswith("keyframe at 2 is not the picture that clip.mp4 was made of")
+    assert recall.about_keyframes(clip, "clip.mp4", CLIP[:1], (0,)) == [
+        "keyframes at 0, where clip.mp4 had them at 0, 2"
+    ]
+    told_nothing = recall.read(report(tmp_path / "clip.json", {}))
+    assert recall.about_keyframes(told_nothing, "clip.json", CLIP[[0, 1]], (0, 2)) == []
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "odd text"])
@@ -224,3 +237,14 @@ def test_damaged_files_say_so_in_one_line(tmp_path, suffix):
             assert isinstance(recall.read(path), recall.Recalled)
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "give a clip" in str(error) and "\n" not in str(error)
+
+
+def test_a_clip_is_made_again_from_itself(tmp_path):
+    model = checkpoint.load(nano.write_model(tmp_path / "nano"))
+    first, last = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+    settings = Settings.of(nano.NANO, prompt="a red circle", seed=7, method="release", steps=2, shift=1 / 3)
+    made = pipeline.inbetween(model, first, last, settings=settings).video[0]
+    told = recall.to_text(settings, model="nano", fps=8, scale=1, keyframes=[first, last], at=(0, 4))
+    video.write(tmp_path / "clip.webm", made, 8, 1, told)
+    found = recall.read(tmp_path / "clip.webm")
+    assert np.array_equal(pipeline.inbetween(model, first, last, settings=found.settings).video[0], made)

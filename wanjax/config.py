@@ -9,6 +9,7 @@ from typing import Any
 
 import dacite
 
+from wanjax.latent_rgb import WAN_RGB, LatentRGB
 from wanjax.precision import FLOAT32, Precision
 from wanjax.settings import refuse
 
@@ -80,6 +81,7 @@ class VAEConfig:
     Attributes:
       temporal_downsample: one flag per spatial downsampling: does it halve time as well.
       latent_mean, latent_std: per channel, of the training data's latents; normalised = (z - mean) / std.
+      latent_rgb: colours of latents for previews; None where nobody has fitted them (`preview_rgb`).
       conv3d: lowering of 3D convolutions: "conv3d"; "taps", a sum of 2D convolutions over the temporal taps; or
         "auto", which `ModelConfig.for_platform` resolves. Taps: decoding and encoding by the bundled model's VAE was 2
         to 4 times faster with them on a CPU (JAX 0.10.2, two cores); on GPUs they meet cuDNN's well-tuned NHWC
@@ -102,6 +104,7 @@ class VAEConfig:
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
+    latent_rgb: LatentRGB | None = None
     conv3d: str = "auto"
     tiles: int = 1
     precision: Precision = FLOAT32
@@ -114,8 +117,18 @@ class VAEConfig:
              f"vae: {levels} multipliers need {levels - 1} temporal_downsample flags, got {flags}"),
             ({len(self.latent_mean), len(self.latent_std)} != {z},
              f"vae: latent_mean and latent_std need {z} numbers each"),
+            (self.latent_rgb is not None and len(self.latent_rgb.factors) != z,
+             f"vae: latent_rgb needs {z} rows of factors"),
             (self.tiles < 1, f"vae: tiles {self.tiles}: give a whole number from 1"),
         )  # fmt: skip
+
+    @property
+    def preview_rgb(self) -> LatentRGB | None:
+        """`latent_rgb`; without one that of Wan2.1's VAE, if the latents have the statistics of that."""
+        published = VAEConfig.latent_mean, VAEConfig.latent_std
+        return (
+            WAN_RGB if self.latent_rgb is None and (self.latent_mean, self.latent_std) == published else self.latent_rgb
+        )
 
     @property
     def spatial_stride(self) -> int:
