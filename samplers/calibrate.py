@@ -1,9 +1,9 @@
 """Which passes of a run cost least to skip, found for a model and its settings on a few clips.
 
 A whole run is made of each clip, and the velocities that the model gives in it are kept as their inner products, one
-number for two of them. What a schedule of skipped steps would do to the end of that run, to first order and without what
-the model would answer, is then a quadratic form in these numbers, so that schedules are searched without the model; the
-best are run, and the one whose latents are nearest to those of the whole run is it.
+number for two of them. What a schedule of skipped steps would do to the end of that run, to first order and without
+what the model would answer, is then a quadratic form in these numbers, so that schedules are searched without the
+model; the best are run, and the one whose latents are nearest to those of the whole run is it.
 """
 
 import sys
@@ -76,7 +76,7 @@ class Whole:
     def apart(self, flags: np.ndarray) -> float:
         """The sum of the errors' squares."""
         errors = self.errors(flags)
-        return float(np.einsum("ij,jk,ik->", errors, self.products, errors))
+        return float(((errors @ self.products) * errors).sum())
 
 
 COSTS: tuple[Callable[[Whole, np.ndarray], float], ...] = (Whole.together, Whole.apart)
@@ -117,7 +117,7 @@ def observe(model: Model, plan: Plan, clips: Sequence[tuple[Encoded, jax.Array]]
 
 
 def search(whole: Whole, plan: Plan, number: int, cost: Callable[[Whole, np.ndarray], float]) -> tuple[int, ...]:
-    """So many steps of those that a plan's settings let be skipped, of least cost as far as exchanges of two find it."""
+    """So many of the steps that a plan's settings let be skipped, of least cost as far as exchanges of two find it."""
     s = plan.settings
     allowed, scale = skipping.free(s.steps, () if s.skip_in_kab else plan.kab_steps), plan.table.guidance[: s.steps]
 
@@ -144,9 +144,8 @@ def distance(
     """Relative distance of the latents of a plan's runs from others, root mean square."""
     programs = Programs.of(plan)
     made = [np.asarray(pipeline.denoise(model, plan, *clip, programs=programs), np.float64) for clip in clips]
-    off, size = (sum(np.square(one).sum() for one in ones) for ones in
-                 ([a - b for a, b in zip(made, whole, strict=True)], [one.astype(np.float64) for one in whole]))  # fmt: skip
-    return float(np.sqrt(off / size))
+    off = sum(np.square(one - other).sum() for one, other in zip(made, whole, strict=True))
+    return float(np.sqrt(off / sum(np.square(one.astype(np.float64)).sum() for one in whole)))
 
 
 def find(
