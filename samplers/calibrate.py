@@ -116,17 +116,32 @@ def observe(model: Model, plan: Plan, clips: Sequence[tuple[Encoded, jax.Array]]
     return Whole(products, levels, scale), latents
 
 
-def search(whole: Whole, plan: Plan, number: int, cost: Callable[[Whole, np.ndarray], float]) -> tuple[int, ...]:
+def number(plan: Plan, share: float) -> int:
+    """How many steps a share of a plan's is. ValueError: a bad share, or one of which no step comes."""
+    steps = plan.settings.steps
+    refuse((isinstance(share, tuple), "share: give a number, not steps"))
+    skipping.check(share, steps)
+    found = skipping.count(share, steps, free(plan))
+    refuse((not found, f"share {share:g}: comes to none of {steps} steps that may be skipped; give more of either"))
+    return found
+
+
+def free(plan: Plan) -> tuple[int, ...]:
+    """Steps that a plan's settings let be skipped."""
+    return skipping.free(plan.settings.steps, () if plan.settings.skip_in_kab else plan.kab_steps)
+
+
+def search(whole: Whole, plan: Plan, count: int, cost: Callable[[Whole, np.ndarray], float]) -> tuple[int, ...]:
     """So many of the steps that a plan's settings let be skipped, of least cost as far as exchanges of two find it."""
     s = plan.settings
-    allowed, scale = skipping.free(s.steps, () if s.skip_in_kab else plan.kab_steps), plan.table.guidance[: s.steps]
+    allowed, scale = free(plan), plan.table.guidance[: s.steps]
 
     def worth(steps: Sequence[int]) -> float:
         flags = skipping.flags(steps, scale, s.guidance_mode == "batched")
         return 0.0 if flags is None else cost(whole, flags)
 
     found: list[int] = []
-    for _ in range(number):
+    for _ in range(count):
         found.append(min(set(allowed) - set(found), key=lambda step: worth([*found, step])))
     best = worth(found)
     while found:
@@ -162,17 +177,11 @@ def find(
       seen: what `observe` gave for them; None asks it.
 
     Raises:
-      ValueError: a share of which no step comes.
+      ValueError: as `number`.
     """
-    s = plan.settings
-    skipping.check(share, s.steps)
-    allowed = skipping.free(s.steps, () if s.skip_in_kab else plan.kab_steps)
-    number = skipping.count(share, s.steps, allowed)
-    refuse(
-        (number == 0, f"share {share:g}: no step of {s.steps} may be skipped for it; give more steps, or more of it")
-    )
+    s, wanted = plan.settings, number(plan, share)
     whole, latents = seen or observe(model, plan, clips)
-    trials = {skipping.even(number, allowed), *(search(whole, plan, number, cost) for cost in COSTS)}
+    trials = {skipping.even(wanted, free(plan)), *(search(whole, plan, wanted, cost) for cost in COSTS)}
     tried = {}
     for steps in sorted(trials):
         other = Plan.of(model.config, replace(s, skip_passes=steps), plan.at)

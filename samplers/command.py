@@ -94,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
         default=MODES[0],
         help="both passes in turn or as one batch of two (default: %(default)s)",
     )
+    sampling.add_argument(
+        "--skip-passes", type=_skip, metavar="SHARE|auto|FILE",
+        help="guess a share of the steps' passes (0-0.6) instead of running them, spread evenly; or those of a FILE of "
+        "python -m samplers.calibrate; auto: of skip.json in the model's folder (default: 0)",
+    )  # fmt: skip
+    sampling.add_argument("--skip-in-kab", action=argparse.BooleanOptionalAction, help="also where KAB acts (yes)")
     _add_method(p)
     _add_model_and_output(p)
     return p
@@ -348,6 +354,13 @@ def _span(kind: type) -> Callable[[str], tuple]:
         return low, high
 
     return parse
+
+
+def _skip(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _mesh(text: str) -> dict[str, int]:

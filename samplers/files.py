@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain, hints, memory, pipeline, video
+from samplers import explain, hints, memory, pipeline, skipping, video
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Batch, Inputs
 from samplers.plan import Plan, Settings, check_settings
@@ -137,7 +137,7 @@ def prepare(
     given = {name: value for name, value in settings.items() if value is not None}
     if size not in (None, "auto"):
         given["size"] = size
-    chosen = Settings.of(config, preset, **given)
+    chosen = skipping.settled(Settings.of(config, preset, **given), folder.path)
     check_settings(config, chosen)
     images, notes = _read_keyframes((first, last), chosen.matte)
     notes += folder.notes

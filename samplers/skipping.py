@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samplers import schedule
+from wanjax import marks
 from wanjax.settings import refuse, whole
 
 if TYPE_CHECKING:
@@ -130,20 +131,21 @@ class Schedule:
         """For settings."""
         return cls(tuple(skipped), **_key(settings), error=error, clips=clips)
 
-    def dumps(self) -> str:
-        """As `read` takes it."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+    def report(self) -> dict[str, Any]:
+        """For JSON, as `read` takes it."""
+        return asdict(self)
 
     @classmethod
     def read(cls, path: Path) -> "Schedule":
-        """From a file. ValueError, in one line: not there, or nothing that `dumps` gave."""
+        """From a file. ValueError, in one line: not there, or nothing that `report` gave."""
         try:
-            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            own = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(**{name: value for name, value in own.items() if name != marks.KEY})
             check(tuple(found.skip_passes), found.steps)
         except OSError as error:
             raise ValueError(f"skip passes {path}: {error.strerror or error}; {_mend()}") from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"skip passes {path}: not a schedule of {COMMAND} ({error}); {_mend()}") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"skip passes {path}: not a schedule of {COMMAND}; {_mend()}") from error
         return replace(found, skip_passes=tuple(found.skip_passes))
 
 
