@@ -115,6 +115,14 @@ def parser() -> Parser:
         default=MODES[0],
         help="both passes in turn or as one batch of two (default: %(default)s)",
     )
+    sampling.add_argument(
+        "--skip-passes",
+        type=_skip,
+        metavar="SHARE|auto|FILE",
+        help="guess a share of the steps' passes (0-0.6) instead of running them, spread evenly; or those of a FILE of "
+        "python -m samplers.calibrate; auto: of skip.json in the model's folder (default: 0)",
+    )
+    sampling.add_argument("--skip-in-kab", action=argparse.BooleanOptionalAction, help="also where KAB acts (yes)")
     _add_method(p)
     _add_model_and_output(p)
     _add_several(p)
@@ -373,6 +381,13 @@ def _span(text: str, kind: type) -> tuple:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not A-B, such as 5-12 or 0-0.4") from error
     return low, high
+
+
+def _skip(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from samplers import sample, schedule, solvers
+from samplers import sample, schedule, skipping, solvers
 from samplers.sample import Row
 from samplers.schedule import Rounding
 from wanjax import keyframes
@@ -29,7 +29,7 @@ from wanjax.attention import KERNELS
 from wanjax.config import ModelConfig, SamplingDefaults
 from wanjax.guidance import MODES, GuidanceMode
 from wanjax.method import METHODS, Method, MethodArrays, arrays, named
-from wanjax.settings import check_frames, check_size, pixel_frames, whole
+from wanjax.settings import check_frames, check_size, pixel_frames, refuse, whole
 
 FITS: tuple[str, ...] = get_args(keyframes.Fit)
 CLIP_FITS: tuple[str, ...] = get_args(keyframes.ClipFit)
@@ -68,6 +68,9 @@ class Settings:
       matte: red, green, blue in 0..255 under transparent keyframes and around padded ones.
       guidance_mode: "sequential" (least memory) or "batched" passes.
       method: what is changed of Wan2.1's attention (`wanjax.method`), or the name of a profile.
+      skip_passes: a share of the steps, 0 to 0.6, spread evenly, or the steps (from 0), whose passes are guessed from
+        the two before instead of run (docs/passes.md); never the first two or the last.
+      skip_in_kab: whether steps in which KAB acts may be among them.
     """
 
     prompt: str = ""
@@ -88,10 +91,13 @@ class Settings:
     timesteps: Rounding = "exact"
     resample: str = "bicubic"
     clip_fit: str = "stretch"
+    skip_passes: float | tuple[int, ...] = 0.0
+    skip_in_kab: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
             object.__setattr__(self, "method", named(self.method))
+        object.__setattr__(self, "skip_passes", skipping.plain(self.skip_passes))
 
     @classmethod
     def of(cls, config: ModelConfig, preset: str | None = None, **overrides: Any) -> "Settings":
@@ -159,7 +165,11 @@ class Plan:
         levels = schedule.sigmas(s.schedule, s.steps, s.shift)
         method = arrays(s.method, config, s.frames, s.size, s.steps, places)
         step = solvers.table(s.solver, levels, s.timesteps)
-        table = sample.rows(step, guidance=_guidance(s), strength=method.strength, extra=extra)
+        scale = _guidance(s)
+        kab = () if s.skip_in_kab or method.strength is None else np.flatnonzero(method.strength.any((1, 2)))
+        skipped = skipping.chosen(s.skip_passes, s.steps, kab)
+        skip = skipping.flags(skipped, scale, s.guidance_mode == "batched")
+        table = sample.rows(step, guidance=scale, strength=method.strength, skip=skip, extra=extra)
         stride = config.vae.spatial_stride
         shape = (config.vae.latent_frames(s.frames), s.size[0] // stride, s.size[1] // stride)
         tokens = tuple(n // size for n, size in zip(shape, config.dit.patch_size, strict=True))
@@ -230,6 +240,8 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
             raise ValueError(f"{name} {getattr(s, name)!r}: give a text")
     if not isinstance(s.method, Method):
         raise ValueError(f"method {s.method!r}: give a wanjax.Method or one of {', '.join(METHODS)}")
+    skipping.check(s.skip_passes, s.steps)
+    refuse((not isinstance(s.skip_in_kab, bool), f"skip in kab {s.skip_in_kab!r}: give True or False"))
     choices = (("solver", s.solver, solvers.SOLVERS), ("fit", s.fit, FITS), ("clip fit", s.clip_fit, CLIP_FITS),
                ("resample", s.resample, RESAMPLES), ("guidance mode", s.guidance_mode, MODES))  # fmt: skip
     for name, value, allowed in choices:

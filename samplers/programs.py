@@ -81,12 +81,17 @@ def denoise(
     n: int,
     guidance_mode: guidance.GuidanceMode,
 ) -> Carry:
-    """`n` rows of a plan's table from row `first` on; without control and strength no code of the methods is in it."""
+    """`n` rows of a plan's table from row `first` on.
+
+    Without control and strength no code of the methods is in it, without skip flags none of skipping.
+    """
     model = evaluator(config, params, method)
 
     def denoise(latents: jax.Array, row: Row, state: Any) -> tuple[jax.Array, Any]:
-        evaluate = guidance.guided(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
-        return evaluate(latents, row.step.timestep, row.strength), state
+        evaluate = guidance.skippable(model, conditions, negative_text, row.guidance, guidance_mode, cross_bias)
+        skip = None if row.skip is None else guidance.Skip(row.skip, row.step.sigma, state)
+        velocity, past = evaluate(latents, row.step.timestep, row.strength, skip)
+        return velocity, state if skip is None else past
 
     return sample.sample(denoise, carry, table, first, n)
 

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain, hints, memory, video
+from samplers import explain, hints, memory, skipping, video
 from samplers.pipeline import Inputs
 from samplers.plan import Plan, Settings, check_settings, pixel_places
 from samplers.resume import EVERY, RunFolder, digest
@@ -170,7 +170,7 @@ def prepare(
     given = {name: value for name, value in settings.items() if value is not None}
     if size not in (None, "auto"):
         given["size"] = size
-    chosen = Settings.of(config, preset, **given)
+    chosen = skipping.settled(Settings.of(config, preset, **given), folder.path)
     check_settings(config, chosen)
     at, paths = _places(first, last, keyframes or {}, chosen.frames)
     images, notes = _read_keyframes(paths, chosen.matte)

@@ -28,6 +28,8 @@ class Row:
       live: bool [], False for rows that only pad the table: they are passed over.
       guidance: float32 [], guidance scale; exactly 1 runs no second pass.
       strength: float32 [L, F], KAB's strength; None for a model without control.
+      skip: bool [2], whether the pass (conditional, unconditional) is guessed and not run; None where no step of the
+        run skips any, and `Carry.state` holds no past then.
       extra: what else a caller's ``denoise`` reads.
     """
 
@@ -35,6 +37,7 @@ class Row:
     live: Any
     guidance: Any = None
     strength: Any = None
+    skip: Any = None
     extra: Any = None
 
 
@@ -77,7 +80,7 @@ def rows(step: StepTable, **leaves: Any) -> Row:
 
     Args:
       step: of `solvers.table`.
-      leaves: `guidance`, `strength`, `extra` with a leading axis of steps.
+      leaves: `guidance`, `strength`, `skip`, `extra` with a leading axis of steps.
     """
     steps = len(step.sigma)
     table = Row(step=step, live=np.ones(steps, bool), **leaves)

@@ -24,7 +24,7 @@ from samplers.sample import Carry, Row
 from samplers.solvers import StepTable
 from wanjax.config import DiTConfig
 from wanjax.dit import Blocks, Embed, Embedded, Head
-from wanjax.guidance import GuidanceMode
+from wanjax.guidance import CONDITIONAL, UNCONDITIONAL, GuidanceMode, Past
 from wanjax.method import MethodArrays
 from wanjax.streaming import Streamed
 from wanjax.types import Conditions, CrossBias, CrossControl, RopeTable
@@ -41,7 +41,7 @@ class Loop:
       layers: of the transformer.
       chunk: rows of the table in a call.
       guidance_mode: see `wanjax.guidance`.
-      embed, layer, head, add, combine, advance: the functions below, jitted.
+      embed, layer, head, add, combine, advance, guess, keep: the functions below, jitted.
     """
 
     layers: int
@@ -53,12 +53,14 @@ class Loop:
     add: Program
     combine: Program
     advance: Program
+    guess: Program
+    keep: Program
 
     @classmethod
     def of(cls, plan: Plan, chunk: int, jit: Callable[[Program], Program]) -> "Loop":
         """With the programs of a plan."""
         c, grid = plan.config.dit, plan.grid
-        small = {function.__name__: partial(jit(function), None) for function in (add, combine, advance)}
+        small = {function.__name__: partial(jit(function), None) for function in (add, combine, advance, guess, keep)}
         return cls(
             c.num_layers, chunk, plan.settings.guidance_mode, embed=partial(jit(embed), c),
             layer=partial(jit(layer), c, grid=grid), head=partial(jit(head), c, grid=grid), **small,
@@ -81,21 +83,22 @@ class Loop:
             row = jax.tree.map(lambda leaf: np.asarray(leaf)[index], table)  # noqa: B023
             if not row.live or int(carry.failed_step) >= 0:
                 break
-            velocity = self._guided(evaluate, carry.sample, row, conditions, negative_text, cross_bias)
-            carry = self.advance(carry, velocity, row.step, np.int32(index))
+            velocity, state = self._guided(evaluate, carry, row, conditions, negative_text, cross_bias)
+            carry = self.advance(carry.replace(state=state), velocity, row.step, np.int32(index))
         return carry
 
     def _guided(
         self,
         evaluate: Callable[..., jax.Array],
-        latents: jax.Array,
+        carry: Carry,
         row: Row,
         conditions: Conditions,
         negative_text: jax.Array,
         cross_bias: CrossBias | None,
-    ) -> jax.Array:
-        """The velocity with guidance, as `guidance.guided` has it."""
-        strength, batch, scale = row.strength, latents.shape[0], np.float32(row.guidance)
+    ) -> tuple[jax.Array, Past | None]:
+        """The velocity with guidance, as `guidance.skippable` has it."""
+        latents, past, strength, scale = carry.sample, carry.state, row.strength, np.float32(row.guidance)
+        batch = latents.shape[0]
         if strength is not None:
             strength = np.repeat(strength[:, None], batch, 1)
         own = strength, cross_bias
@@ -104,13 +107,29 @@ class Loop:
         if self.guidance_mode == "batched" and scale != 1:
             both = partial(jax.tree.map, lambda a, b: jnp.concatenate([a, b]))
             twice = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), own, none)
-            pair = evaluate(both(latents, latents), row.step.timestep, both(conditions, negative), twice)
-            return self.combine(pair, scale)
+            pair = partial(evaluate, both(latents, latents), row.step.timestep, both(conditions, negative), twice)
+            found, past = self._evaluated(pair, row, past, (CONDITIONAL, UNCONDITIONAL))
+            return self.combine(found, scale), past
         velocity = jnp.zeros_like(latents)
         passes = [(scale, conditions, own)] + ([(1 - scale, negative, none)] if scale != 1 else [])
-        for weight, told, its in passes:
-            velocity = self.add(velocity, weight, evaluate(latents, row.step.timestep, told, its))
-        return velocity
+        for index, (weight, told, its) in enumerate(passes):
+            one, past = self._evaluated(partial(evaluate, latents, row.step.timestep, told, its), row, past, (index,))
+            velocity = self.add(velocity, weight, one)
+        return velocity, past
+
+    def _evaluated(
+        self, evaluate: Callable[[], jax.Array], row: Row, past: Past | None, passes: tuple[int, ...]
+    ) -> tuple[jax.Array, Past | None]:
+        """Velocities of passes that are evaluated or skipped together, one after the other on the batch axis."""
+        if row.skip is not None and row.skip[passes[0]]:
+            found = [self.guess(past, np.int32(index), row.step.sigma) for index in passes]
+            return found[0] if len(found) == 1 else jnp.concatenate(found), past
+        velocities = evaluate()
+        if row.skip is not None:
+            ones = [velocities] if len(passes) == 1 else jnp.split(velocities, len(passes))
+            for index, one in zip(passes, ones, strict=True):
+                past = self.keep(past, np.int32(index), one, row.step.sigma)
+        return velocities, past
 
     def _evaluate(
         self,
@@ -191,6 +210,8 @@ def shapes(
             "layer": (params.rest["blocks"], params.layers[0], index, x, *told),
             "head": (params.rest, x, embedded.embedding),
         }
+    if carry.state is not None:
+        found |= {"guess": (carry.state, index, row.step.sigma), "keep": (carry.state, index, latents, row.step.sigma)}
     return found | ({"combine": (pair, scale)} if twice else {"add": (latents, scale, latents)})
 
 
@@ -254,6 +275,16 @@ def combine(_: None, pair: jax.Array, scale: jax.Array) -> jax.Array:
     """Guidance of both passes [2B, ...], the conditional first."""
     conditional, unconditional = jnp.split(pair.astype(jnp.float32), 2)
     return unconditional + scale * (conditional - unconditional)
+
+
+def guess(_: None, past: Past, index: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The velocity of a pass that is skipped."""
+    return past.guess(index, sigma)
+
+
+def keep(_: None, past: Past, index: jax.Array, velocity: jax.Array, sigma: jax.Array) -> Past:
+    """The past with the velocity of a pass that was run."""
+    return past.after(index, velocity, sigma)
 
 
 def advance(_: None, carry: Carry, velocity: jax.Array, step: StepTable, index: jax.Array) -> Carry:

@@ -1,0 +1,233 @@
+"""What skipping passes costs: clips with fewer passes against the truth and against the same clips with all of them.
+
+    python -m benchmarks.skipping --out benchmarks/results/skipping.json
+
+Every case is one model, method, solver and number of steps. Schedules are even ones, and ones that were calibrated on
+training clips (`samplers.calibrate`); beside them guidance in a third of the steps alone. PSNR as in
+`benchmarks.tiny.evaluate`: to the truth of interior frames, to the uncached clip of all frames. Axis letters: N clips.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import measure
+from benchmarks.tiny.clips import Clip, clip
+from benchmarks.tiny.evaluate import BATCH, heldout, psnr
+from samplers import calibrate, pipeline, skipping
+from samplers.pipeline import Encoded, Inputs
+from samplers.plan import Plan, Settings
+from wanjax.checkpoint import Model, load
+
+GUIDANCE = 1.5
+CALIBRATION = 4
+"""Training clips of a calibration."""
+SECOND = "benchmarks/tgi/models/seed11"
+METHODS, SOLVERS = ("wan", "paper"), ("unipc", "euler")
+INTERVALS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
+TIMED = (0.0, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Runs that are compared with one.
+
+    Attributes:
+      model: "tiny" or a folder.
+      shares: of steps, each with the number of clips that it is tried on.
+      intervals: whether guidance in a third of the steps is tried too, on `BATCH` clips.
+    """
+
+    model: str
+    method: str
+    solver: str
+    steps: int
+    shares: tuple[tuple[float, int], ...]
+    intervals: bool = False
+
+
+def cases(scale: float = 1.0) -> list[Case]:
+    """All of them, the most telling first.
+
+    Args:
+      scale: of the numbers of clips; below 1 for a trial.
+    """
+
+    def shares(**clips: int) -> tuple[tuple[float, int], ...]:
+        return tuple((int(name[1:]) / 100, max(1, round(n * scale))) for name, n in clips.items())
+
+    twenty, ten = shares(s50=64, s20=16, s30=16, s40=16, s60=16), shares(s20=16, s30=16, s40=16, s50=16, s60=16)
+    fifty, second = shares(s30=8, s50=8, s60=8), shares(s30=16, s50=16)
+    kinds = [(method, solver) for solver in SOLVERS for method in METHODS]
+    return [
+        *(Case("tiny", *kind, 20, twenty, True) for kind in kinds),
+        *(Case("tiny", *kind, 10, ten) for kind in kinds),
+        *(Case(SECOND, *kind, 20, second) for kind in kinds),
+        *(Case("tiny", *kind, 50, fifty) for kind in kinds),
+    ]
+
+
+Prepared = Sequence[tuple[Encoded, jax.Array]]
+"""Conditions and noise, a batch at a time."""
+
+
+def prepare(model: Model, plan: Plan, clips: Sequence[Clip]) -> Prepared:
+    """Batches of clips; a clip's noise is that of its number."""
+    found = []
+    for begin in range(0, len(clips), BATCH):
+        part = clips[begin : begin + BATCH]
+        inputs = Inputs.prepare([(one.video[0], one.video[-1]) for one in part], plan)
+        (encoded,) = pipeline.encode(model, plan, [inputs], [[one.caption for one in part]])
+        found.append((encoded, pipeline.noise(plan, range(begin, begin + len(part)))))
+    return found
+
+
+def videos(model: Model, plan: Plan, clips: Prepared) -> np.ndarray:
+    """uint8 [N, T, H, W, 3]."""
+    chunk = plan.settings.steps
+    return np.concatenate([
+        pipeline.decode(model, plan, pipeline.denoise(model, plan, *one, chunk=chunk)) for one in clips
+    ])  # fmt: skip
+
+
+def first(clips: Prepared, count: int) -> Prepared:
+    """The first clips of batches."""
+    found = []
+    for begin, (encoded, noise) in zip(range(0, count, BATCH), clips, strict=False):
+        told, negative, noise = jax.tree.map(
+            lambda leaf: leaf[: count - begin],  # noqa: B023
+            (encoded.conditions, encoded.negative, noise),
+        )
+        found.append((Encoded(told, negative), noise))
+    return found
+
+
+class Compared:
+    """The clips of a case with all passes, and what others are beside them."""
+
+    def __init__(self, model: Model, case: Case) -> None:
+        self.model, self.case = model, case
+        self.plan = self.planned()
+        clips = heldout(max([count for _, count in case.shares] + [BATCH] * case.intervals))
+        self.truth = np.stack([one.video for one in clips])
+        self.clips = prepare(model, self.plan, clips)
+        self.base = videos(model, self.plan, self.clips)
+        self.to_truth = psnr(self.base[:, 1:-1], self.truth[:, 1:-1])
+
+    def planned(self, **changes: Any) -> Plan:
+        """The case's plan with other settings."""
+        c = self.case
+        own = {"guidance": GUIDANCE, "steps": c.steps, "solver": c.solver, "method": c.method}
+        return Plan.of(self.model.config, Settings.of(self.model.config, **own | changes))
+
+    def row(self, kind: str, count: int, **changes: Any) -> dict[str, Any]:
+        """The figures of other settings on the first clips."""
+        plan, n = self.planned(**changes), min(count, len(self.truth))
+        made = videos(self.model, plan, first(self.clips, n))
+        truth = psnr(made[:, 1:-1], self.truth[:n, 1:-1])
+        change, uncached = truth - self.to_truth[:n], psnr(made, self.base[:n])
+        passes = skipping.passes(plan.table.skip, plan.table.guidance[: self.case.steps])
+        whole = 2 * self.case.steps
+        return {
+            "kind": kind,
+            **{name: value for name, value in changes.items()},
+            "passes": passes[1] - passes[0],
+            "passes_skipped": 1 - (passes[1] - passes[0]) / whole,
+            "clips": n,
+            "truth": truth.mean(),
+            "change": change.mean(),
+            "standard_error": change.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan"),
+            "uncached": uncached.mean(),
+            "uncached_least": uncached.min(),
+        }
+
+
+def rows(case: Case) -> Iterator[dict[str, Any]]:
+    """The case with all passes, then with fewer."""
+    model = load(case.model)
+    compared = Compared(model, case)
+    n = len(compared.truth)
+    spread = compared.to_truth.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
+    yield {"kind": "all", "passes": 2 * case.steps, "clips": n, "truth": compared.to_truth.mean(),
+           "truth_standard_error": spread}  # fmt: skip
+    examples = prepare(model, compared.plan, [clip(seed, "train") for seed in range(CALIBRATION)])
+    seen = calibrate.observe(model, compared.plan, examples)
+    for share, count in sorted(case.shares):
+        yield compared.row("even", count, skip_passes=share) | {"share": share}
+        found, tried = calibrate.find(model, compared.plan, share, examples, seen)
+        own = {"share": share, "latents": found.error, "tried": {str(list(k)): v for k, v in tried.items()}}
+        yield compared.row("calibrated", count, skip_passes=found.skip_passes) | own
+    for interval in INTERVALS if case.intervals else ():
+        yield compared.row("guidance", BATCH, guidance_interval=interval)
+
+
+def seconds(case: Case, count: int) -> dict[str, float]:
+    """Processor seconds of denoising one batch, by share of steps that is skipped; compiled before."""
+    model = load(case.model)
+    compared = Compared(model, replace(case, shares=((0.0, count),), intervals=False))
+    spent = {}
+    for share in TIMED:
+        plan = compared.planned(skip_passes=share)
+        for _ in range(2):
+            begin = time.process_time()
+            jax.block_until_ready(pipeline.denoise(model, plan, *compared.clips[0], chunk=case.steps))
+            spent[f"{share:g}"] = time.process_time() - begin
+    return spent
+
+
+def show(row: dict[str, Any], case: Case) -> None:
+    """One line of the table, in Markdown."""
+    what = {"all": "all passes", "guidance": "guidance in {:.2f}-{:.2f}".format(*row.get("guidance_interval", (0, 0)))}
+    share = what.get(row["kind"], row["kind"])
+    cells = [case.model.rpartition("/")[2], case.method, case.solver, case.steps, share]
+    if row["kind"] == "all":
+        cells += ["0", row["clips"], f"{row['truth']:.2f}", "", ""]
+    else:
+        cells += [f"{row['passes_skipped']:.0%}", row["clips"], f"{row['truth']:.2f}",
+                  f"{row['change']:+.2f} ±{row['standard_error']:.2f}", f"{row['uncached']:.1f}"]  # fmt: skip
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+HEAD = ("model", "method", "solver", "steps", "skipped", "passes", "clips", "truth, dB", "change", "uncached, dB")
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """All cases; writes what there is after each."""
+    report: dict[str, Any] = {"benchmark": "skipping", "environment": measure.environment(), "guidance": GUIDANCE,
+                              "calibration_clips": CALIBRATION, "cases": []}  # fmt: skip
+    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
+    asked = cases(arguments.scale)[: arguments.cases]
+    for case in asked:
+        found = {**asdict(case), "rows": []}
+        report["cases"].append(found)
+        for row in rows(case):
+            found["rows"].append({name: float(value) if isinstance(value, np.floating) else value
+                                  for name, value in row.items()})  # fmt: skip
+            show(row, case)
+        measure.write(arguments.out, report)
+    report["seconds"] = seconds(asked[0], max(1, round(BATCH * arguments.scale)))
+    print(f"processor seconds of denoising: {report['seconds']}", flush=True)
+    measure.write(arguments.out, report)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    line = argparse.ArgumentParser(prog="python -m benchmarks.skipping", description=__doc__.splitlines()[0])
+    line.add_argument("--cases", type=measure.positive, help="so many of them, the most telling first (default: all)")
+    line.add_argument("--scale", type=float, default=1.0, help="of the numbers of clips, below 1 for a trial")
+    line.add_argument("--out", type=measure.output, help="JSON file, written anew after every case")
+    arguments = line.parse_args(argv)
+    if not 0 < arguments.scale <= 1:
+        line.error(f"--scale {arguments.scale:g}: give a number above 0, at most 1")
+    return measure.guarded(line, lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
