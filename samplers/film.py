@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from samplers import memory, pipeline, run
-from samplers.pipeline import Encoded, ImageLike, Inputs, Timings
+from samplers.pipeline import Batch, Encoded, ImageLike, Inputs, Timings
 from samplers.plan import Plan, Settings, check_seed, check_settings
 from samplers.programs import Programs
 from samplers.sample import Carry, Row
@@ -291,6 +291,41 @@ def join(videos: Sequence[np.ndarray], clips: Sequence[Span]) -> np.ndarray:
     return np.concatenate([video[:, one.shown] for video, one in zip(videos, clips, strict=True)], axis=1)
 
 
+def make(
+    model: Model,
+    clips: Sequence[Span],
+    of: Sequence[Plan],
+    batches: Sequence[Batch],
+    *,
+    noises: Sequence[jax.Array] | None = None,
+    mesh: Mesh | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[np.ndarray, list[jax.Array], Mapping[str, float]]:
+    """B films whose clips lie alike, a stage at a time.
+
+    Args:
+      clips, of: of `spans` and `plans`.
+      batches: of each clip, B pairs of keyframes, prompts and seeds.
+      noises: of each clip, [B, F, h, w, C]; None draws them from the seeds.
+      mesh, on_step: as `film`.
+
+    Returns:
+      The videos uint8 [B, T, H, W, 3], each clip's latents, seconds by stage.
+    """
+    timings, shared = Timings(), shared_latents(clips, of[0].config.vae.temporal_stride)
+    seeds = [batch.seeds for batch in batches]
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        with timings.stage("encode"):
+            told = encode(model, of, [batch.inputs for batch in batches], [batch.prompts for batch in batches])
+            told = [jax.block_until_ready(pipeline.place(one, mesh)) for one in told]
+        with timings.stage("denoise"):
+            drawn = noises or [pipeline.noise(*one, mesh) for one in zip(of, seeds, strict=True)]
+            latents = denoise(model, of, told, drawn, shared, seeds=seeds, on_step=on_step)
+        with timings.stage("decode"):
+            videos = [pipeline.decode(model, *one) for one in zip(of, latents, strict=True)]
+    return join(videos, clips), latents, timings.seconds
+
+
 def film(
     model: Model,
     keyframes: Sequence[ImageLike],
@@ -341,19 +376,10 @@ def film(
         refuse((not isinstance(text, str), f"prompt {text!r}: give a text"))
     memory.check(model.config, whole_film, None if mesh is None else dict(mesh.shape), model.policy)
     own = plans(model.config, settings, clips)
-    inputs = [Inputs.prepare([pair], plan) for pair, plan in zip(pairwise(keyframes), own, strict=True)]
-    timings = Timings()
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        with timings.stage("encode"):
-            told = [jax.block_until_ready(pipeline.place(one, mesh))
-                    for one in encode(model, own, inputs, [[text] for text in texts])]  # fmt: skip
-        with timings.stage("denoise"):
-            noises = [pipeline.noise(plan, [seed], mesh) for plan, seed in zip(own, seeds, strict=True)]
-            latents = denoise(model, own, told, noises, shared_latents(clips, stride), seeds=[[seed] for seed in seeds],
-                              on_step=on_step)  # fmt: skip
-        with timings.stage("decode"):
-            videos = [pipeline.decode(model, plan, one) for plan, one in zip(own, latents, strict=True)]
-    return Film(join(videos, clips)[0], tuple(latents), places(clips), clips, timings.seconds)
+    batches = [Batch(Inputs.prepare([pair], plan), [text], [seed])
+               for pair, plan, text, seed in zip(pairwise(keyframes), own, texts, seeds, strict=True)]  # fmt: skip
+    video, latents, seconds = make(model, clips, own, batches, mesh=mesh, on_step=on_step)
+    return Film(video[0], tuple(latents), places(clips), clips, seconds)
 
 
 def _each(name: str, values: Any, count: int) -> list[Any]:

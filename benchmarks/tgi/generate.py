@@ -284,12 +284,11 @@ def _chain(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     _, given = _three_keyframes(batch)
     model, clips = batch.model, halves(arm, batch.model.config, batch.settings.frames)
     plans = film.plans(model.config, dataclasses.replace(batch.settings, method=arm.method), clips)
-    inputs = [Inputs.prepare([one[n : n + 2] for one in given], plan) for n, plan in enumerate(plans)]
-    told = film.encode(model, plans, inputs, [batch.clips.captions] * 2)
+    seeds = [batch.settings.seed] * len(given)
+    batches = [pipeline.Batch(Inputs.prepare([one[n : n + 2] for one in given], plan), batch.clips.captions, seeds)
+               for n, plan in enumerate(plans)]  # fmt: skip
     noises = [_noise(batch.keys(seed, 5 + n), plan.latent_shape) for n, plan in enumerate(plans)]
-    shared = film.shared_latents(clips, model.config.vae.temporal_stride)
-    latents = film.denoise(model, plans, told, noises, shared)
-    return film.join([pipeline.decode(model, *one) for one in zip(plans, latents, strict=True)], clips)
+    return film.make(model, clips, plans, batches, noises=noises)[0]
 
 
 def _three_cross_fade(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
