@@ -248,10 +248,12 @@ def denoise(
     model: Model,
     of: Sequence[Plan],
     encoded: Sequence[Encoded],
-    noises: Sequence[jax.Array],
+    noises: Sequence[jax.Array] | None,
     shared: int = 0,
     *,
     seeds: Sequence[Sequence[int]] | None = None,
+    carries: Sequence[Carry] | None = None,
+    first: int = 0,
     on_step: OnStep | None = None,
 ) -> list[jax.Array]:
     """Latents [B, F, h, w, 16] of each clip of B films, from noise in those shapes.
@@ -260,6 +262,7 @@ def denoise(
       of: the clips' plans, of the same settings but for the frames.
       shared: latent frames that neighbours share.
       seeds: B of each clip, for solvers that add noise anew; None takes that of the settings.
+      carries, first: where to go on, as `on_step` was given them (carries, steps done); noises are not read then.
 
     Raises:
       ValueError: clips that share frames, by a solver that adds noise anew.
@@ -274,9 +277,11 @@ def denoise(
 
     check_solver(of[0].settings, shared)
     own = [None] * len(of) if seeds is None else seeds
-    starts = [pipeline.start(*one) for one in zip(of, share_noise(noises, shared), own, strict=True)]
+    if carries is None:
+        carries = [pipeline.start(*one) for one in zip(of, share_noise(noises, shared), own, strict=True)]
     parts = [part(*one) for one in zip(of, encoded, strict=True)]
-    done = lockstep(parts, starts, [plan.table for plan in of], of[0].settings.steps, shared, on_step=on_step)
+    done = lockstep(parts, carries, [plan.table for plan in of], of[0].settings.steps, shared, first=first,
+                    on_step=on_step)  # fmt: skip
     return [one.sample for one in done]
 
 

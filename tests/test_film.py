@@ -2,16 +2,18 @@
 
 import dataclasses
 import re
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from nano import NANO, write_model
+from reference import relative_error
 
 from samplers import film, pipeline, run, sample, schedule, solvers
 from samplers.plan import Settings
-from wanjax import checkpoint
+from wanjax import checkpoint, sharding
 
 STRIDE = 4
 FILMS = [([9], 0), ([9], 4), ([5, 9], 0), ([9, 9], 4), ([17, 9, 13], 4), ([17, 17, 17, 33], 8), ([81, 49], 24)]
@@ -174,13 +176,34 @@ def test_a_failed_step_is_named():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return checkpoint.load(write_model(tmp_path_factory.mktemp("models") / "nano"))
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "nano")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return checkpoint.load(folder)
 
 
 def images(count, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, (20, 30, 3), dtype=np.uint8) for _ in range(count)]
+
+
+@contextmanager
+def count_compilations():
+    """A list that grows by one at every XLA compilation inside the block."""
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 PROMPTS = ["a red circle moves left", "a blue square moves up"]
@@ -216,18 +239,62 @@ def test_overlapping_clips_are_one_where_they_overlap(model):
 def test_a_longer_film_compiles_nothing(model):
     """Of clips of one length there are three kinds, whatever their number: first, inner and last."""
     film.film(model, images(5), "a", 9, overlap=4, steps=2)
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with count_compilations() as compiled:
         film.film(model, images(6, seed=2), "b", 9, overlap=4, steps=3, seeds=[1, 2, 3, 4, 5])
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
+
+
+def test_each_part_of_the_model_is_read_once(model, folder):
+    """Under the policy "stage", whatever the clips; and the film is the same."""
+    staged, read = checkpoint.load(folder, policy="stage"), []
+    own = staged.parts._read
+
+    def reading(name, mesh, rules):
+        read.append(name)
+        return own(name, mesh, rules)
+
+    staged.parts._read = reading
+    made = film.film(staged, images(3), PROMPTS, [5, 9], steps=2)
+    assert read == ["umt5", "clip", "vae", "dit", "vae"]
+    np.testing.assert_array_equal(made.video, film.film(model, images(3), PROMPTS, [5, 9], steps=2).video)
+
+
+def overlapping(model, steps=4):
+    """Plans, encoded conditions and noise of two overlapping clips, and the latent frames that they share."""
+    clips = film.spans([9, 9], 4, STRIDE)
+    plans, pictures = film.plans(NANO, Settings.of(NANO, steps=steps), clips), images(3)
+    inputs = [pipeline.Inputs.prepare([pictures[n : n + 2]], plan) for n, plan in enumerate(plans)]
+    told = film.encode(model, plans, inputs, [[text] for text in PROMPTS])
+    return plans, told, [pipeline.noise(plan, [3]) for plan in plans], film.shared_latents(clips, STRIDE)
+
+
+@pytest.mark.slow
+def test_a_film_goes_on_where_it_stopped(model):
+    """From what `on_step` was given, to the same bits."""
+    kept, (plans, told, noises, shared) = [], overlapping(model)
+    whole = film.denoise(model, plans, told, noises, shared, on_step=lambda done, found: kept.append(found))
+    rest = film.denoise(model, plans, told, None, shared, carries=kept[3], first=3)
+    for one, other in zip(whole, rest, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_film_on_a_mesh_is_that_of_one_device(model):
+    """And a blend leaves everything where it lay, so that no step is compiled again."""
+    plans, told, noises, shared = overlapping(model)
+    plain = film.denoise(model, plans, told, noises, shared)
+    mesh = sharding.make_mesh({"fsdp": 2}, jax.devices()[:2])
+    spread = model.place(mesh)
+    with jax.set_mesh(mesh):
+        told = [pipeline.place(one, mesh) for one in told]
+        noises = [pipeline.noise(plan, [3], mesh) for plan in plans]
+        made = film.denoise(spread, plans, told, noises, shared)
+        with count_compilations() as compiled:
+            again = film.denoise(spread, plans, told, noises, shared)
+    assert not compiled
+    for one, other, third in zip(plain, made, again, strict=True):
+        assert relative_error(other, one) < 1e-5 and len(other.sharding.device_set) == 2
+        np.testing.assert_array_equal(other, third)
 
 
 REFUSED = {
