@@ -270,22 +270,20 @@ def encode(
       FloatingPointError: NaN or inf in the text, the image tokens or the keyframes' latent.
     """
     programs = programs or Programs.of(plan)
-    texts = [_texts(model, plan, list(own), programs) for own in prompts]
+    texts = [encode_texts(model, plan, own, programs) for own in prompts]
     tokens = [encode_images(model, plan, own.vision, programs) for own in inputs]
-    params = model.part("vae")
-    latents = []
-    with _picture_mesh(plan):
-        for own in inputs:
-            latent = programs.keyframes(params, keyframes.to_unit(own.pixels))
-            latents.append(_finite("keyframe latent", *latent))
+    latents = [encode_keyframes(model, plan, own.pixels, programs) for own in inputs]
     return [
         Encoded(Conditions(text, images, latent), negative)
         for (text, negative), images, latent in zip(texts, tokens, latents, strict=True)
     ]
 
 
-def _texts(model: Model, plan: Plan, prompts: list[str], programs: Programs) -> tuple[jax.Array, jax.Array]:
-    """Embeddings of B prompts, and as many of the negative one."""
+def encode_texts(
+    model: Model, plan: Plan, prompts: Sequence[str], programs: Programs | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Embeddings [B, L, D] of B prompts, and as many of the negative one."""
+    programs = programs or Programs.of(plan)
     # Both in one call: the text encoder is large, and reads its weights once.
     ids, mask = model.tokenizer.encode([*prompts, plan.settings.negative_prompt], plan.config.dit.text_length)
     text = _finite("text", *programs.text(model.part("umt5"), ids, mask))
@@ -304,6 +302,13 @@ def encode_images(model: Model, plan: Plan, vision: np.ndarray, programs: Progra
     given = {slot: tokens[i * batch : (i + 1) * batch] for i, slot in enumerate(seen)}
     absent = jnp.zeros_like(tokens[:batch])
     return jnp.stack([absent if slot is None else given[slot] for slot in slots], 1)
+
+
+def encode_keyframes(model: Model, plan: Plan, pixels: np.ndarray, programs: Programs | None = None) -> jax.Array:
+    """Mask and latent [B, F, h, w, s + 16] of fitted keyframes uint8 [B, A, H, W, 3] at `Plan.at`."""
+    programs = programs or Programs.of(plan)
+    with _picture_mesh(plan):
+        return _finite("keyframe latent", *programs.keyframes(model.part("vae"), keyframes.to_unit(pixels)))
 
 
 def image_slots(plan: Plan) -> tuple[int | None, ...]:

@@ -14,6 +14,7 @@ import pytest
 from nano import NANO
 
 from benchmarks import attention as attention_benchmark
+from benchmarks import film as film_benchmark
 from benchmarks import (
     gpu_parity,
     load_time,
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 TINY = preset("tiny")
 PROGRAMS = {"throughput": throughput, "gpu_parity": gpu_parity, "attention": attention_benchmark,
             "vs_diffusers": vs_diffusers, "method_cost": method_cost, "load_time": load_time,
-            "streaming": streaming}  # fmt: skip
+            "streaming": streaming, "film": film_benchmark}  # fmt: skip
 
 # These programs run once: compiling quickly matters more than running quickly.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -289,7 +290,7 @@ def test_without_diffusers_it_says_so(tmp_path, monkeypatch, capsys):
     assert "skipped" in json.loads((tmp_path / "out.json").read_text())
 
 
-CLIPS = [module for name, module in PROGRAMS.items() if name != "load_time"]
+CLIPS = [module for name, module in PROGRAMS.items() if name not in ("load_time", "film")]
 
 
 @pytest.mark.parametrize("program", CLIPS)

@@ -9,7 +9,7 @@ from nano import NANO, write_model
 from tgi_nano import CONFIG, FRAMES, NANO_METHOD
 
 from benchmarks.tgi import generate, run
-from benchmarks.tgi.arms import ARMS, CLAIMS, Arm, choose, read_own, shuffled_curve
+from benchmarks.tgi.arms import ARMS, CLAIMS, KNOWN, THREE, Arm, Chain, choose, read_own, shuffled_curve
 from benchmarks.tgi.generate import Batch, Clips
 from benchmarks.tgi.procedural import procedural
 from samplers import pipeline
@@ -179,6 +179,53 @@ def test_nothing_hidden_and_no_bias_is_the_plain_sampler(batch):
     assert not np.allclose(generate._varied(batch, chosen, 0, on, None), latents, atol=1e-2)
 
 
+def test_the_middle_keyframe_ends_a_latent_frame():
+    assert [generate.middle(frames, 4) for frames in (9, 13, 25, 33, 65, 81)] == [4, 8, 12, 16, 32, 40]
+    with pytest.raises(ValueError, match="frames 5: too few for a third keyframe; take at least 9"):
+        generate.middle(5, 4)
+
+
+def test_an_overlap_that_a_length_cannot_have_names_the_arm():
+    settings = Settings.of(NANO, frames=FRAMES)
+    for arm in choose(["wan", "three", "three-chain", "three-cross-fade"]):
+        generate.check_three(arm, NANO, settings)
+    with pytest.raises(ValueError, match="arm three-overlap: overlap 4: more than half of a clip of 5 frames"):
+        generate.check_three(choose(["three-overlap"])[0], NANO, settings)
+    generate.check_three(choose(["three-overlap"])[0], NANO, dataclasses.replace(settings, frames=25))
+
+
+@pytest.mark.slow
+def test_three_keyframes_are_the_products(model, batch):
+    """One clip and a chain are what the pipeline and a film make of the same keyframes and noise."""
+    truth = batch.clips.truth
+    given = [(first, one[4], last) for (first, last), one in zip(batch.clips.keyframes, truth, strict=True)]
+    plan = sampling.Plan.of(model.config, batch.settings, (0, 4, -1))
+    (told,) = pipeline.encode(model, plan, [Inputs.prepare(given, plan)], [batch.clips.captions])
+    one = pipeline.decode(model, plan, pipeline.denoise(model, plan, told, batch.noise(4)))
+    three, chain, _, fade = THREE
+    made = generate.make(three, batch, 4)
+    np.testing.assert_array_equal(made, one)
+    assert not np.array_equal(made, generate.make(choose(["wan"])[0], batch, 4))
+    clips = generate.halves(chain, model.config, FRAMES)
+    assert [one.frames for one in clips] == [5, 5]
+    joined = generate.make(chain, batch, 4)
+    half = sampling.Plan.of(model.config, dataclasses.replace(batch.settings, frames=5))
+    for n, shown in enumerate((slice(0, 5), slice(5, 9))):
+        (told,) = pipeline.encode(model, half, [Inputs.prepare([one[n : n + 2] for one in given], half)],
+                                  [batch.clips.captions])  # fmt: skip
+        noise = generate._noise(batch.keys(4, 5 + n), half.latent_shape)
+        alone = pipeline.decode(model, half, pipeline.denoise(model, half, told, noise))
+        np.testing.assert_array_equal(joined[:, shown], alone[:, n:])
+    faded = generate.make(fade, batch, 0)
+    np.testing.assert_array_equal(faded[:, [0, 4, 8]], truth[:, [0, 4, 8]])
+
+
+def test_a_chains_overlap_decides_its_videos():
+    chain, overlap = choose(["three-chain", "three-overlap"])
+    assert chain.plain()["options"] == {"overlap": 0} and overlap.plain()["options"] == {"overlap": 4}
+    assert chain.options == Chain() and choose(["three-cross-fade"])[0].seedless and not chain.seedless
+
+
 def test_shuffled_anchors_move_every_inner_frame():
     for frames in (5, 7, 21):
         curve = np.linspace(0, 1, frames)
@@ -190,10 +237,12 @@ def test_shuffled_anchors_move_every_inner_frame():
 
 
 def test_every_claim_and_kind_is_known():
-    names = {arm.name for arm in ARMS}
-    assert len(names) == len(ARMS) and {arm.kind for arm in ARMS} <= set(generate.KINDS)
+    names = {arm.name for arm in KNOWN}
+    assert len(names) == len(KNOWN) and {arm.kind for arm in KNOWN} <= set(generate.KINDS)
+    assert choose(["all"]) == ARMS and not set(ARMS) & set(THREE)
+    assert choose(["three-chain", "wan", "three"]) == (ARMS[0], *THREE[:2])
     fixed = [claim for claim in CLAIMS if not claim.source.startswith("tuned")]  # those: test_tune
-    assert len(fixed) == 17 and all({claim.arm, claim.against} <= names for claim in fixed)
+    assert len(fixed) == 20 and all({claim.arm, claim.against} <= names for claim in fixed)
     assert {claim.expected for claim in CLAIMS} == {"better", "worse"}
 
 

@@ -79,6 +79,19 @@ def test_an_own_arm_is_told_by_its_settings(tmp_path):
     assert "- `wan`: Wan2.1 as it is\n- `mine`: random-bias; kab {strength_end: 0.7, strength_mid: 0.1, floor: " in text
 
 
+def test_what_is_told_more_is_no_rival(tmp_path):
+    """Arms of three keyframes change no other arm's corrected p, are described, and have claims of their own."""
+    without = write_run(tmp_path / "without", EFFECTS)
+    more = write_run(tmp_path / "with", EFFECTS | {"three": (3.0, 1.0), "three-chain": (2.0, 1.0)})
+    found, wanted = (compare.differences(run, 25, "psnr_interior") for run in (more, without))
+    assert {arm: found[arm]["p_holm"] for arm in wanted} == {arm: row["p_holm"] for arm, row in wanted.items()}
+    assert found["three"]["p_holm"] is None and found["three"]["mean"] == pytest.approx(3, abs=1e-6)
+    assert compare.arms(more, 25)[-2:] == ["three", "three-chain"]
+    text = report.markdown(report.collect([more], ["one"], [{}]))
+    assert "- `three`: Wan2.1 with the middle frame as a third keyframe, one clip" in text
+    assert verdicts([more])["three", "three-chain"]["verdict"] == "held"
+
+
 def verdicts(runs):
     return {(c["arm"], c["against"]): c for c in compare.judge(runs, 25)}
 

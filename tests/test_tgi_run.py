@@ -210,6 +210,10 @@ BAD = {
         ["run", "--arms", "trf", "--image-model", "FOLDER"],
         "nano takes 2 keyframes; give an image-to-video",
     ),
+    "three keyframes": (
+        ["run", "--arms", "three-overlap", "--lengths", "9", "--data", "procedural-dev"],
+        "arm three-overlap: overlap 4",
+    ),
     "trials": (["tune", "--trials", "0"], "--trials 0"),
     "report": (["report", "/nowhere"], "/nowhere"),
     "names": (["report", "a", "b", "--names", "x"], "--names"),

@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     _add_data(one, "test")
     _add_model(one)
     one.add_argument("--arms", nargs="+", default=["all"], help="names, or 'all' (default): " + ", ".join(
-        arm.name for arm in arms.ARMS))  # fmt: skip
+        arm.name for arm in arms.ARMS) + "; by name alone, given the middle frame too: " + ", ".join(
+        arm.name for arm in arms.THREE))  # fmt: skip
     one.add_argument("--own-arms", type=Path, metavar="JSON", help="settings of one's own, as `tune` writes them")
     one.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default 0)")
     one.add_argument("--weights", type=Path, metavar="FOLDER", help="converted weights of LPIPS, Inception and I3D")

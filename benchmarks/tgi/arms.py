@@ -30,16 +30,23 @@ BASELINE = "wan"
 
 
 @dataclass(frozen=True)
+class Chain:
+    """How two clips that share a keyframe are joined: `overlap` pixel frames beyond it, see `samplers.film`."""
+
+    overlap: int = 0
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way of making the video.
 
     Attributes:
       name: unique, fit for a file name.
-      group: "profile", "ablation", "mode", "control", "baseline" or "bound".
+      group: "profile", "ablation", "mode", "control", "baseline", "bound" or "three keyframes".
       about: one line for the report.
       kind: a name in `generate.KINDS`: "method" samples the model with `method`; the others are described there.
       method: of the kinds that sample the model once.
-      options: of kind "two-way".
+      options: of kinds "two-way" and "chain".
     """
 
     name: str
@@ -47,7 +54,7 @@ class Arm:
     about: str
     kind: str = "method"
     method: Method = Method()
-    options: Options | None = None
+    options: Options | Chain | None = None
 
     @property
     def seedless(self) -> bool:
@@ -61,7 +68,7 @@ class Arm:
         return {"kind": self.kind, "method": method, "options": options}
 
 
-SEEDLESS = ("latent-interpolation", "cross-fade", "nearest", "vae", "truth")
+SEEDLESS = ("latent-interpolation", "cross-fade", "three-cross-fade", "nearest", "vae", "truth")
 
 
 PAPER = METHODS["paper"]
@@ -112,7 +119,20 @@ ARMS: tuple[Arm, ...] = (
     Arm("truth", "bound", "the true video, for its own pace and flicker", "truth"),
     Arm("vae", "bound", "the true video through the VAE: the ceiling of every latent method", "vae"),
 )  # fmt: skip
-"""All arms in the report's order."""
+"""All arms of two keyframes in the report's order."""
+
+THREE: tuple[Arm, ...] = (
+    Arm("three", "three keyframes", "Wan2.1 with the middle frame as a third keyframe, one clip", "three"),
+    Arm("three-chain", "three keyframes", "the same keyframes, two clips one after the other", "chain",
+        options=Chain()),
+    Arm("three-overlap", "three keyframes", "the same chain, its clips blended 4 frames to either side of the middle",
+        "chain", options=Chain(4)),
+    Arm("three-cross-fade", "three keyframes", "straight lines between the three keyframes' pixels",
+        "three-cross-fade"),
+)  # fmt: skip
+"""Arms that are given the middle frame too, so that they are no rivals of the others; run by their names alone."""
+
+KNOWN = (*ARMS, *THREE)
 
 
 @dataclass(frozen=True)
@@ -133,6 +153,7 @@ _CLAIMS = {
         retro-tuned-uniform < retro-tuned""",
     "control": """isolation < kab; shuffled-anchors < kab; random-bias < kab; uniform-0.94 < retro;
         uniform-1.06 < retro; empty-caption < wan""",
+    "three keyframes": """three > wan; three > three-chain; three-overlap > three-chain""",
 }
 CLAIMS = tuple(
     Claim(arm, against, "better" if sign == ">" else "worse", source)
@@ -140,7 +161,7 @@ CLAIMS = tuple(
     for arm, sign, against in (claim.split() for claim in text.split(";"))
 )
 """The arrows of the paper's tables ("paper"), the same of settings that `tune` chose ("tuned"), and what must hold if
-the reasons given for them do ("control")."""
+the reasons given for them do ("control"); and of a third keyframe what one would expect."""
 
 
 ALL = "all"
@@ -148,14 +169,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # as it becomes the name of fi
 
 
 def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
-    """Arms by name, in the order of ARMS, then `own`; "all" takes all.
+    """Arms by name, in the order of KNOWN, then `own`; "all" takes ARMS and `own`.
 
     Raises:
       ValueError: an unknown or repeated name.
     """
-    known = {arm.name: arm for arm in (*ARMS, *own)}
+    known = {arm.name: arm for arm in (*KNOWN, *own)}
     if list(names) == [ALL]:
-        return tuple(known.values())
+        return (*ARMS, *own)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"arm {unknown[0]!r}: choose from {', '.join(known)}")
@@ -164,7 +185,8 @@ def choose(names: Sequence[str], own: Sequence[Arm] = ()) -> tuple[Arm, ...]:
     return tuple(arm for name, arm in known.items() if name in names)
 
 
-OWN_KINDS = {"method": (), "shuffled-anchors": ("kab",), "random-bias": ("kab",), "uniform-scale": ("retro",)}
+OWN_KINDS = {"method": (), "shuffled-anchors": ("kab",), "random-bias": ("kab",), "uniform-scale": ("retro",),
+             "three": (), "chain": ()}  # fmt: skip
 """Kinds that a file of arms may name, and the parts that they need."""
 
 
@@ -199,7 +221,7 @@ def read_own(path: Path) -> tuple[Arm, ...]:
             f"{path}: not a file of arms ({type(error).__name__}: {error}); "
             'write {"name": {"kab": {"strength_mid": 0.5}, "isolation": {}}}'
         ) from error
-    taken = {arm.name for arm in ARMS} & {arm.name for arm in arms}
+    taken = {arm.name for arm in KNOWN} & {arm.name for arm in arms}
     if taken:
         raise ValueError(f"{path}: the name {sorted(taken)[0]!r} is taken; choose another")
     return tuple(arms)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tgi import paired
-from benchmarks.tgi.arms import ARMS, BASELINE, CLAIMS
+from benchmarks.tgi.arms import BASELINE, CLAIMS, KNOWN
 from benchmarks.tgi.metrics import HIGHER_IS_BETTER
 from benchmarks.tgi.scores import GROWING_TABLES, Scores, by_clip, pairs
 
@@ -35,9 +35,9 @@ def shared_lengths(runs: Sequence[Scores]) -> list[int]:
 
 
 def arms(scores: Scores, length: int) -> list[str]:
-    """Arms with scores at a length: those of ARMS in its order, then others."""
+    """Arms with scores at a length: those of KNOWN in its order, then others."""
     found = {line["arm"] for line in scores.lines if line["length"] == length}
-    known = [arm.name for arm in ARMS if arm.name in found]
+    known = [arm.name for arm in KNOWN if arm.name in found]
     return known + sorted(found - set(known))
 
 
@@ -66,14 +66,14 @@ def differences(scores: Scores, length: int, metric: str, challenge: str | None 
         own, base = pairs(scores.lines, length, arm, BASELINE, metric, challenge)
         if arm != BASELINE and own:
             rows[arm] = paired.compare(own, base)
-    # The bounds are no rivals: they would only use up the correction.
-    family = {arm: row.p for arm, row in rows.items() if _group(arm) != "bound"}
+    # The bounds are no rivals, nor is what is told more: they would only use up the correction.
+    family = {arm: row.p for arm, row in rows.items() if _group(arm) not in ("bound", "three keyframes")}
     corrected = paired.holm(family)
     return {arm: _plain(dataclasses.asdict(row)) | {"p_holm": corrected.get(arm)} for arm, row in rows.items()}
 
 
 def _group(arm: str) -> str:
-    return next((one.group for one in ARMS if one.name == arm), "own")
+    return next((one.group for one in KNOWN if one.name == arm), "own")
 
 
 def judge(runs: Sequence[Scores], length: int) -> list[dict[str, Any]]:

@@ -23,13 +23,13 @@ from flax import struct
 from benchmarks.tgi import two_way
 from benchmarks.tgi.arms import Arm, shuffled_curve
 from benchmarks.tiny.evaluate import baselines
-from samplers import pipeline, programs, sample
+from samplers import film, pipeline, programs, sample
 from samplers.pipeline import Encoded, Inputs
 from samplers.plan import Plan, Settings
 from samplers.run import check
 from wanjax import conditioning, keyframes, vae
 from wanjax.checkpoint import Model
-from wanjax.config import DiTConfig, VAEConfig
+from wanjax.config import DiTConfig, ModelConfig, VAEConfig
 from wanjax.dit import WanDiT
 from wanjax.guidance import guided
 from wanjax.method import Method, MethodArrays
@@ -46,7 +46,8 @@ class Clips:
       captions: B prompts.
       backwards: B prompts that say what the clip shows in reversed time, None where nobody says.
       keyframes: B pairs of uint8 [H, W, 3] at their own size.
-      truth: uint8 [B, T, H, W, 3] at the size of the run; only its first and last frame are shown to a model.
+      truth: uint8 [B, T, H, W, 3] at the size of the run; its first and last frame are shown to a model, and the middle
+        one to arms of three keyframes.
     """
 
     ids: Sequence[str]
@@ -234,6 +235,70 @@ def _varied(batch: Batch, settings: Settings, seed: int, varying: Varying, bias:
     return carry.sample
 
 
+def middle(frames: int, stride: int) -> int:
+    """Pixel frame of the third keyframe: the last of a latent frame, as near the middle as there is.
+
+    Raises:
+      ValueError: a clip of fewer than three latent frames.
+    """
+    place = round((frames - 1) / 2 / stride) * stride
+    if not 0 < place < frames - 1:
+        raise ValueError(f"frames {frames}: too few for a third keyframe; take at least {2 * stride + 1}")
+    return place
+
+
+def halves(arm: Arm, config: ModelConfig, frames: int) -> tuple[film.Span, ...]:
+    """Where the two clips of a "chain" lie. ValueError: an overlap that they cannot have."""
+    stride = config.vae.temporal_stride
+    place = middle(frames, stride)
+    overlap = 0 if arm.options is None else arm.options.overlap
+    return film.spans([place + 1, frames - place], overlap, stride, longest=frames)
+
+
+def check_three(arm: Arm, config: ModelConfig, settings: Settings) -> None:
+    """Raises ValueError, naming the arm, for clips that an arm of three keyframes cannot make; others pass."""
+    try:
+        if arm.kind in ("three", "three-cross-fade"):
+            middle(settings.frames, config.vae.temporal_stride)
+        if arm.kind == "chain":
+            film.plans(config, settings, halves(arm, config, settings.frames))
+            film.check_solver(settings, 0 if arm.options is None else arm.options.overlap)
+    except ValueError as error:
+        raise ValueError(f"arm {arm.name}: {error}") from error
+
+
+def _three_keyframes(batch: Batch) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """The pixel frame of the middle one, and of each clip first, middle and last."""
+    place = middle(batch.settings.frames, batch.plan.config.vae.temporal_stride)
+    clips = batch.clips
+    return place, [(first, one[place], last) for (first, last), one in zip(clips.keyframes, clips.truth, strict=True)]
+
+
+def _three(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    """One clip, from the same noise as with two keyframes."""
+    place, given = _three_keyframes(batch)
+    plan = Plan.of(batch.model.config, dataclasses.replace(batch.settings, method=arm.method), (0, place, -1))
+    (told,) = pipeline.encode(batch.model, plan, [Inputs.prepare(given, plan)], [batch.clips.captions])
+    return batch.decode(pipeline.denoise(batch.model, plan, told, batch.noise(seed), chunk=batch.settings.steps))
+
+
+def _chain(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    """Two clips that share the middle keyframe, each told the caption of the whole."""
+    _, given = _three_keyframes(batch)
+    model, clips = batch.model, halves(arm, batch.model.config, batch.settings.frames)
+    plans = film.plans(model.config, dataclasses.replace(batch.settings, method=arm.method), clips)
+    seeds = [batch.settings.seed] * len(given)
+    batches = [pipeline.Batch(Inputs.prepare([one[n : n + 2] for one in given], plan), batch.clips.captions, seeds)
+               for n, plan in enumerate(plans)]  # fmt: skip
+    noises = [_noise(batch.keys(seed, 5 + n), plan.latent_shape) for n, plan in enumerate(plans)]
+    return film.make(model, clips, plans, batches, noises=noises)[0]
+
+
+def _three_cross_fade(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
+    place, _ = _three_keyframes(batch)
+    return baselines(batch.clips.truth, (0, place, batch.settings.frames - 1))["crossfade"]
+
+
 def _two_way(arm: Arm, batch: Batch, seed: int) -> np.ndarray:
     model, forwards, backwards, negative = batch.one_way
     latents = two_way.sample(model, forwards, backwards, negative, batch.settings, arm.options, batch.noise(seed),
@@ -276,6 +341,9 @@ _MAKERS: Mapping[str, Callable[[Arm, Batch, int], np.ndarray]] = MappingProxyTyp
         "random-bias": _random_bias,
         "random-mask": _random_mask,
         "two-way": _two_way,
+        "three": _three,
+        "chain": _chain,
+        "three-cross-fade": _three_cross_fade,
         "latent-interpolation": _latent_interpolation,
         "cross-fade": _cross_fade,
         "nearest": _nearest,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.tgi import compare, plots
-from benchmarks.tgi.arms import ARMS, BASELINE
+from benchmarks.tgi.arms import BASELINE, KNOWN
 from benchmarks.tgi.compare import COMPARED, PRIMARY
 from benchmarks.tgi.run import strip_file
 from benchmarks.tgi.scores import Key, Scores, unfinished
@@ -176,13 +176,13 @@ def _table(run: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         change = run["differences"][PRIMARY].get(arm)
         cells += ["", "", ""] if change is None else [_change(change), _p(change["p_holm"]), f"{change['wins']:.0%}"]
         rows.append(cells)
-    about = {arm.name: arm.about for arm in ARMS}
+    about = {arm.name: arm.about for arm in KNOWN}
     legend = (f"- `{arm}`: {about.get(arm) or _own(settings[arm])}{_by(settings[arm])}\n" for arm in run["means"])
     return f"{_grid(head, rows)}\n{''.join(legend)}"
 
 
 def _own(arm: Mapping[str, Any]) -> str:
-    """Settings of an arm that is not one of ARMS, in a line."""
+    """Settings of an arm that is not one of KNOWN, in a line."""
     parts = [f"{part} {json.dumps(settings)}" for part, settings in arm["method"].items() if settings is not None]
     return "; ".join([arm["kind"], *parts]).replace('"', "")
 

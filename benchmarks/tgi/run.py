@@ -93,6 +93,7 @@ class Plan:
             for arm in self.arms:
                 settings = dataclasses.replace(self.settings, frames=one.length, method=arm.method)
                 own = plan.Plan.of(config, settings)
+                generate.check_three(arm, config, settings)
                 if arm.kind == "two-way" and image_config is None:
                     raise ValueError(
                         f"arm {arm.name}: needs a model conditioned on the first frame alone; give --image-model"

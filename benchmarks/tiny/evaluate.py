@@ -1,10 +1,14 @@
 """Measure a model on held-out procedural clips, against simple baselines and against its own VAE.
 
     python -m benchmarks.tiny.evaluate --model tiny --clips 64 --guidance 1 2
+    python -m benchmarks.tiny.evaluate --clips 64 --frames 49 --keyframes 3      what the middle one is worth
 
-PSNR is of each clip's mean squared error (8-bit, peak 255), averaged over clips. "Interior" leaves out the first
-and last frame; "motion" counts only pixels that an object covers at some time; an "ambiguous" clip moves along an
-arc that its keyframes do not tell. Axis letters: N clips, T frames, H height, W width.
+PSNR is of each clip's mean squared error (8-bit, peak 255), averaged over clips. "Interior" leaves out the keyframes,
+the first and last frame or more of them, evenly spaced; "motion" counts only pixels that an object covers at some time;
+an "ambiguous" clip moves along an arc that its first and last frame do not tell. With more than two keyframes
+"without_inner" is of the same frames of clips made from the first and last alone, "inner_gain" the difference, and
+"inner" of the inner keyframes themselves, as "ends" of the outer two.
+Axis letters: N clips, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +32,24 @@ from samplers.plan import Plan, Settings
 from wanjax import keyframes, vae
 from wanjax.checkpoint import Model, load
 from wanjax.config import VAEConfig
+from wanjax.settings import whole
 
 BATCH = 16
 
 
-def heldout(count: int, rich: bool = False) -> list[Clip]:
+def heldout(count: int, rich: bool = False, frames: int = 25) -> list[Clip]:
     """The first `count` held-out clips."""
-    return [clip(seed, "heldout", rich=rich) for seed in range(count)]
+    return [clip(seed, "heldout", frames, rich=rich) for seed in range(count)]
+
+
+def places(frames: int, keyframes: int) -> tuple[int, ...]:
+    """Pixel frames of so many keyframes, evenly spaced from the first to the last, whole.
+
+    Raises:
+      ValueError: fewer than two, or more than there are frames.
+    """
+    whole("keyframes", keyframes, 2, frames)
+    return tuple(int(place) for place in np.linspace(0, frames - 1, keyframes).round())
 
 
 def psnr(made: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
@@ -44,8 +60,15 @@ def psnr(made: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) 
     return -10 * np.log10(np.maximum(mean, 1e-3) / 255**2)
 
 
-def baselines(truth: np.ndarray) -> dict[str, np.ndarray]:
-    """What can be done without a model: the nearer keyframe, and a linear cross-fade; uint8 [N, T, H, W, 3]."""
+def baselines(truth: np.ndarray, at: Sequence[int] = (0, -1)) -> dict[str, np.ndarray]:
+    """What can be done without a model: the nearer keyframe, and a linear cross-fade; uint8 [N, T, H, W, 3].
+
+    `at`: pixel frames of the keyframes, ascending, the first and the last among them.
+    """
+    if len(at) > 2:
+        parts = [baselines(truth[:, first : last + 1]) for first, last in pairwise(at)]
+        joined = {name: [parts[0][name], *(part[name][:, 1:] for part in parts[1:])] for name in parts[0]}
+        return {name: np.concatenate(videos, axis=1) for name, videos in joined.items()}
     share = np.linspace(0, 1, truth.shape[1])[None, :, None, None, None]
     first, last = truth[:, :1].astype(np.float64), truth[:, -1:].astype(np.float64)
     fade = np.round(first + (last - first) * share).astype(np.uint8)
@@ -70,12 +93,14 @@ def reconstruct(model: Model, truth: np.ndarray) -> np.ndarray:
     return np.concatenate([keyframes.from_unit(_decode(config, params, one)) for one in latents])
 
 
-def generate(model: Model, clips: Sequence[Clip], captions: Sequence[str], settings: Settings) -> np.ndarray:
-    """Videos uint8 [N, T, H, W, 3] between the keyframes of `clips`, told `captions`."""
-    videos, plan = [], Plan.of(model.config, settings)
+def generate(
+    model: Model, clips: Sequence[Clip], captions: Sequence[str], settings: Settings, at: Sequence[int] = (0, -1)
+) -> np.ndarray:
+    """Videos uint8 [N, T, H, W, 3] from the keyframes of `clips` at some pixel frames, told `captions`."""
+    videos, plan = [], Plan.of(model.config, settings, at)
     for start in range(0, len(clips), BATCH):
         part = clips[start : start + BATCH]
-        inputs = Inputs.prepare([(one.video[0], one.video[-1]) for one in part], plan)
+        inputs = Inputs.prepare([one.video[list(plan.at)] for one in part], plan)
         (encoded,) = pipeline.encode(model, plan, [inputs], [captions[start : start + BATCH]])
         # One draw for the batch, as the published figures have it.
         noise = jax.random.normal(jax.random.key(settings.seed), (len(part), *plan.latent_shape))
@@ -91,14 +116,16 @@ def measure(
     steps: int = 15,
     solver: str = "unipc",
     sheet: Path | None = None,
+    keyframes: int = 2,
 ) -> dict[str, float]:
     """All figures, in dB but for shares.
 
     Args:
-      clips: held-out clips, best a multiple of 16.
+      clips: held-out clips of one length, best a multiple of 16.
       guidance: scales to try.
       steps, solver: of the sampler.
       sheet: PNG to write: truth, cross-fade and model (last guidance) of the first clips.
+      keyframes: that the model is given, evenly spaced.
 
     Raises:
       ValueError: settings that the model cannot run.
@@ -106,7 +133,8 @@ def measure(
     truth = np.stack([one.video for one in clips])
     region = np.stack([one.motion_mask for one in clips])
     ambiguous = np.array([one.ambiguous for one in clips])
-    inside = slice(1, -1)
+    at = places(truth.shape[1], keyframes)
+    inside, inner = np.setdiff1d(np.arange(truth.shape[1]), at), list(at[1:-1])
     figures: dict[str, float] = {}
 
     def add(name: str, made: np.ndarray) -> np.ndarray:
@@ -115,19 +143,24 @@ def measure(
         figures[f"{name}_motion"] = float(psnr(made[:, inside], truth[:, inside], region).mean())
         return interior
 
-    simple = {name: add(name, made) for name, made in baselines(truth).items()}
+    fades = baselines(truth, at)
+    simple = {name: add(name, made) for name, made in fades.items()}
     add("vae", reconstruct(model, truth))
     for scale in guidance:
-        settings = Settings.of(model.config, guidance=scale, steps=steps, solver=solver)
-        made = generate(model, clips, [one.caption for one in clips], settings)
-        blind = generate(model, clips, [""] * len(clips), settings)
-        name = f"guidance_{scale:g}"
+        settings = Settings.of(model.config, guidance=scale, steps=steps, solver=solver, frames=truth.shape[1])
+        captions, name = [one.caption for one in clips], f"guidance_{scale:g}"
+        made = generate(model, clips, captions, settings, at)
+        blind = generate(model, clips, [""] * len(clips), settings, at)
         told, untold = add(name, made), add(f"{name}_empty", blind)
         figures[f"{name}_wins"] = float((told > simple["crossfade"]).mean())
         figures[f"{name}_ends"] = float(psnr(made[:, [0, -1]], truth[:, [0, -1]]).mean())
         figures[f"{name}_caption_gain"] = float((told - untold)[ambiguous].mean()) if ambiguous.any() else 0.0
+        if inner:
+            less = add(f"{name}_without_inner", generate(model, clips, captions, settings))
+            figures[f"{name}_inner_gain"] = float((told - less).mean())
+            figures[f"{name}_inner"] = float(psnr(made[:, inner], truth[:, inner]).mean())
     if sheet is not None and guidance:
-        save_sheet([truth, baselines(truth)["crossfade"], made], sheet)
+        save_sheet([truth, fades["crossfade"], made], sheet)
     return figures
 
 
@@ -142,6 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure a model on held-out procedural clips.")
     parser.add_argument("--model", default="tiny", help="'tiny' or a model folder (default %(default)s)")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=25, help="of each clip (default %(default)s)")
+    parser.add_argument("--keyframes", type=int, default=2, help="given, evenly spaced (default: the two ends)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0], help="scales (default 1 2)")
     parser.add_argument("--steps", type=int, default=15, help="sampling steps (default %(default)s)")
     parser.add_argument("--solver", default="unipc", help="sampler (default %(default)s)")
@@ -157,11 +192,13 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(f"{path}: no folder {path.parent}; create it with mkdir -p {path.parent}")
         model = load(options.model)
         for scale in options.guidance:
-            Plan.of(model.config, Settings.of(model.config, guidance=scale, steps=options.steps, solver=options.solver))
-        clips = heldout(options.clips, options.rich)
+            settings = Settings.of(model.config, guidance=scale, steps=options.steps, solver=options.solver,
+                                   frames=options.frames)  # fmt: skip
+            Plan.of(model.config, settings, places(options.frames, options.keyframes))
+        clips = heldout(options.clips, options.rich, options.frames)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    figures = measure(model, clips, options.guidance, options.steps, options.solver, options.sheet)
+    figures = measure(model, clips, options.guidance, options.steps, options.solver, options.sheet, options.keyframes)
     for name, value in figures.items():
         print(f"{name:32s} {value:7.2f}")
     if options.out is not None:
