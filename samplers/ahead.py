@@ -1,6 +1,6 @@
 """The programs of one clip, compiled or found in the background while its weights are read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,13 +10,16 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from samplers import kept, pipeline, streamed
 from samplers.plan import Plan
 from samplers.programs import Programs
 from samplers.streamed import Loop
-from wanjax import checkpoint, streaming
+from samplers.sample import Carry
+from wanjax import checkpoint, sharding, streaming
 from wanjax.types import Conditions
 
 STAGES = MappingProxyType({"denoise": ("denoise", "noise"), "decode": ("decode",),
@@ -87,6 +90,12 @@ def encoded(plan: Plan) -> tuple[Conditions, jax.ShapeDtypeStruct]:
         1, len(pipeline.image_slots(plan)), d.image_tokens, d.image_dim, dtype=config.clip.precision.residual
     )
     return Conditions(text, images, _struct(1, *plan.latent_shape[:-1], d.condition_channels)), text
+
+
+def start(plan: Plan, seeds: Sequence[int], mesh: Mesh | None) -> Carry:
+    """The carry before the first step of clips without noise: its structure, and where its leaves lie."""
+    latents = jnp.zeros((len(seeds), *plan.latent_shape), jnp.float32)
+    return pipeline.start(plan, latents if mesh is None else sharding.shard_batch(latents, mesh), seeds)
 
 
 def _struct(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:

@@ -9,9 +9,11 @@ from samplers.options import Parser, method_of, renamed
 from samplers.video import SUFFIXES
 from wanjax import keyframes
 
-MODES = ("jobs", "decode")
+MODES = ("jobs", "decode", "storyboard")
 _DECODING = ("out", "model", "dtype", "fps", "scale", "overwrite", "vae_memory")
-_ELSEWHERE = (*MODES, "recalled", "seeds", "count", "loop", "keyframe", "distributed", "compile_cache", "quiet")
+_OF_A_CLIP = ("explain", "keep_latents", "preview_every")
+_ELSEWHERE = (*MODES, "recalled", "seeds", "count", "loop", "keyframe", "distributed", "compile_cache", "quiet",
+              "prompts", "overlap")  # fmt: skip
 """Options that `prepare` does not take."""
 
 
@@ -45,18 +47,21 @@ def earlier(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     Raises:
       ValueError: not such a file; one line.
     """
-    from samplers import recall
+    from samplers import recall, storyboard
 
     found = recall.read(path)
     own = dict(vars(found.settings))
+    own["frames"] = [own["frames"]]
     for name in plan.PRESETS[preset] if preset else ():
         own.pop(name)
     images = [(str(_beside(one.path, Path(path))), one.frame) for one in found.keyframes if one.path is not None]
-    last = own["frames"] - 1
+    last = own["frames"][0] - 1
     ends = {{0: "first", last: "last"}[place]: image for image, place in images if place in (0, last)}
     inner = [(image, place) for image, place in images if place not in (0, last)]
     own |= {"first": ends.get("first"), "last": ends.get("last"), "keyframe": inner or None}
     own |= {name: value for name, value in (("fps", found.fps), ("scale", found.scale)) if value is not None}
+    if found.storyboard is not None:
+        own |= {"first": None, "last": None, "prompt": None, "keyframe": None} | storyboard.options(found.storyboard)
     source = found.source or (found.model if found.model == "tiny" else None)
     return own | ({} if source is None else {"model": source})
 
@@ -99,14 +104,31 @@ def one(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("keyframes: give both --first and --last, or one of them as --keyframe IMAGE@FRAME if nothing "
                          "else is known of the clip")  # fmt: skip
     given["method"] = method_of(given)
+    given["frames"] = options["frames"] and options["frames"][0]
     return given
+
+
+def board(options: dict[str, Any]) -> dict[str, Any]:
+    """What `storyboard.prepare` takes."""
+    unknown = (*_OF_A_CLIP, "explain_layer", "explain_step", "first", "last", "prompt", "storyboard")
+    given = {name: value for name, value in options.items() if name not in (*_ELSEWHERE, *unknown)}
+    more = {"prompts": options["prompts"], "overlap": options["overlap"] or 0}
+    return given | more | {"images": options["storyboard"], "method": method_of(given)}
 
 
 def check_modes(options: dict[str, Any]) -> None:
     """ValueError for options that cannot stand together."""
     modes = [name for name in MODES if options[name] is not None]
     if len(modes) > 1:
-        raise ValueError("--jobs and --decode: give one of them")
+        raise ValueError(f"--{modes[0]} and --{modes[1]}: give one of them")
+    alone = [name for name in ("prompts", "overlap") if options[name] is not None and options["storyboard"] is None]
+    if alone and options["recalled"] is None:
+        raise ValueError(f"--{alone[0]}: belongs to --storyboard; give its images")
+    if options["storyboard"] is None and len(options["frames"] or ()) > 1 and options["recalled"] is None:
+        raise ValueError("--frames: several belong to --storyboard; give one number")
+    for name in ("first", "last", "keyframe", "loop", "prompt", "seeds", "count", *_OF_A_CLIP):
+        if options["storyboard"] is not None and options[name]:
+            raise ValueError(f"--storyboard: --{name.replace('_', '-')} is of a single clip; leave it away")
     anew = ("first", "last", "keyframe", "prompt", "recalled", "seeds", "count", "explain")
     given = [name for name in anew if options[name]]
     if options["decode"] is not None and given:

@@ -6,15 +6,16 @@ Everything that can be wrong is found by `request.prepare`, before any computing
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from samplers import explain, latents, recall, video, work
-from samplers.request import Job, prepare
+from samplers import auto, explain, latents, recall, video, work
+from samplers.plan import Plan
+from samplers.request import Asked, Job, prepare
 from samplers.resume import digest
 from samplers.work import Clip
 from wanjax import checkpoint, environment, hosts, marks
@@ -46,11 +47,25 @@ def make(job: Job, progress: bool = False, programs: Path | None = None) -> dict
         with written(clip) as write, work.loaded(job, programs) as (model, ready, seconds):
             clip.seconds["load"] = seconds
             clip.restore()
+            settle(clip, model)
             work.encode(model, [clip], ready)
             work.denoise(model, [clip], ready, "denoise" if progress else None)
             told = write(model, work.decode(model, clip, ready), start)
         clip.finish()
     return told
+
+
+def settle(clip: Clip, model: checkpoint.Model) -> None:
+    """Chooses the clip's method by trying, where that is asked for. FloatingPointError as `auto.choose`."""
+    job = clip.job
+    if not job.auto:
+        return
+    with clip.timed("choose"):
+        chosen, why = auto.choose(model, job.settings, list(job.inputs.pixels[0]), job.plan.at, config=job.config,
+                                  mesh=job.devices)  # fmt: skip
+    settings = dataclasses.replace(job.settings, method=chosen)
+    plan = Plan.of(job.config, settings, job.plan.at)
+    clip.job = dataclasses.replace(job, plan=plan, notes=(*job.notes, why))
 
 
 def left(job: Job) -> str:
@@ -130,22 +145,26 @@ def inbetween_files(first: str | Path, last: str | Path, out: str | Path, **opti
 
 def report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
     """What was made, how and where, as JSON beside the video."""
-    config = job.config
+    images = [{"path": path, "frame": at} for path, at in zip(job.paths, job.plan.at, strict=True)]
+    own = {"keyframes": images, "run": digest(job.kept.identity if job.kept is not None else job.told)}
+    return own | common(job, job.outputs, job.notes, seconds)
+
+
+def common(asked: Asked, outputs: video.Outputs, notes: Sequence[str], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What a report says of a clip and of a film."""
+    config = asked.config
     return {
-        "keyframes": [{"path": path, "frame": at} for path, at in zip(job.paths, job.plan.at, strict=True)],
-        "video": str(job.outputs.video),
-        "model": {"name": config.name, "source": job.model,
-                  "precision": dataclasses.asdict(config.dit.precision)},
-        "method": describe(job.settings.method, config, job.settings.frames),
-        "settings": dataclasses.asdict(job.settings) | {"fps": job.fps, "scale": job.scale, "mesh": job.mesh},
-        "memory": job.memory.report(),
-        "notes": list(job.notes),
+        "video": str(outputs.video),
+        "model": {"name": config.name, "source": asked.model, "precision": dataclasses.asdict(config.dit.precision)},
+        "method": describe(asked.settings.method, config, asked.settings.frames),
+        "settings": dataclasses.asdict(asked.settings) | {"fps": asked.fps, "scale": asked.scale, "mesh": asked.mesh},
+        "memory": asked.memory.report(),
+        "notes": list(notes),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "run": digest(job.told),
         **environment.report(),
         "command": sys.argv,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
+    }
 
 
 def example() -> dict[str, Any]:

@@ -317,6 +317,7 @@ def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, en
             return
         model, ready, seconds = stack.enter_context(work.loaded(running[0].clip.job, programs))
         running[0].clip.seconds["load"] = seconds
+        running = [one for each in running for one in attempt([each], lambda own: files.settle(own[0].clip, model))]
         running = attempt(running, lambda own: work.encode(model, [one.clip for one in own], ready))
         for each in [one for own in _side_by_side(running) for one in attempt(own, denoise)]:
             attempt([each], finish)

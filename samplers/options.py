@@ -77,7 +77,13 @@ def parser() -> Parser:
     )
 
     clip = p.add_argument_group("clip")
-    clip.add_argument("--frames", type=int, metavar="N", help="4n+1, such as 25, 33, 65, 81 (default: the model's)")
+    clip.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="4n+1, such as 25, 33, 65, 81; of a storyboard one for each clip (default: the model's)",
+    )
     clip.add_argument(
         "--size",
         type=_size,
@@ -144,6 +150,20 @@ def _add_several(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the settings of an earlier clip, from its JSON, mp4, webm, gif, webp or PNG; options given beside it win",
     )
+    group.add_argument(
+        "--storyboard",
+        nargs="+",
+        metavar="IMAGE",
+        help="a film of clips between neighbours of these keyframes; --prompts and --frames give one for each clip",
+    )
+    group.add_argument("--prompts", nargs="+", metavar="TEXT", help="of a storyboard's clips, one for each or for all")
+    group.add_argument(
+        "--overlap",
+        type=int,
+        metavar="N",
+        help="frames that a storyboard's clips go on beyond a keyframe that they share, blended with its other clip, so "
+        "that motion does not stop there; a multiple of 4 (default: 0)",
+    )
     group.add_argument("--decode", metavar="FILE", help="only decode latents that --keep-latents wrote")
 
 
@@ -155,7 +175,7 @@ def _add_method(p: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--method",
-        choices=tuple(method.METHODS),
+        choices=(*method.METHODS, "auto"),
         default="wan",
         help="wan: no change; paper: isolated branches, KAB, ReTRo by frequency; release: the paper's code, the "
         "same with ReTRo by magnitude (default: %(default)s)",
@@ -285,6 +305,8 @@ def argument(p: Parser, name: str, value: Any) -> list[str]:
         if chosen:
             return [option]
         return [f"--no-{option[2:]}"] if f"--no-{option[2:]}" in action.option_strings else []
+    if action.nargs == "+":
+        return [option, *map(str, value if isinstance(value, list) else [value])]
     if isinstance(value, list) and isinstance(action, argparse._AppendAction):
         return [f"{option}={one}" for one in value]
     if isinstance(value, list):
@@ -294,11 +316,15 @@ def argument(p: Parser, name: str, value: Any) -> list[str]:
     return [f"{option}={value}"]
 
 
-def method_of(options: dict[str, Any]) -> method.Method:
+def method_of(options: dict[str, Any]) -> method.Method | str:
     """Takes the method's options out of `options` and makes one value of them."""
     switches = {name: options.pop(name) for name in ("isolation", "kab", "retro")}
     overrides = {name: options.pop(name) for name in method.OVERRIDES}
     base = options["method"]  # a name, or the whole of an earlier clip's
+    if base == "auto":
+        if any(value is not None for value in (*switches.values(), *overrides.values())):
+            raise ValueError("--method auto: chooses all settings of the method; leave the others away")
+        return base
     return method.override(method.named(base) if isinstance(base, str) else base, overrides, **switches)
 
 

@@ -57,6 +57,7 @@ class Recalled:
       fps, scale: of the file; None where it does not tell.
       keyframes: in the order of their frames.
       written_by: the program and its version.
+      storyboard: of a film's report, what it says of the clips; else None.
     """
 
     settings: Settings
@@ -66,6 +67,7 @@ class Recalled:
     scale: int | None
     keyframes: tuple[Keyframe, ...]
     written_by: str
+    storyboard: dict[str, Any] | None = None
 
 
 def to_text(

@@ -15,13 +15,14 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain, hints, memory, skipping, video
+from samplers import explain, hints, memory, preview, skipping, video
 from samplers.pipeline import Inputs
 from samplers.plan import Plan, Settings, check_settings, pixel_places
 from samplers.resume import EVERY, RunFolder, digest
 from wanjax import checkpoint, environment, hosts, sharding, streaming, writing
 from wanjax.config import ModelConfig
 from wanjax.keyframes import KeyframeWarning, area_size, read, split
+from wanjax.method import Method
 from wanjax.settings import refuse, whole
 from wanjax.tokenizer import PromptCut, Tokenizer
 
@@ -29,24 +30,20 @@ NOTABLE = 4 << 30
 """Bytes: who runs a smaller model does not ask where it lies."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A checked run: nothing about it is wrong any more that can be known without computing.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One clip that is asked for: nothing about it is wrong any more that can be known without computing.
 
     Attributes:
       model: "tiny" or a path, as it was given; folder: what it is; config: of it, under the policy asked for.
       inputs: the keyframes as the models take them, in the order of `plan.at`; paths: where they came from.
       plan: what to make; dtype: policy, None for the model's own.
-      outputs: where to write; fps, scale: of the video file, scale a whole factor.
+      fps, scale: of the video file, scale a whole factor.
       mesh: axis -> devices, empty for one device.
       memory: how the model is to lie in memory.
       weights: what `checkpoint.load` is asked for; None for weights as they are stored.
       notes: lines that the user should see.
-      explain: layer and step of the plots; None for none.
-      kept: where the run keeps what it has, to go on from; None for nowhere.
-      preview: steps between two previews; 0 for none.
-      keep_latents: whether the latents are written beside the video.
-      finished: whether this very clip is there already; then nothing was looked at but that.
+      auto: whether the method is to be chosen by trying (`samplers.auto`); that of the settings stands in for it.
     """
 
     model: str
@@ -56,18 +53,13 @@ class Job:
     paths: tuple[str, ...]
     plan: Plan
     dtype: str | None
-    outputs: video.Outputs
     fps: float
     scale: int
     mesh: dict[str, int]
     memory: memory.Choice
     weights: str | None
     notes: tuple[str, ...]
-    explain: tuple[int, int] | None = None
-    kept: RunFolder | None = None
-    preview: int = 0
-    keep_latents: bool = False
-    finished: bool = False
+    auto: bool = False
 
     @property
     def settings(self) -> Settings:
@@ -77,12 +69,7 @@ class Job:
     @cached_property
     def told(self) -> dict[str, Any]:
         """What decides the clip, see `identity`."""
-        return identity(self.folder, self.config, self.plan, self.inputs)
-
-    @cached_property
-    def digest(self) -> str:
-        """What the hosts of a run must have in common: what decides the clip, the mesh, the step that is plotted."""
-        return hashlib.sha256(repr((self.told, self.mesh, self.explain)).encode()).hexdigest()
+        return identity(self.folder, self.config, self.plan, self.inputs, self.auto)
 
     @cached_property
     def devices(self) -> Mesh | None:
@@ -90,7 +77,36 @@ class Job:
         return sharding.make_mesh(self.mesh, jax.devices()[: math.prod(self.mesh.values())]) if self.mesh else None
 
 
-def identity(folder: checkpoint.Folder, config: ModelConfig, plan: Plan, inputs: Inputs) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Job(Asked):
+    """A clip and where it goes.
+
+    Attributes:
+      outputs: where to write.
+      explain: layer and step of the plots; None for none.
+      kept: where the run keeps what it has, to go on from; None for nowhere.
+      preview: where pictures of the clip go while it is made; None for none. preview_every: steps between two.
+      keep_latents: whether the latents are written beside the video.
+      finished: whether this very clip is there already; then nothing was looked at but that.
+    """
+
+    outputs: video.Outputs
+    explain: tuple[int, int] | None = None
+    kept: RunFolder | None = None
+    preview: Path | None = None
+    preview_every: int = 0
+    keep_latents: bool = False
+    finished: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """What the hosts of a run must have in common: what decides the clip, the mesh, the step that is plotted."""
+        return hashlib.sha256(repr((self.told, self.mesh, self.explain)).encode()).hexdigest()
+
+
+def identity(
+    folder: checkpoint.Folder, config: ModelConfig, plan: Plan, inputs: Inputs, auto: bool = False
+) -> dict[str, Any]:
     """What decides a clip, as JSON: settings, keyframes, model, versions; not where and how it is computed."""
     hashed = hashlib.sha256()
     for pixels in (inputs.pixels, inputs.vision):
@@ -101,7 +117,7 @@ def identity(folder: checkpoint.Folder, config: ModelConfig, plan: Plan, inputs:
     manifest = folder.path / checkpoint.MANIFEST
     files = manifest.read_bytes() if manifest.is_file() else b""
     told = {
-        "settings": dataclasses.asdict(plan.settings),
+        "settings": dataclasses.asdict(plan.settings) | ({"method": "auto"} if auto else {}),
         "keyframes": {"at": list(plan.at), "digest": hashed.hexdigest()},
         "model": {"name": config.name, "digest": hashlib.sha256(files + repr(plain).encode()).hexdigest()},
         "versions": environment.versions(("wanjax", "jax", "jaxlib", "flax")),
@@ -109,17 +125,15 @@ def identity(folder: checkpoint.Folder, config: ModelConfig, plan: Plan, inputs:
     return json.loads(json.dumps(told, default=str))
 
 
-def prepare(
+def ask(
     first: str | Path | None,
     last: str | Path | None,
-    out: str | Path,
     *,
     keyframes: Mapping[int, str | Path] | None = None,
     model: str | Path = "tiny",
     dtype: str | None = None,
     fps: float | None = None,
     scale: int | None = None,
-    overwrite: bool = False,
     devices: int | str | None = None,
     mesh: dict[str, int] | None = None,
     memory: str = "auto",
@@ -127,49 +141,33 @@ def prepare(
     vae_memory: int | None = None,
     size: tuple[int, int] | str | None = None,
     preset: str | None = None,
-    explain: str | Path | None = None,
-    explain_layer: int | None = None,
-    explain_step: int | None = None,
-    save_every: int | None = None,
-    restart: bool = False,
-    keep_latents: bool = False,
-    preview_every: int | None = None,
-    again: bool = False,
     **settings: Any,
-) -> Job:
-    """Reads and checks everything a run needs; computes nothing.
+) -> Asked:
+    """Reads and checks everything that decides a clip and how it is computed; looks at no output.
 
     Args:
       first, last: image files, or FILE@N for a frame of a video; None leaves one out.
-      out: video file or folder, see `video.write`; contact sheet and JSON go beside it.
       keyframes: more of them, by pixel frame, negative ones counted from the end.
       model: "tiny" or a model folder.
       dtype: "float32", "bfloat16", or None for the model's own.
       fps, scale: of the file; default the model's, and what brings the shorter side to 256 pixels.
-      overwrite: whether existing outputs of wanjax may be replaced.
       devices: how many share the work, or "all"; the mesh is then `sharding.choose_mesh`'s.
       mesh: by hand, axis -> number of devices.
       memory, weights: how the model is to lie in memory, see `memory.choose`; "auto" takes the first that fits.
       vae_memory: bytes that encoding keyframes and decoding may take besides the weights.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
       preset: a name in `plan.PRESETS`.
-      explain: folder for plots of the method, see `samplers.explain`.
-      explain_layer, explain_step: whose attention is plotted, from 0; None takes one that KAB acts on.
-      save_every: steps between two states that are kept to go on from (`samplers.resume`); 0 keeps nothing at all.
-      restart: whether what a stopped run kept is thrown away.
-      keep_latents: whether the latents are written beside the video, for `decode_latents`.
-      preview_every: steps between two previews beside the output; None or 0 for none.
-      again: whether a clip that is finished is no mistake, see `Job.finished`.
-      settings: fields of `Settings`; what is None or absent takes the model's default.
+      settings: fields of `Settings`; what is None or absent takes the model's default; the method may be "auto".
 
     Raises:
-      ValueError: one clear line (`KeyframeError`, `OutputError`, `CheckpointError` among them).
+      ValueError: one clear line (`KeyframeError`, `CheckpointError` among them).
     """
     folder = checkpoint.open_folder(model)
     config = folder.config if dtype is None else checkpoint.with_dtype(folder.config, dtype)
     given = {name: value for name, value in settings.items() if value is not None}
-    if size not in (None, "auto"):
-        given["size"] = size
+    auto = given.get("method") == "auto"
+    given |= {"method": Method()} if auto else {}
+    given |= {"size": size} if size not in (None, "auto") else {}
     chosen = skipping.settled(Settings.of(config, preset, **given), folder.path)
     check_settings(config, chosen)
     at, paths = _places(first, last, keyframes or {}, chosen.frames)
@@ -188,22 +186,62 @@ def prepare(
     notes += hints.about(folder.path, chosen.prompt, list(inputs.pixels[0]))
     notes += _about_repeats(mesh, chosen)
     fps, scale = of_the_file(config, chosen, fps, scale)
-    looked_at = _looked_at(explain, explain_layer, explain_step, plan)
+    return Asked(model=str(model), folder=folder, config=config, inputs=inputs, paths=tuple(map(str, paths)), plan=plan,
+                 dtype=dtype, fps=fps, scale=scale, mesh=mesh, memory=choice, weights=asked, notes=tuple(notes),
+                 auto=auto)  # fmt: skip
+
+
+def prepare(
+    first: str | Path | None,
+    last: str | Path | None,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    explain: str | Path | None = None,
+    explain_layer: int | None = None,
+    explain_step: int | None = None,
+    save_every: int | None = None,
+    restart: bool = False,
+    keep_latents: bool = False,
+    preview_every: int | None = None,
+    again: bool = False,
+    **how: Any,
+) -> Job:
+    """Reads and checks everything a run needs; computes nothing.
+
+    Args:
+      first, last, how: as `ask`.
+      out: video file or folder, see `video.write`; contact sheet and JSON go beside it.
+      overwrite: whether existing outputs of wanjax may be replaced.
+      explain: folder for plots of the method, see `samplers.explain`.
+      explain_layer, explain_step: whose attention is plotted, from 0; None takes one that KAB acts on.
+      save_every: steps between two states that are kept to go on from (`samplers.resume`); 0 keeps nothing at all.
+      restart: whether what a stopped run kept is thrown away.
+      keep_latents: whether the latents are written beside the video, see `samplers.latents`.
+      preview_every: steps between two previews beside the output; None or 0 for none.
+      again: whether a clip that is finished is no mistake, see `Job.finished`.
+
+    Raises:
+      ValueError: one clear line (`KeyframeError`, `OutputError`, `CheckpointError` among them).
+    """
+    asked = ask(first, last, **how)
+    looked_at = _looked_at(explain, explain_layer, explain_step, asked.plan)
+    video.check_sides(out, *(side * asked.scale for side in asked.settings.size))
     outputs = video.name_outputs(out)  # of the other hosts, which write nothing
     every = whole("save_every", EVERY if save_every is None else save_every, 0, 10**6)
-    told = identity(folder, config, plan, inputs)
-    kept = RunFolder.of(outputs.video, told, every) if every else None
-    finished = again and not overwrite and is_finished(outputs, told)
+    kept = RunFolder.of(outputs.video, asked.told, every) if every else None
+    finished = again and not overwrite and is_finished(outputs, asked.told)
+    preview_every = whole("preview_every", preview_every or 0, 0, 10**6)
+    shown, notes = _preview(asked.config, outputs, preview_every)
     if hosts.is_first() and not finished:
-        sources = (split(path)[0] for path in paths)
+        sources = (split(path)[0] for path in asked.paths)
         also = [*_plots(explain), *_latents(outputs, keep_latents)]
-        outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path), also=also)
+        outputs = video.check_output(out, overwrite, inputs=(*sources, asked.folder.path), also=also)
         notes += kept.check(restart) if kept is not None else []
-    video.check_sides(out, *(side * scale for side in chosen.size))
-    notes += outputs.notes
-    preview = whole("preview_every", preview_every or 0, 0, 10**6)
-    return Job(str(model), folder, config, inputs, tuple(map(str, paths)), plan, dtype, outputs, fps, scale, mesh,
-               choice, asked, tuple(notes), looked_at, kept, preview, keep_latents, finished)  # fmt: skip
+    own = vars(asked) | {"notes": (*asked.notes, *outputs.notes, *notes)}
+    own = {field.name: own[field.name] for field in dataclasses.fields(Asked)}
+    return Job(**own, outputs=outputs, explain=looked_at, kept=kept, preview=shown, preview_every=preview_every,
+               keep_latents=keep_latents, finished=finished)  # fmt: skip
 
 
 def is_finished(outputs: video.Outputs, told: Mapping[str, Any]) -> bool:
@@ -238,12 +276,25 @@ def of_the_file(config: ModelConfig, settings: Settings, fps: float | None, scal
 
 def _latents(outputs: video.Outputs, wanted: bool) -> list[writing.Target]:
     """Where latents go, if they are wanted."""
-    return [writing.Target(latents_file(outputs.video))] if wanted else []
+    return [writing.Target(beside(outputs.video, ".latents.safetensors"))] if wanted else []
 
 
-def latents_file(output: Path) -> Path:
-    """Beside a video, of its name."""
-    return output.with_name(f"{output.stem if output.suffix else output.name}.latents.safetensors")
+def _preview(config: ModelConfig, outputs: video.Outputs, every: int) -> tuple[Path | None, list[str]]:
+    """Where previews go, if they are wanted, and a line where this model can have none. OutputError for what is in
+    their way."""
+    if not every:
+        return None, []
+    if (why := preview.missing(config)) is not None:
+        return None, [why]
+    path = beside(outputs.video, ".preview.png")
+    if hosts.is_first():
+        writing.check([preview.target(path)], overwrite=True)
+    return path, []
+
+
+def beside(output: Path, ending: str) -> Path:
+    """A file beside a video, of its name."""
+    return output.with_name(f"{output.stem if output.suffix else output.name}{ending}")
 
 
 def _memory(

@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
-from samplers import ahead, pipeline
+from samplers import ahead, pipeline, preview
 from samplers.ahead import compile_ahead
 from samplers.pipeline import Encoded, Timings
 from samplers.plan import Plan
@@ -80,12 +82,11 @@ class Clip:
         """Takes the carry, and what is to be explained, from the run folder. OutputError where they are damaged."""
         if self.kept is None:
             return
-        latents = jax.ShapeDtypeStruct((1, *self.plan.latent_shape), np.float32)
-        begin = jax.eval_shape(lambda noise: pipeline.start(self.plan, noise), latents)
-        if (found := self.kept.read(CARRY, (jax.ShapeDtypeStruct((), np.int32), begin))) is not None:
-            self.done, self.carry = int(found[0]), _placed(found[1], self.job.devices)
+        begin = ahead.start(self.plan, [self.job.settings.seed], self.job.devices)
+        if (found := self.kept.read(CARRY, (np.zeros((), np.int32), begin))) is not None:
+            self.done, self.carry = int(found[0]), found[1]
         if self.job.explain is not None:
-            self.explained = _placed(self.kept.read(EXPLAINED, latents), self.job.devices)
+            self.explained = self.kept.read(EXPLAINED, begin.sample)
             if self.explained is None and self.done > self.job.explain[1]:
                 self.done, self.carry = 0, None  # it went by without being looked at
 
@@ -97,9 +98,17 @@ class Clip:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
 
     def finish(self) -> None:
-        """Empties the run folder, which then goes: the results are written."""
+        """Empties the run folder, which then goes, and removes the preview: the results are written."""
         if self.kept is not None and hosts.is_first():
             self.kept.empty()
+        if self.job.preview is not None and hosts.is_first():
+            self.job.preview.unlink(missing_ok=True)
+
+    def preview(self) -> OnStep | None:
+        """Writes pictures of the data estimate, where they are wanted."""
+        if self.job.preview is None:
+            return None
+        return preview.previews(self.plan, self.job.preview, self.job.preview_every, self.job.fps)
 
     def keep(self, name: str, tree: Any, **told: Any) -> None:
         """Keeps something in the run folder, where there is one. OSError: a full disk."""
@@ -163,8 +172,7 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
         programs = ready("denoise")
     with timings.stage("denoise"), _on(job.devices), ExitStack() as stack:
         noise = pipeline.noise(plan, seeds, job.devices, programs)
-        carry = None if clips[0].carry is None else _joined([clip.carry for clip in clips], job.devices)
-        encoded = [(clip.encoded.conditions, clip.encoded.negative) for clip in clips]
+        carry = None if clips[0].carry is None else joined([clip.carry for clip in clips], plan, seeds, job.devices)
         shown = stack.enter_context(bar(plan.settings.steps, progress or "", progress is not None))
         steps = [shown, *(_keeping(clip, number) for number, clip in enumerate(clips))]
 
@@ -172,7 +180,8 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
             for one in steps:
                 one(done, now)
 
-        pipeline.denoise(model, plan, Encoded(*_joined(encoded, job.devices)), noise, seeds=seeds, mesh=job.devices,
+        together = _together([clip.encoded for clip in clips], job.devices)
+        pipeline.denoise(model, plan, together, noise, seeds=seeds, mesh=job.devices,
                          on_step=on_step, programs=programs, carry=carry, first=begun)  # fmt: skip
     _share(timings, clips)
 
@@ -180,14 +189,16 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
 def _keeping(clip: Clip, number: int) -> OnStep:
     """Takes what a clip needs of each step's carry: the last one, that to be explained, and those that are kept."""
     steps, explained = clip.plan.settings.steps, clip.job.explain and clip.job.explain[1]
-    begun = clip.done
+    begun, shown = clip.done, clip.preview()
 
     def on_step(done: int, carry: Carry) -> None:
+        if shown is not None and done:
+            shown(done, one_of(carry, number))
         last, looked = done == steps, done == explained and clip.explained is None
         due = clip.kept is not None and (last or done % clip.kept.every == 0) and done > begun
         clip.done = done
         if looked or due or last:
-            own = _one(carry, number)
+            own = one_of(carry, number)
             if looked:
                 clip.explained = own.sample
                 clip.keep(EXPLAINED, own.sample)
@@ -215,27 +226,39 @@ def _kept_encoded(clip: Clip) -> Encoded | None:
     return None if found is None else pipeline.place(Encoded(*found), clip.job.devices)
 
 
-def _joined(trees: Sequence[Any], mesh: Mesh | None) -> Any:
-    """Pytrees of several clips, with a leading axis of one, as one of all of them."""
-    if len(trees) == 1:
-        return trees[0]
-
-    def join(*leaves: jax.Array) -> jax.Array:
-        return jnp.concatenate(leaves) if leaves[0].ndim else leaves[0]
-
-    return _placed(jax.tree.map(join, *trees), mesh)
+def _together(encoded: Sequence[Encoded], mesh: Mesh | None) -> Encoded:
+    """Conditions of several clips as of one batch."""
+    if len(encoded) == 1:
+        return encoded[0]
+    trees = [(one.conditions, one.negative) for one in encoded]
+    return pipeline.place(Encoded(*jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)), mesh)
 
 
-def _placed(tree: Any, mesh: Mesh | None) -> Any:
-    """On the mesh, as what the stages put there themselves."""
-    return tree if mesh is None else jax.tree.map(lambda x: sharding.shard_batch(x, mesh) if x.ndim else x, tree)
+def joined(carries: Sequence[Carry], plan: Plan, seeds: Sequence[int], mesh: Mesh | None) -> Carry:
+    """The carries of clips after the same step as one of all of them."""
+    if len(carries) == 1:
+        return carries[0]
+
+    def join(axis: int, *leaves: jax.Array) -> jax.Array:
+        return jnp.concatenate(leaves, axis) if leaves[0].ndim > axis else leaves[0]
+
+    # What guidance keeps of its two passes has these in front of the batch (`guidance.Past`).
+    whole = jax.tree.map(partial(join, 0), *(carry.replace(state=None) for carry in carries))
+    state = jax.tree.map(partial(join, 1), *(carry.state for carry in carries))
+    like = ahead.start(plan, seeds, mesh)
+    return jax.tree.map(lambda leaf, place: hosts.put(leaf, place.sharding), whole.replace(state=state), like)
 
 
-def _one(carry: Carry, number: int) -> Carry:
-    """The carry of one of several clips, with a leading axis of one."""
+def one_of(carry: Carry, number: int) -> Carry:
+    """The carry of one of several clips, with a batch axis of one."""
     if carry.sample.shape[0] == 1:
         return carry
-    return jax.tree.map(lambda leaf: leaf[number : number + 1] if leaf.ndim else leaf, carry)
+
+    def take(axis: int, leaf: jax.Array) -> jax.Array:
+        return lax.slice_in_dim(leaf, number, number + 1, axis=axis) if leaf.ndim > axis else leaf
+
+    state = jax.tree.map(partial(take, 1), carry.state)
+    return jax.tree.map(partial(take, 0), carry.replace(state=None)).replace(state=state)
 
 
 def _on(mesh: Mesh | None) -> AbstractContextManager[Any]:

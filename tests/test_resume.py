@@ -185,9 +185,7 @@ def test_restart_begins_anew(place, stopped, monkeypatch):
     same(place, stopped)
 
 
-@pytest.mark.parametrize(
-    "how", [["--memory", "stage"], ["--memory", "stream"], ["--save-every", "3"], ["--scale", "2"]]
-)
+@pytest.mark.parametrize("how", ["--memory stage", "--memory stream", "--save-every 3"])
 def test_how_it_is_computed_may_change(place, stopped, how):
     """Where the model lies changes no bit on a CPU."""
     assert command.main([*line(place, stopped), *how.split()]) == 0
