@@ -285,9 +285,9 @@ def denoise(
     return [one.sample for one in done]
 
 
-def check_solver(settings: Settings, overlap: int) -> None:
-    """Raises ValueError for an overlap of clips whose solver adds noise anew: the mean of two draws is too weak."""
-    refuse((overlap and settings.solver == "lcm",
+def check_solver(settings: Settings, shared: int) -> None:
+    """Raises ValueError for clips that share frames by a solver that adds noise anew: a mean of two is too weak."""
+    refuse((shared and settings.solver == "lcm",
             "overlap: solver lcm adds noise anew in every clip; take another solver, or overlap 0"))  # fmt: skip
 
 
@@ -375,7 +375,7 @@ def film(
     clips = spans(lengths, overlap, stride, max(LONGEST, model.config.sampling.frames) if longest is None else longest)
     whole_film = replace(settings, frames=max(one.frames for one in clips))
     check_settings(model.config, whole_film)
-    check_solver(settings, overlap)
+    check_solver(settings, shared_latents(clips, stride))
     for seed, text in zip(seeds, texts, strict=True):
         check_seed(seed)
         refuse((not isinstance(text, str), f"prompt {text!r}: give a text"))

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tgi.arms import ARMS, BASELINE
+from benchmarks.tgi.arms import ARMS, BASELINE, THREE
 from benchmarks.tgi.compare import PRIMARY
 from wanjax import marks
 
-CURVES = ("wan", "paper", "release", "kab", "retro", "trf", "vibid", "cross-fade", "vae")
+MORE = tuple(arm.name for arm in THREE)
+CURVES = ("wan", "paper", "release", "kab", "retro", "trf", "vibid", "cross-fade", "vae", *MORE)
 TICKS = (-20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5, 10, 20)  # dB
-BY_CHALLENGE = ("paper", "release", "kab", "retro", "isolation", "empty-caption", "trf", "cross-fade")
+BY_CHALLENGE = ("paper", "release", "kab", "retro", "isolation", "empty-caption", "trf", "cross-fade", *MORE)
 
 
 def draw(report: Mapping[str, Any], length: str, folder: Path) -> list[Path]:
