@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from samplers import kept, pipeline, streamed
 from samplers.plan import Plan
 from samplers.programs import Programs
-from samplers.streamed import Loop
 from samplers.sample import Carry
+from samplers.streamed import Loop
 from wanjax import checkpoint, sharding, streaming
 from wanjax.types import Conditions
 

@@ -47,7 +47,7 @@ def earlier(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     Raises:
       ValueError: not such a file; one line.
     """
-    from samplers import recall, storyboard
+    from samplers import recall
 
     found = recall.read(path)
     own = dict(vars(found.settings))
@@ -61,9 +61,17 @@ def earlier(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     own |= {"first": ends.get("first"), "last": ends.get("last"), "keyframe": inner or None}
     own |= {name: value for name, value in (("fps", found.fps), ("scale", found.scale)) if value is not None}
     if found.storyboard is not None:
-        own |= {"first": None, "last": None, "prompt": None, "keyframe": None} | storyboard.options(found.storyboard)
+        own |= {"first": None, "last": None, "prompt": None, "keyframe": None} | _board(found.storyboard, Path(path))
     source = found.source or (found.model if found.model == "tiny" else None)
     return own | ({} if source is None else {"model": source})
+
+
+def _board(told: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Options of the film that a report tells of."""
+    clips = told["clips"]
+    return {"storyboard": [str(_beside(image, path)) for image in told["images"]], "overlap": told["overlap"],
+            "seed": clips[0]["seed"], "prompts": [clip["prompt"] for clip in clips],
+            "frames": [clip["frames"] for clip in clips]}  # fmt: skip
 
 
 def _beside(image: str, told: Path) -> Path:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _task(p: Parser, arguments: Sequence[str]) -> Task:
     """ValueError for whatever is wrong."""
-    from samplers import asked, files, jobs, latents
+    from samplers import asked, files, jobs, latents, resume, storyboard
 
     options = asked.parse(p, arguments)
     if options["decode"] is not None:
@@ -75,8 +75,11 @@ def _task(p: Parser, arguments: Sequence[str]) -> Task:
     if options["jobs"] is not None or options["seeds"] is not None or options["count"] is not None:
         several = jobs.read(options["jobs"], p, arguments) if options["jobs"] else jobs.variants(options)
         return Task(several.notes, several.digest, partial(_several, several), lambda: "run it again to go on")
+    if options["storyboard"] is not None:
+        board = storyboard.prepare(**asked.board(options))
+        return Task(board.notes, board.digest, partial(_film, board), partial(resume.left, board.kept, board.steps))
     job = files.prepare(**asked.one(options))
-    return Task(job.notes, job.digest, partial(_one, job), partial(files.left, job))
+    return Task(job.notes, job.digest, partial(_one, job), partial(resume.left, job.kept, job.settings.steps))
 
 
 def _decode(decoding: Any, progress: bool, programs: Path | None) -> tuple[str, bool]:
@@ -98,6 +101,12 @@ def _one(job: Any, progress: bool, programs: Path | None) -> tuple[str, bool]:
     from samplers import files
 
     return _paths(job.outputs, files.make(job, progress, programs).get("seconds", {})), True
+
+
+def _film(board: Any, progress: bool, programs: Path | None) -> tuple[str, bool]:
+    from samplers import storyboard
+
+    return _paths(board.outputs, storyboard.make(board, progress)["seconds"]), True
 
 
 def _paths(outputs: Any, seconds: dict[str, float]) -> str:

@@ -68,15 +68,6 @@ def settle(clip: Clip, model: checkpoint.Model) -> None:
     clip.job = dataclasses.replace(job, plan=plan, notes=(*job.notes, why))
 
 
-def left(job: Job) -> str:
-    """What is left of a job that was stopped, in words."""
-    there = job.kept is not None and job.kept.path.is_dir() and hosts.is_first()
-    if not there:
-        return "nothing was written under the final name"
-    done, steps = job.kept.steps_done(), job.settings.steps
-    return f"after step {done} of {steps} it goes on by the same command ({job.kept.path.name})"
-
-
 Write = Callable[[checkpoint.Model, np.ndarray, float], dict[str, Any]]
 """(model, video uint8 [T, H, W, 3], when the clip was begun) -> report."""
 

@@ -163,7 +163,21 @@ def from_text(text: str, where: str) -> Recalled:
                                 ("fps", fps, int | float | None), ("scale", scale, int | None)):  # fmt: skip
         if not isinstance(given, kinds) or isinstance(given, bool):
             raise ValueError(f"{where}: {label} {given!r} is none; {_MEND}")
-    return Recalled(settings(fields, where, by), name, source, fps, scale, _keyframes(value.get("keyframes")), by)
+    return Recalled(settings(fields, where, by), name, source, fps, scale, _keyframes(value.get("keyframes")), by,
+                    _storyboard(value.get("storyboard"), where))  # fmt: skip
+
+
+def _storyboard(told: Any, where: str) -> dict[str, Any] | None:
+    """What a film's report says of its clips. ValueError for what it does not say."""
+    if told is None:
+        return None
+    clips = told.get("clips") if isinstance(told, dict) else None
+    kinds = {"prompt": str, "frames": int, "seed": int}
+    if not isinstance(clips, list) or not clips or not isinstance(told.get("images"), list) or not all(
+            isinstance(clip, dict) and isinstance(clip.get(name), kind)
+            for clip in clips for name, kind in kinds.items()):  # fmt: skip
+        raise ValueError(f"{where}: its storyboard is damaged; {_MEND}")
+    return told
 
 
 def settings(fields: Mapping[str, Any], where: str, by: str = "another version") -> Settings:

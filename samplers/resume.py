@@ -179,6 +179,13 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
 
+def left(kept: RunFolder | None, steps: int) -> str:
+    """What a run of so many steps left when it was stopped, in words."""
+    if kept is None or not kept.path.is_dir() or not hosts.is_first():
+        return "nothing was written under the final name"
+    return f"after step {kept.steps_done()} of {steps} it goes on by the same command ({kept.path.name})"
+
+
 def digest(value: Any) -> str:
     """SHA-256 of what JSON can hold, in hexadecimal digits."""
     return hashlib.sha256(_canonical(value).encode()).hexdigest()

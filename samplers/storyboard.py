@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from samplers import ahead, film, files, pipeline, resume, video
+from samplers import ahead, files, film, pipeline, resume, video
 from samplers.film import Span
 from samplers.pipeline import Encoded, Timings
-from samplers.plan import Settings
 from samplers.request import Asked, ask
 from samplers.resume import CARRY, ENCODED, EVERY, RunFolder
 from samplers.run import OnStep, bar
@@ -59,6 +57,11 @@ class FilmJob:
     def shared(self) -> int:
         """Latent frames that neighbours share."""
         return film.shared_latents(self.spans, self.clips[0].config.vae.temporal_stride)
+
+    @property
+    def steps(self) -> int:
+        """Of denoising."""
+        return self.clips[0].settings.steps
 
     @property
     def seeds(self) -> list[list[int]]:
@@ -118,7 +121,9 @@ def prepare(
     refuse((clips[0].auto, "--method auto: chooses for one clip; name a method for a film"))
     film.check_solver(clips[0].settings, overlap)
     outputs = video.name_outputs(out)
-    job = FilmJob(tuple(clips), spans, tuple(map(str, images)), tuple(texts), tuple(lengths), overlap, outputs, None, ())
+    job = FilmJob(
+        tuple(clips), spans, tuple(map(str, images)), tuple(texts), tuple(lengths), overlap, outputs, None, ()
+    )
     every = whole("save_every", EVERY if save_every is None else save_every, 0, 10**6)
     kept = RunFolder.of(outputs.video, job.told, every) if every else None
     video.check_sides(out, *(side * clips[0].scale for side in clips[0].settings.size))
@@ -173,7 +178,7 @@ def make(job: FilmJob, progress: bool = False) -> dict[str, Any]:
 
 def _compute(job: FilmJob, model: checkpoint.Model, timings: Timings, progress: bool) -> np.ndarray:
     """The film uint8 [T, H, W, 3]; a stage at a time for all clips."""
-    plans, mesh, steps = [clip.plan for clip in job.clips], job.clips[0].devices, job.clips[0].settings.steps
+    plans, mesh, steps = [clip.plan for clip in job.clips], job.clips[0].devices, job.steps
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         done, carries = _carries(job)
         if done < steps:
@@ -215,7 +220,7 @@ def _encoded(job: FilmJob, model: checkpoint.Model) -> list[Encoded]:
 
 def _keeping(job: FilmJob, begun: int, shown: OnStep) -> film.OnStep:
     """Moves the bar, and keeps the carries every few steps and after the last."""
-    steps = job.clips[0].settings.steps
+    steps = job.steps
 
     def on_step(done: int, carries: Sequence[Carry]) -> None:
         shown(done, carries[0])
@@ -237,11 +242,3 @@ def report(job: FilmJob, seconds: dict[str, float]) -> dict[str, Any]:
              for text, frames, clip in zip(job.prompts, job.frames, job.clips, strict=True)]  # fmt: skip
     board = {"images": list(job.images), "places": list(film.places(job.spans)), "overlap": job.overlap, "clips": clips}
     return {"storyboard": board, "run": resume.digest(job.told)} | files.common(first, job.outputs, job.notes, seconds)
-
-
-def options(told: dict[str, Any]) -> dict[str, Any]:
-    """Options of the command line that make the film of a report again."""
-    board = told["storyboard"]
-    clips = board["clips"]
-    return {"storyboard": board["images"], "overlap": board["overlap"], "seed": clips[0]["seed"],
-            "prompts": [clip["prompt"] for clip in clips], "frames": [clip["frames"] for clip in clips]}  # fmt: skip

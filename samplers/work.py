@@ -25,7 +25,7 @@ from samplers.request import Job
 from samplers.resume import CARRY, ENCODED, EXPLAINED, RunFolder
 from samplers.run import OnStep, bar
 from samplers.sample import Carry
-from wanjax import checkpoint, hosts, sharding
+from wanjax import checkpoint, hosts
 
 Ready = Callable[[str], Programs]
 """Gives the programs of the stages "encode", "denoise" and "decode"."""
