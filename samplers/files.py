@@ -68,8 +68,8 @@ def settle(clip: Clip, model: checkpoint.Model) -> None:
     clip.job = dataclasses.replace(job, plan=plan, notes=(*job.notes, why))
 
 
-Write = Callable[[checkpoint.Model, np.ndarray, float], dict[str, Any]]
-"""(model, video uint8 [T, H, W, 3], when the clip was begun) -> report."""
+Write = Callable[[checkpoint.Model, np.ndarray, float | None], dict[str, Any]]
+"""(model, video uint8 [T, H, W, 3], when the clip was begun, or None where it was one of many) -> report."""
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def written(clip: Clip) -> Iterator[Write]:
     job = clip.job
     with video.staged_also(job.outputs) if hosts.is_first() else nullcontext((None, ())) as (outputs, more):
 
-        def write(model: checkpoint.Model, frames: np.ndarray, begun: float) -> dict[str, Any]:
+        def write(model: checkpoint.Model, frames: np.ndarray, begun: float | None) -> dict[str, Any]:
             if outputs is None:
                 if job.explain is not None:  # the first host draws, all of them compute
                     _observed(model, clip)
@@ -102,7 +102,8 @@ def written(clip: Clip) -> Iterator[Write]:
             for folder in plots:
                 with clip.timed("explain"):
                     explain.draw(folder, model, job.plan, _observed(model, clip), *job.explain)
-            clip.seconds["total"] = time.perf_counter() - begun
+            own = sum(clip.seconds.values())
+            clip.seconds["total"] = own if begun is None else time.perf_counter() - begun
             told = marks.marked(report(job, clip.seconds))
             video.write_json(outputs.settings, told)
             return told

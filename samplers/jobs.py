@@ -8,7 +8,6 @@ their names; relative paths are against the file.
 
 import csv
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -273,7 +272,6 @@ class _Running:
     line: Line
     clip: Clip
     held: ExitStack
-    begun: float
 
 
 def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, end: End) -> None:
@@ -303,15 +301,13 @@ def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, en
         def finish(own: Sequence[_Running]) -> None:
             one = own[0]
             with files.written(one.clip) as write:
-                write(model, work.decode(model, one.clip, ready), one.begun)
+                write(model, work.decode(model, one.clip, ready), None)
             one.clip.finish()
             one.clip.carry = one.clip.encoded = None
             one.held.close()
             end(one.line, "made", one.clip.seconds)
 
-        begun = [
-            _Running(line, Clip(line.job), stack.enter_context(ExitStack()), time.perf_counter()) for line in lines
-        ]
+        begun = [_Running(line, Clip(line.job), stack.enter_context(ExitStack())) for line in lines]
         running = [one for each in begun for one in attempt([each], begin)]
         if not running:
             return

@@ -161,8 +161,8 @@ def _add_several(p: argparse.ArgumentParser) -> None:
         "--overlap",
         type=int,
         metavar="N",
-        help="frames that a storyboard's clips go on beyond a keyframe that they share, blended with its other clip, so "
-        "that motion does not stop there; a multiple of 4 (default: 0)",
+        help="frames that a storyboard's clips go on beyond a keyframe that they share, blended with the other clip's, "
+        "so that motion does not stop there; a multiple of 4 (default: 0)",
     )
     group.add_argument("--decode", metavar="FILE", help="only decode latents that --keep-latents wrote")
 
@@ -178,7 +178,8 @@ def _add_method(p: argparse.ArgumentParser) -> None:
         choices=(*method.METHODS, "auto"),
         default="wan",
         help="wan: no change; paper: isolated branches, KAB, ReTRo by frequency; release: the paper's code, the "
-        "same with ReTRo by magnitude (default: %(default)s)",
+        "same with ReTRo by magnitude; auto: of a handful the one that agrees best with the keyframes in short tries "
+        "(docs/method.md says what that is worth) (default: %(default)s)",
     )
     switch = argparse.BooleanOptionalAction
     add("--isolation", action=switch, help="a softmax each for text, first and last keyframe")

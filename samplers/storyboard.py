@@ -109,8 +109,8 @@ def prepare(
     refuse((count < 1, f"storyboard: {count + 1} image; a film takes at least 2"))
     folder = checkpoint.open_folder(how.get("model", "tiny"))
     usual = folder.config.sampling.frames
-    lengths = _each("frames", [usual] if not frames else frames, count)
-    texts = _each("prompts", [""] if not prompts else prompts, count)
+    lengths = _each("frames", frames or [usual], count)
+    texts = _each("prompts", prompts or [""], count)
     longest = max(film.LONGEST, usual)
     spans = film.spans(lengths, overlap, folder.config.vae.temporal_stride, longest)
     clips = []
