@@ -29,13 +29,30 @@ def parse(p: Parser, arguments: Sequence[str]) -> dict[str, Any]:
     check_modes(options)
     if options["recalled"] is None:
         return options
-    found = earlier(options["recalled"], options["preset"])
+    found = _without_given(earlier(options["recalled"], options["preset"]), options)
     before = {name: p.get_default(name) for name in found}
     p.set_defaults(**found)
     try:
-        return vars(p.parse_args(arguments))
+        options = vars(p.parse_args(arguments))
     finally:
         p.set_defaults(**before)
+    check_modes(options, whole=True)
+    return options
+
+
+def _without_given(found: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an earlier clip without the keyframes in whose place others are given."""
+    if options["storyboard"] is not None:
+        return found | {"first": None, "last": None, "keyframe": None, "prompt": None}
+    frames = (options["frames"] or found["frames"])[0]
+    given = {place % frames for _, place in options["keyframe"] or ()}
+    inner = [(path, place) for path, place in found["keyframe"] or () if place % frames not in given]
+    found = found | {"keyframe": inner or None}
+    if 0 in given:
+        found["first"] = None
+    if frames - 1 in given or options["loop"]:
+        found["last"] = None
+    return found
 
 
 def earlier(path: str | Path, preset: str | None = None) -> dict[str, Any]:
@@ -54,8 +71,11 @@ def earlier(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     own["frames"] = [own["frames"]]
     for name in plan.PRESETS[preset] if preset else ():
         own.pop(name)
-    images = [(str(_beside(one.path, Path(path))), one.frame) for one in found.keyframes if one.path is not None]
     last = own["frames"][0] - 1
+    ends = (0, last) if len(found.keyframes) == 2 else (0,)  # of reports from before keyframes had places
+    images = [(str(_beside(one.path, Path(path))), end if one.frame is None else one.frame)
+              for one, end in zip(found.keyframes, [*ends, *[last] * len(found.keyframes)], strict=False)
+              if one.path is not None]  # fmt: skip
     ends = {{0: "first", last: "last"}[place]: image for image, place in images if place in (0, last)}
     inner = [(image, place) for image, place in images if place not in (0, last)]
     own |= {"first": ends.get("first"), "last": ends.get("last"), "keyframe": inner or None}
@@ -124,21 +144,28 @@ def board(options: dict[str, Any]) -> dict[str, Any]:
     return given | more | {"images": options["storyboard"], "method": method_of(given)}
 
 
-def check_modes(options: dict[str, Any]) -> None:
-    """ValueError for options that cannot stand together."""
+def check_modes(options: dict[str, Any], whole: bool = False) -> None:
+    """ValueError for options that cannot stand together.
+
+    Args:
+      whole: whether those of an earlier clip are in their places already.
+    """
+    whole = whole or options["recalled"] is None
     modes = [name for name in MODES if options[name] is not None]
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]}: give one of them")
     alone = [name for name in ("prompts", "overlap") if options[name] is not None and options["storyboard"] is None]
-    if alone and options["recalled"] is None:
+    if alone and whole:
         raise ValueError(f"--{alone[0]}: belongs to --storyboard; give its images")
-    if options["storyboard"] is None and len(options["frames"] or ()) > 1 and options["recalled"] is None:
+    if options["storyboard"] is None and len(options["frames"] or ()) > 1 and whole:
         raise ValueError("--frames: several belong to --storyboard; give one number")
     for name in ("first", "last", "keyframe", "loop", "prompt", "seeds", "count", *_OF_A_CLIP):
         if options["storyboard"] is not None and options[name]:
             raise ValueError(f"--storyboard: --{name.replace('_', '-')} is of a single clip; leave it away")
     anew = ("first", "last", "keyframe", "prompt", "recalled", "seeds", "count", "explain")
     given = [name for name in anew if options[name]]
+    if options["decode"] is not None and options["distributed"] is not None:
+        raise ValueError("--decode: is the work of one host; leave --distributed away")
     if options["decode"] is not None and given:
         name = "from" if given[0] == "recalled" else given[0]
         raise ValueError(f"--decode: makes nothing anew; leave --{name} away")
@@ -165,7 +192,8 @@ def variants(options: dict[str, Any]) -> list[dict[str, Any]]:
         if not 1 <= count <= 1000:
             raise ValueError(f"count {count}: give a whole number from 1 to 1000")
         seeds = range(options["seed"], options["seed"] + count)
-    return [options | {"seed": seed, "out": named(options["out"], f"-seed{seed}"), "seeds": None, "count": None}
+    return [options | {"seed": seed, "seeds": None, "count": None} |
+            {name: options[name] and named(options[name], f"-seed{seed}") for name in ("out", "explain")}
             for seed in seeds]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def _task(p: Parser, arguments: Sequence[str]) -> Task:
         decoding = latents.prepare(options["decode"], **asked.decoding(options))
         return Task(decoding.notes, decoding.digest, partial(_decode, decoding), lambda: "nothing was written")
     if options["jobs"] is not None or options["seeds"] is not None or options["count"] is not None:
-        several = jobs.read(options["jobs"], p, arguments) if options["jobs"] else jobs.variants(options)
+        several = jobs.read(options["jobs"], p, arguments) if options["jobs"] is not None else jobs.variants(options)
         return Task(several.notes, several.digest, partial(_several, several), lambda: "run it again to go on")
     if options["storyboard"] is not None:
         board = storyboard.prepare(**asked.board(options))
@@ -124,6 +124,7 @@ def _make(company: Any, task: Task, progress: bool, programs: Path | None) -> in
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # said above, in one line
+            warnings.showwarning = _note
             told, well = task.make(progress, programs)
         company.done()
     except KeyboardInterrupt:
@@ -141,11 +142,17 @@ def _make(company: Any, task: Task, progress: bool, programs: Path | None) -> in
     return 0 if well else FAILED
 
 
+def _note(message: Warning | str, *_: Any) -> None:
+    """A warning as a line for the user, without the code that it came from."""
+    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _say(text: str) -> None:
     """Prints to whoever still listens: the files are written, and a closed pipe changes nothing of that."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:  # a closed pipe, a full disk behind it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at the end
 
 

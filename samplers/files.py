@@ -86,6 +86,7 @@ def written(clip: Clip) -> Iterator[Write]:
     with video.staged_also(job.outputs) if hosts.is_first() else nullcontext((None, ())) as (outputs, more):
 
         def write(model: checkpoint.Model, frames: np.ndarray, begun: float | None) -> dict[str, Any]:
+            sample = hosts.fetch(clip.carry.sample) if job.keep_latents else None  # all hosts have to ask
             if outputs is None:
                 if job.explain is not None:  # the first host draws, all of them compute
                     _observed(model, clip)
@@ -97,7 +98,7 @@ def written(clip: Clip) -> Iterator[Write]:
                 sheet = video.contact_sheet(frames, list(job.inputs.pixels[0]), at=job.plan.at)
                 video.write_png(outputs.sheet, sheet, text)
                 if job.keep_latents:
-                    own = clip.carry.sample, job.config.vae, text, job.inputs.pixels[0], job.plan.at
+                    own = sample, job.config.vae, text, job.inputs.pixels[0], job.plan.at
                     latents.write(plots.pop(), *own)
             for folder in plots:
                 with clip.timed("explain"):

@@ -7,6 +7,8 @@ their names; relative paths are against the file.
 """
 
 import csv
+import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,18 +22,20 @@ import numpy as np
 
 from samplers import asked, files, resume, video, work
 from samplers.options import Parser, argument
-from samplers.request import Job
+from samplers.request import Job, is_finished
 from samplers.work import Clip
 from wanjax import hosts, keyframes, sharding, writing
 from wanjax.writing import Target
 
-PATHS = ("first", "last", "out", "explain", "from", "model")
+PATHS = ("first", "last", "out", "explain", "from", "model", "skip_passes")
+MOST_AT_ONCE = 32
+"""Clips that go through the stages together: what they hold lies on the device, and each has an open lock."""
 MOST_LINES = 10_000
 FAILURES = (ValueError, FloatingPointError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 """What ends one clip and not the others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """One clip of a list: a line of the file, or a variant of it.
 
@@ -89,7 +93,7 @@ class Jobs:
     @cached_property
     def digest(self) -> str:
         """What the hosts of a run must have in common."""
-        return resume.digest([line.job.digest for line in self.lines])
+        return resume.digest([[line.job.digest, line.finished] for line in self.lines])
 
 
 def read(path: str | Path, p: Parser, arguments: Sequence[str]) -> Jobs:
@@ -125,7 +129,21 @@ def read(path: str | Path, p: Parser, arguments: Sequence[str]) -> Jobs:
     report = path.with_name(f"{path.stem}.report.jsonl")
     if hosts.is_first():
         writing.check_parent(Target(report))
+        _check_report(report)
     return Jobs(tuple(lines), report)
+
+
+def _check_report(path: Path) -> None:
+    """OutputError for something in the report's place that is none."""
+    if not path.is_symlink() and not path.exists():
+        return
+    try:
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        ours = path.is_file() and not path.is_symlink() and (not first or "outcome" in json.loads(first))
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise writing.OutputError(f"report {path}: exists and is not a report of jobs; move it away")
 
 
 def variants(options: dict[str, Any]) -> Jobs:
@@ -149,7 +167,7 @@ def _fields(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _objects(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # others that `splitlines` knows may stand in a text
         if not line.strip():
             continue
         try:
@@ -161,7 +179,18 @@ def _objects(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        yield 1, ValueError(f"not CSV ({error})")
+        return
+    other = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if other is not None or twice is not None:
+        yield 1, ValueError(f"cells divided by {other!r}; save it with commas between them" if other is not None
+                            else f"{twice!r} heads two columns; give each option once")  # fmt: skip
+        return
     while True:
         try:
             row = next(reader, None)
@@ -179,11 +208,12 @@ def _rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 def _line(number: int, fields: dict[str, Any], path: Path, p: Parser, arguments: Sequence[str]) -> list[Line]:
     """The clips of one line. ValueError: an unknown or bad field, or a clip that cannot be made."""
     fields = {name.replace("-", "_"): value for name, value in fields.items() if value is not None}
-    for name in ("jobs", "decode", "distributed", "quiet", "compile_cache"):
+    for name in ("jobs", "decode", "storyboard", "prompts", "overlap", "distributed", "quiet", "compile_cache", "help"):
         if name in fields:
             raise ValueError(f"{name}: belongs on the command line, not in a line")
     for name in PATHS:
-        if isinstance(fields.get(name), str) and not (name == "model" and not (path.parent / fields[name]).exists()):
+        word = name in ("model", "skip_passes")  # which may be a path
+        if isinstance(fields.get(name), str) and not (word and not (path.parent / fields[name]).exists()):
             fields[name] = str(path.parent / Path(fields[name]).expanduser())
     if "keyframe" in fields:
         several = fields["keyframe"] if isinstance(fields["keyframe"], list) else [fields["keyframe"]]
@@ -210,10 +240,15 @@ def _refuse_twice(found: Sequence[Line], number: int, taken: dict[Path, int]) ->
     """ValueError for an output that an earlier line has too."""
     for line in found:
         outputs = line.job.outputs
-        for path in (outputs.video, outputs.sheet, outputs.settings):
-            if taken.setdefault(path, number) != number or (path is outputs.video and path in {
-                    other.job.outputs.video for other in found if other is not line}):  # fmt: skip
-                raise ValueError(f"out {path.name}: of line {taken[path]} too; give each clip a name of its own")
+        more = () if outputs.checked is None else (target.path for target in outputs.checked.targets)
+        own = {outputs.video, outputs.sheet, outputs.settings, *more}
+        for path in sorted(own & taken.keys()):
+            raise ValueError(f"out {path.name}: of line {taken[path]} too; give each clip a name of its own")
+        taken |= dict.fromkeys(own, number)
+    for path in {line.variants for line in found} - {None}:
+        if path in taken:
+            raise ValueError(f"out {path.name}: of line {taken[path]} too; give each clip a name of its own")
+        taken[path] = number
 
 
 def make(jobs: Jobs, progress: bool = False, programs: Path | None = None, tell: Callable[[str], None] = print) -> bool:
@@ -237,6 +272,8 @@ def make(jobs: Jobs, progress: bool = False, programs: Path | None = None, tell:
     try:
         for line in jobs.lines:
             if line.finished:
+                if line.job.kept is not None and hosts.is_first():
+                    line.job.kept.tidy()
                 end(line, "skipped", {})
         for group in groups([line for line in jobs.lines if not line.finished]):
             _make_group(group, progress, programs, end)
@@ -250,11 +287,11 @@ def make(jobs: Jobs, progress: bool = False, programs: Path | None = None, tell:
 
 
 def groups(lines: Sequence[Line]) -> list[list[Line]]:
-    """Clips whose model and programs are the same, in the order of their first ones."""
+    """Clips whose model and programs are the same, in the order of their first ones; no more than `MOST_AT_ONCE`."""
     found: dict[Any, list[Line]] = {}
     for line in lines:
         found.setdefault(_alike(line.job), []).append(line)
-    return list(found.values())
+    return [alike[at : at + MOST_AT_ONCE] for alike in found.values() for at in range(0, len(alike), MOST_AT_ONCE)]
 
 
 def _alike(job: Job) -> Any:
@@ -283,16 +320,27 @@ def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, en
             try:
                 stage(own)
             except FAILURES as error:
+                if hosts.count() > 1 and not isinstance(error, FloatingPointError):
+                    raise  # of this host alone, perhaps: the others would wait for it
                 if len(own) > 1:
                     return [one for each in own for one in attempt([each], stage)]
-                own[0].held.close()
-                end(own[0].line, "failed", own[0].clip.seconds, " ".join(str(error).split()) or type(error).__name__)
+                fail(own[0], error)
                 return []
             return list(own)
 
+        def fail(one: _Running, error: BaseException) -> None:
+            one.held.close()
+            end(one.line, "failed", one.clip.seconds, " ".join(str(error).split()) or type(error).__name__)
+
         def begin(own: Sequence[_Running]) -> None:
-            own[0].held.enter_context(own[0].clip.opened())
-            own[0].clip.restore()
+            one = own[0]
+            one.held.enter_context(one.clip.opened())
+            if _made_meanwhile(one.line.job):
+                one.held.close()
+                end(one.line, "skipped", {})
+            else:
+                one.clip.restore()
+                running.append(one)
 
         def denoise(own: Sequence[_Running]) -> None:
             title = f"clip {lines.index(own[0].line) + 1} of {len(lines)}"
@@ -307,11 +355,19 @@ def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, en
             one.held.close()
             end(one.line, "made", one.clip.seconds)
 
-        begun = [_Running(line, Clip(line.job), stack.enter_context(ExitStack())) for line in lines]
-        running = [one for each in begun for one in attempt([each], begin)]
+        running: list[_Running] = []
+        for line in lines:
+            attempt([_Running(line, Clip(line.job), stack.enter_context(ExitStack()))], begin)
         if not running:
             return
-        model, ready, seconds = stack.enter_context(work.loaded(running[0].clip.job, programs))
+        try:
+            model, ready, seconds = stack.enter_context(work.loaded(running[0].clip.job, programs))
+        except FAILURES as error:
+            if hosts.count() > 1:
+                raise
+            for one in running:
+                fail(one, error)
+            return
         running[0].clip.seconds["load"] = seconds
         running = [one for each in running for one in attempt([each], lambda own: files.settle(own[0].clip, model))]
         running = attempt(running, lambda own: work.encode(model, [one.clip for one in own], ready))
@@ -319,12 +375,18 @@ def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, en
             attempt([each], finish)
 
 
+def _made_meanwhile(job: Job) -> bool:
+    """Whether another process, on the same list, finished a clip since the check."""
+    fresh = job.outputs.checked is not None and not any(job.outputs.checked.seen)
+    return fresh and hosts.count() == 1 and is_finished(job.outputs, job)
+
+
 def _side_by_side(running: Sequence[_Running]) -> Iterator[list[_Running]]:
     """Clips that are denoised at once: as many as the mesh has room for, of equal settings but prompt and seed, after
     the same step."""
     alike: dict[str, list[_Running]] = {}
     for one in running:
-        settings = {**one.clip.job.told["settings"], "prompt": None, "seed": None}
+        settings = dataclasses.asdict(one.clip.plan.settings) | {"prompt": None, "seed": None}
         alike.setdefault(resume.digest([settings, one.clip.done, one.clip.job.explain]), []).append(one)
     for several in alike.values():
         job = several[0].clip.job

@@ -144,7 +144,7 @@ def prepare(
     if stored.latents.shape != plan.latent_shape or stored.normalised != _normalised(config.vae):
         raise ValueError(f"{path}: latents of another autoencoder than {config.name}'s; they are of "
                          f"{stored.made_of.model}, give that as --model")  # fmt: skip
-    fps, scale = of_the_file(config, settings, fps or stored.made_of.fps, scale)
+    fps, scale = of_the_file(config, settings, stored.made_of.fps if fps is None else fps, scale)
     outputs = video.check_output(out, overwrite, inputs=(path, folder.path))
     video.check_sides(out, *(side * scale for side in settings.size))
     return Decoding(str(path), stored, folder, dtype, plan, outputs, fps, scale, (*notes, *outputs.notes))

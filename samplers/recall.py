@@ -173,9 +173,12 @@ def _storyboard(told: Any, where: str) -> dict[str, Any] | None:
         return None
     clips = told.get("clips") if isinstance(told, dict) else None
     kinds = {"prompt": str, "frames": int, "seed": int}
-    if not isinstance(clips, list) or not clips or not isinstance(told.get("images"), list) or not all(
-            isinstance(clip, dict) and isinstance(clip.get(name), kind)
-            for clip in clips for name, kind in kinds.items()):  # fmt: skip
+    images, overlap = (told.get(name) if isinstance(told, dict) else None for name in ("images", "overlap"))
+    whole = type(overlap) is int and all(isinstance(one, list) and one for one in (clips, images)) and all(
+        isinstance(image, str) for image in images) and all(
+        isinstance(clip, dict) and isinstance(clip.get(name), kind)
+        for clip in clips for name, kind in kinds.items())  # fmt: skip
+    if not whole:
         raise ValueError(f"{where}: its storyboard is damaged; {_MEND}")
     return told
 

@@ -229,29 +229,36 @@ def prepare(
     video.check_sides(out, *(side * asked.scale for side in asked.settings.size))
     outputs = video.name_outputs(out)  # of the other hosts, which write nothing
     every = whole("save_every", EVERY if save_every is None else save_every, 0, 10**6)
-    kept = RunFolder.of(outputs.video, asked.told, every) if every else None
-    finished = again and not overwrite and is_finished(outputs, asked.told)
+    kept = RunFolder.of(outputs.video, asked.told, every, restart) if every else None
+    latents = _latents(outputs, keep_latents)
+    finished = again and not overwrite and is_finished(outputs, asked, [target.path for target in latents])
     preview_every = whole("preview_every", preview_every or 0, 0, 10**6)
     shown, notes = _preview(asked.config, outputs, preview_every)
     if hosts.is_first() and not finished:
         sources = (split(path)[0] for path in asked.paths)
-        also = [*_plots(explain), *_latents(outputs, keep_latents)]
+        also = [*_plots(explain), *latents]
         outputs = video.check_output(out, overwrite, inputs=(*sources, asked.folder.path), also=also)
-        notes += kept.check(restart) if kept is not None else []
+        notes += kept.check() if kept is not None else []
     own = vars(asked) | {"notes": (*asked.notes, *outputs.notes, *notes)}
     own = {field.name: own[field.name] for field in dataclasses.fields(Asked)}
     return Job(**own, outputs=outputs, explain=looked_at, kept=kept, preview=shown, preview_every=preview_every,
                keep_latents=keep_latents, finished=finished)  # fmt: skip
 
 
-def is_finished(outputs: video.Outputs, told: Mapping[str, Any]) -> bool:
-    """Whether all outputs are there, and the report says that they are of this very clip."""
-    if not all(path.exists() for path in (outputs.video, outputs.sheet, outputs.settings)):
+def is_finished(outputs: video.Outputs, asked: Asked, also: Sequence[Path] = ()) -> bool:
+    """Whether all outputs are there, and the report says that they are of this very clip, as fast and as large.
+
+    Args:
+      also: what else must be there.
+    """
+    if not all(path.exists() for path in (outputs.video, outputs.sheet, outputs.settings, *also)):
         return False
     try:
-        return json.loads(outputs.settings.read_text(encoding="utf-8")).get("run") == digest(told)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads(outputs.settings.read_text(encoding="utf-8"))
+        made = found["run"], found["settings"]["fps"], found["settings"]["scale"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+    return made == (digest(asked.told), asked.fps, asked.scale)
 
 
 def _places(

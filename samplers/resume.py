@@ -48,27 +48,27 @@ class RunFolder:
       identity: what decides the clip, as JSON: settings, keyframes, model, versions. Where and how it is computed and
         written is not in it.
       every: steps between two carries.
+      anew: whether what an earlier run left is thrown away, once this one begins (`opened`).
     """
 
     path: Path
     identity: Mapping[str, Any]
     every: int = EVERY
+    anew: bool = False
 
     @classmethod
-    def of(cls, output: Path, identity: Mapping[str, Any], every: int = EVERY) -> "RunFolder":
+    def of(cls, output: Path, identity: Mapping[str, Any], every: int = EVERY, anew: bool = False) -> "RunFolder":
         """Beside an output, of its name."""
-        return cls(output.with_name(f"{output.stem if output.suffix else output.name}{SUFFIX}"), identity, every)
+        name = f"{output.stem if output.suffix else output.name}{SUFFIX}"
+        return cls(output.with_name(name), identity, every, anew)
 
     @cached_property
     def token(self) -> str:
         """Digest of the identity."""
         return digest(self.identity)
 
-    def check(self, restart: bool = False) -> list[str]:
-        """Looks, before any work, at what an earlier run left.
-
-        Args:
-          restart: whether it is to be removed.
+    def check(self) -> list[str]:
+        """Looks, before any work, at what an earlier run left; changes nothing.
 
         Returns:
           A line where the run goes on from there.
@@ -80,18 +80,17 @@ class RunFolder:
             raise OutputError(
                 f"run folder {self.path}: exists and is not a folder; move it away or choose another --out"
             )
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return []
-        strange = [entry.name for entry in self.path.iterdir() if entry.name not in _NAMES and not _room(entry)]
+        there = list(self.path.iterdir()) if self.path.exists() else []
+        if all(entry.name == _LOCK or _room(entry) for entry in there):
+            return []  # nothing, or of a run that was killed in its first moment
+        strange = [entry.name for entry in there if entry.name not in _NAMES and not _room(entry)]
         told = self._told()
         if strange or told is None:
             reason = f"it holds {strange[0]!r}" if strange else f"its {FILE} cannot be read"
             raise OutputError(
                 f"run folder {self.path}: not what a run leaves ({reason}); move it away or choose another --out"
             )
-        if restart:
-            with self._locked():
-                self.empty()
+        if self.anew:
             return []
         if told != json.loads(_canonical(self.identity)):
             changed = "; ".join(list(differences(told, json.loads(_canonical(self.identity))))[:3])
@@ -116,6 +115,8 @@ class RunFolder:
         self.path.mkdir(exist_ok=True)
         try:
             with self._locked():
+                if self.anew:
+                    self.empty()
                 if self._told() is None:
                     writing.write_json(self.path / FILE, dict(self.identity), overwrite=True)
                 try:
@@ -170,6 +171,14 @@ class RunFolder:
         return writing.locked(self.path / _LOCK, f"run folder {self.path}: another run works in it; wait for it, or "
                               "choose another --out")  # fmt: skip
 
+    def tidy(self) -> None:
+        """Removes what a run left that was killed after it had written its results. Leaves alone what is not its."""
+        if self.path.is_dir():
+            with contextlib.suppress(OSError, OutputError):
+                self.check()
+                with self.opened():
+                    self.empty()
+
     def empty(self) -> None:
         """Removes what is kept."""
         for entry in list(self.path.iterdir()):
@@ -183,7 +192,10 @@ def left(kept: RunFolder | None, steps: int) -> str:
     """What a run of so many steps left when it was stopped, in words."""
     if kept is None or not kept.path.is_dir() or not hosts.is_first():
         return "nothing was written under the final name"
-    return f"after step {kept.steps_done()} of {steps} it goes on by the same command ({kept.path.name})"
+    try:
+        return f"after step {kept.steps_done()} of {steps} it goes on by the same command ({kept.path.name})"
+    except OutputError as error:
+        return str(error)
 
 
 def digest(value: Any) -> str:
@@ -196,9 +208,16 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys()):
             yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other) and _objects(one, other):
+        for number, pair in enumerate(zip(one, other, strict=True), 1):
+            yield from differences(*pair, f"{name} {number}")
     elif one != other:
         was, now = (text if len(text := json.dumps(value)) < 60 else "another" for value in (one, other))
         yield f"{name} {was} there, {now} now"
+
+
+def _objects(*lists: list[Any]) -> bool:
+    return all(isinstance(item, dict) for one in lists for item in one)
 
 
 def _canonical(value: Any) -> str:

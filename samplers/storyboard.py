@@ -111,13 +111,12 @@ def prepare(
     usual = folder.config.sampling.frames
     lengths = _each("frames", frames or [usual], count)
     texts = _each("prompts", prompts or [""], count)
-    longest = max(film.LONGEST, usual)
-    spans = film.spans(lengths, overlap, folder.config.vae.temporal_stride, longest)
-    clips = []
-    for number, (pair, span, text) in enumerate(zip(pairwise(images), spans, texts, strict=True)):
-        places = dict(zip(span.at, pair, strict=True))
-        clips.append(ask(None, None, keyframes=places, prompt=text, frames=span.frames, seed=(seed + number) % 2**32,
-                         **how))  # fmt: skip
+    spans = film.spans(lengths, overlap, folder.config.vae.temporal_stride, max(film.LONGEST, usual))
+    clips = _ask(images, spans, texts, seed, how)
+    longest = max(clips, key=lambda clip: clip.settings.frames)
+    if len({(clip.memory.policy, clip.weights) for clip in clips}) > 1:  # one model makes all: as the largest needs it
+        how = how | {"memory": longest.memory.policy, "weights": longest.weights or how.get("weights", "auto")}
+        clips = _ask(images, spans, texts, seed, how)
     refuse((clips[0].auto, "--method auto: chooses for one clip; name a method for a film"))
     film.check_solver(clips[0].settings, overlap)
     outputs = video.name_outputs(out)
@@ -125,14 +124,27 @@ def prepare(
         tuple(clips), spans, tuple(map(str, images)), tuple(texts), tuple(lengths), overlap, outputs, None, ()
     )
     every = whole("save_every", EVERY if save_every is None else save_every, 0, 10**6)
-    kept = RunFolder.of(outputs.video, job.told, every) if every else None
+    kept = RunFolder.of(outputs.video, job.told, every, restart) if every else None
     video.check_sides(out, *(side * clips[0].scale for side in clips[0].settings.size))
     notes = [note for clip in clips for note in clip.notes]
     if hosts.is_first():
         sources = (split(path)[0] for path in images)
         outputs = video.check_output(out, overwrite, inputs=(*sources, folder.path))
-        notes += [*outputs.notes, *(kept.check(restart) if kept is not None else [])]
+        notes += [*outputs.notes, *(kept.check() if kept is not None else [])]
     return dataclasses.replace(job, outputs=outputs, kept=kept, notes=tuple(dict.fromkeys(notes)))
+
+
+def _ask(
+    images: Sequence[str | Path], spans: Sequence[Span], texts: Sequence[str], seed: int, how: dict[str, Any]
+) -> list[Asked]:
+    """The clips between neighbours, all of the first one's size."""
+    clips: list[Asked] = []
+    for number, (pair, span, text) in enumerate(zip(pairwise(images), spans, texts, strict=True)):
+        places = dict(zip(span.at, pair, strict=True))
+        own = how | ({"size": clips[0].settings.size} if clips else {})
+        clips.append(ask(None, None, keyframes=places, prompt=text, frames=span.frames, seed=(seed + number) % 2**32,
+                         **own))  # fmt: skip
+    return clips
 
 
 def _each(name: str, values: Sequence[Any], count: int) -> list[Any]:

@@ -25,7 +25,7 @@ from samplers.request import Job
 from samplers.resume import CARRY, ENCODED, EXPLAINED, RunFolder
 from samplers.run import OnStep, bar
 from samplers.sample import Carry
-from wanjax import checkpoint, hosts
+from wanjax import checkpoint, hosts, marks
 
 Ready = Callable[[str], Programs]
 """Gives the programs of the stages "encode", "denoise" and "decode"."""
@@ -101,8 +101,9 @@ class Clip:
         """Empties the run folder, which then goes, and removes the preview: the results are written."""
         if self.kept is not None and hosts.is_first():
             self.kept.empty()
-        if self.job.preview is not None and hosts.is_first():
-            self.job.preview.unlink(missing_ok=True)
+        preview = self.job.preview
+        if preview is not None and hosts.is_first() and preview.is_file() and marks.foreign(preview) is None:
+            preview.unlink(missing_ok=True)
 
     def preview(self) -> OnStep | None:
         """Writes pictures of the data estimate, where they are wanted."""
@@ -196,7 +197,6 @@ def _keeping(clip: Clip, number: int) -> OnStep:
             shown(done, one_of(carry, number))
         last, looked = done == steps, done == explained and clip.explained is None
         due = clip.kept is not None and (last or done % clip.kept.every == 0) and done > begun
-        clip.done = done
         if looked or due or last:
             own = one_of(carry, number)
             if looked:
@@ -204,7 +204,7 @@ def _keeping(clip: Clip, number: int) -> OnStep:
                 clip.keep(EXPLAINED, own.sample)
             if due:
                 clip.keep(CARRY, (np.array(done, np.int32), own), step=done)
-            clip.carry = own
+            clip.carry, clip.done = own, done  # together: where a stage is tried again, it begins there
 
     return on_step
 
