@@ -139,7 +139,10 @@ def test_every_bad_line_is_named_before_any_work(pictures, place, capsys, monkey
         ("model", "nowhere", "nowhere"),
         ("out", "none/1.mp4", "no folder"),
         ("out", "a.png/x.mp4", "a.png"),
-        ("storyboard", 3, "storyboard"),
+        ("storyboard", ["a.png", "b.png"], "belongs on the command line"),
+        ("prompts", ["a"], "belongs on the command line"),
+        ("help", True, "belongs on the command line"),
+        ("skip_passes", "none.json", "none.json"),
     ],
 )
 def test_bad_fields(pictures, place, capsys, field, value, message):
@@ -158,6 +161,13 @@ def test_bad_fields(pictures, place, capsys, field, value, message):
         ("clips.csv", "first,last\n", "holds no clip"),
         ("clips.csv", "first,last\na.png\n", "line 2: another number of cells"),
         ("clips.csv", 'first,last\n"a.png,b.png\n', "not CSV"),
+        (
+            "clips.csv",
+            "first;last;prompt\na.png;b.png;red, blue\n",
+            "line 1: cells divided by ';'; save it with commas",
+        ),
+        ("clips.csv", "first\tlast\na.png\tb.png\n", "cells divided by '\\t'"),
+        ("clips.csv", "first,keyframe, keyframe\na.png,b.png@2,c.png@3\n", "'keyframe' heads two columns"),
     ],
 )
 def test_bad_lists(pictures, place, capsys, name, text, message):

@@ -362,3 +362,30 @@ def test_differences_are_told_by_name():
 
 def test_config_of_the_model_is_the_nano(place):
     assert NANO.sampling.steps != STEPS, "so that the defaults cannot stand in for what was asked"
+
+
+@pytest.mark.parametrize("left", [["lock"], [".wanjax-01234567/new/run.json"], ["lock", ".wanjax-01234567/lock"]])
+def test_a_run_that_was_killed_in_its_first_moment_is_none(place, tmp_path, capsys, left):
+    """Before its folder says what it is of: nothing is lost, and any run may go on there."""
+    out = tmp_path / "clip.mp4"
+    for name in left:
+        (out.with_suffix(".run") / name).parent.mkdir(parents=True, exist_ok=True)
+        (out.with_suffix(".run") / name).write_bytes(b"")
+    assert command.main(line(place, out)) == 0
+    same(place, out)
+
+
+def test_lists_are_told_item_by_item():
+    one, other = [{"a": 1, "b": 2}, {"a": 3}], [{"a": 1, "b": 2}, {"a": 4}]
+    assert list(resume.differences({"clips": one}, {"clips": other})) == ["clips 2.a 3 there, 4 now"]
+    assert list(resume.differences({"clips": one}, {"clips": one[:1]})) == [
+        'clips [{"a": 1, "b": 2}, {"a": 3}] there, [{"a": 1, "b": 2}] now'
+    ]
+
+
+def test_what_was_left_is_told_also_where_it_is_damaged(place, stopped):
+    job = request.prepare(place / "a.png", place / "b.png", stopped.with_name("x.mp4"), model=place / "nano")
+    folder = resume.RunFolder(stopped.with_suffix(".run"), job.told)
+    assert "after step 2 of 4" in resume.left(folder, 4)
+    (folder.path / "carry.safetensors").write_bytes(b"x")
+    assert "--restart" in resume.left(folder, 4)
