@@ -127,16 +127,19 @@ def test_a_model_without_colours_has_no_previews():
         preview.previews(Plan.of(WITHOUT, Settings.of(WITHOUT)), "p.png")
 
 
-def test_what_others_wrote_stays_and_the_run_goes_on(tmp_path):
+def test_what_others_wrote_stays_and_the_run_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "p.png"
     Image.new("RGB", (4, 4)).save(path)
     kept = path.read_bytes()
     on_step = preview.previews(Plan.of(OWN, Settings.of(OWN)), path)
     with pytest.warns(preview.PreviewWarning, match=r"preview .*p.png.*wanjax did not write it.*no more are written"):
         on_step(1, carry_of(LATENTS[None]))
+    fetched = []
+    monkeypatch.setattr(preview.hosts, "fetch", lambda x: fetched.append(x) or np.asarray(x))
     with warnings.catch_warnings(action="error"):
         on_step(2, carry_of(LATENTS[None]))
     assert path.read_bytes() == kept
+    assert len(fetched) == 1  # other hosts would wait for ever
 
 
 def test_latents_that_lie_on_several_devices(tmp_path):
