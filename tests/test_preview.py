@@ -12,7 +12,7 @@ from nano import NANO, write_model
 from PIL import Image
 
 from benchmarks.tiny import fit_preview
-from samplers import pipeline, preview, sample
+from samplers import pipeline, preview, sample, video
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, config, manifest, marks
 from wanjax.latent_rgb import WAN_RGB, LatentRGB
@@ -140,6 +140,18 @@ def test_what_others_wrote_stays_and_the_run_goes_on(tmp_path, monkeypatch):
         on_step(2, carry_of(LATENTS[None]))
     assert path.read_bytes() == kept
     assert len(fetched) == 1  # other hosts would wait for ever
+
+
+def test_previews_beside_an_output_that_is_being_made(tmp_path):
+    outputs = video.check_output(tmp_path / "clip.gif")
+    show = preview.previews(Plan.of(OWN, Settings.of(OWN)), tmp_path / "clip.preview.png")
+    with video.staged(outputs) as parts:
+        for done in (1, 2):
+            show(done, carry_of(LATENTS[None] / done))
+        video.write(parts.video, np.zeros((2, 8, 8, 3), np.uint8), 8)
+        video.write_png(parts.sheet, np.zeros((8, 8, 3), np.uint8))
+        video.write_json(parts.settings, {})
+    assert sorted(os.listdir(tmp_path)) == ["clip.gif", "clip.json", "clip.preview.png", "clip.sheet.png"]
 
 
 def test_latents_that_lie_on_several_devices(tmp_path):
