@@ -1,6 +1,7 @@
 """Pictures of a clip while it is denoised, against the map in float64 and against what the VAE decodes."""
 
 import dataclasses
+import json
 import os
 import warnings
 from pathlib import Path
@@ -220,3 +221,17 @@ def test_a_fit_is_kept_and_signed(tmp_path):
     assert checkpoint.open_folder(folder).notes == ()
     assert set(manifest.read_manifest(folder).files) >= {"config.json"}
     assert Path(folder / "config.json").read_text().endswith("}\n")
+
+
+def test_the_fits_command_line(tmp_path, capsys):
+    folder = write_model(tmp_path / "nano", WITHOUT)
+    told = ["--model", str(folder), "--clips", "2", "--checked", "1", "--frames", "9"]
+    assert fit_preview.main([*told, "--out", str(tmp_path / "fit.json")]) == 0
+    assert checkpoint.read_config(folder)[1] == WITHOUT  # only looked
+    assert "1 other clips: R^2" in capsys.readouterr().out
+    assert fit_preview.main([*told, "--write"]) == 0
+    kept, report = checkpoint.read_config(folder)[1].vae.latent_rgb, json.loads((tmp_path / "fit.json").read_text())
+    assert [list(row) for row in kept.factors] == report["latent_rgb"]["factors"]
+    with pytest.raises(SystemExit) as caught:
+        fit_preview.main(["--model", str(tmp_path / "gone")])
+    assert caught.value.code == 2
