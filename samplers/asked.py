@@ -12,7 +12,7 @@ from wanjax import keyframes
 MODES = ("jobs", "decode", "storyboard")
 _DECODING = ("out", "model", "dtype", "fps", "scale", "overwrite", "vae_memory")
 _OF_A_CLIP = ("explain", "keep_latents", "preview_every")
-_ELSEWHERE = (*MODES, "recalled", "seeds", "count", "loop", "keyframe", "distributed", "compile_cache", "quiet",
+_ELSEWHERE = (*MODES, "seeds", "count", "loop", "keyframe", "distributed", "compile_cache", "quiet",
               "prompts", "overlap")  # fmt: skip
 """Options that `prepare` does not take."""
 
