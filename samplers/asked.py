@@ -12,7 +12,7 @@ from wanjax import keyframes
 MODES = ("jobs", "decode", "storyboard")
 _DECODING = ("out", "model", "dtype", "fps", "scale", "overwrite", "vae_memory")
 _OF_A_CLIP = ("explain", "keep_latents", "preview_every")
-_ELSEWHERE = (*MODES, "recalled", "seeds", "count", "loop", "keyframe", "distributed", "compile_cache", "quiet",
+_ELSEWHERE = (*MODES, "seeds", "count", "loop", "keyframe", "distributed", "compile_cache", "quiet",
               "prompts", "overlap")  # fmt: skip
 """Options that `prepare` does not take."""
 
@@ -138,7 +138,7 @@ def one(options: dict[str, Any]) -> dict[str, Any]:
 
 def board(options: dict[str, Any]) -> dict[str, Any]:
     """What `storyboard.prepare` takes."""
-    unknown = (*_OF_A_CLIP, "explain_layer", "explain_step", "first", "last", "prompt", "storyboard")
+    unknown = (*_OF_A_CLIP, "explain_layer", "explain_step", "first", "last", "prompt", "storyboard", "recalled")
     given = {name: value for name, value in options.items() if name not in (*_ELSEWHERE, *unknown)}
     more = {"prompts": options["prompts"], "overlap": options["overlap"] or 0}
     return given | more | {"images": options["storyboard"], "method": method_of(given)}

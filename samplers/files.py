@@ -138,7 +138,8 @@ def inbetween_files(first: str | Path, last: str | Path, out: str | Path, **opti
 
 def report(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
     """What was made, how and where, as JSON beside the video."""
-    images = [{"path": path, "frame": at} for path, at in zip(job.paths, job.plan.at, strict=True)]
+    images = [{"path": path, "frame": at, "sha256": recall.digest(pixels)}
+              for path, at, pixels in zip(job.paths, job.plan.at, job.inputs.pixels[0], strict=True)]  # fmt: skip
     own = {"keyframes": images, "run": digest(job.kept.identity if job.kept is not None else job.told)}
     return own | common(job, job.outputs, job.notes, seconds)
 

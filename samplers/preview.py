@@ -118,10 +118,10 @@ def previews(plan: Plan, path: str | Path, every: int = 1, fps: float | None = N
 
     def on_step(done: int, carry: Carry) -> None:
         nonlocal broken
-        if not done or (done % every and done != plan.settings.steps) or broken:
+        if not done or (done % every and done != plan.settings.steps):
             return
-        latents = hosts.fetch(carry.data_1)
-        if not hosts.is_first():
+        latents = hosts.fetch(carry.data_1)  # also where nothing is written: the other hosts wait for it
+        if not hosts.is_first() or broken:
             return
         frames = picture(plan.config, latents)
         try:

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from samplers import explain, hints, memory, preview, skipping, video
+from samplers import explain, hints, memory, preview, recall, skipping, video
 from samplers.pipeline import Inputs
 from samplers.plan import Plan, Settings, check_settings, pixel_places
 from samplers.resume import EVERY, RunFolder, digest
@@ -141,6 +141,7 @@ def ask(
     vae_memory: int | None = None,
     size: tuple[int, int] | str | None = None,
     preset: str | None = None,
+    recalled: str | Path | None = None,
     **settings: Any,
 ) -> Asked:
     """Reads and checks everything that decides a clip and how it is computed; looks at no output.
@@ -157,6 +158,7 @@ def ask(
       vae_memory: bytes that encoding keyframes and decoding may take besides the weights.
       size: (height, width), or "auto" for the first keyframe's aspect at the model's usual area.
       preset: a name in `plan.PRESETS`.
+      recalled: file of the clip that these are the settings of, to say where keyframes are others.
       settings: fields of `Settings`; what is None or absent takes the model's default; the method may be "auto".
 
     Raises:
@@ -185,6 +187,8 @@ def ask(
     notes += _about_prompts(folder.tokenizer, chosen, config)
     notes += hints.about(folder.path, chosen.prompt, list(inputs.pixels[0]))
     notes += _about_repeats(mesh, chosen)
+    if recalled is not None:
+        notes += recall.about_keyframes(recall.read(recalled), str(recalled), inputs.pixels[0], plan.at)
     fps, scale = of_the_file(config, chosen, fps, scale)
     return Asked(model=str(model), folder=folder, config=config, inputs=inputs, paths=tuple(map(str, paths)), plan=plan,
                  dtype=dtype, fps=fps, scale=scale, mesh=mesh, memory=choice, weights=asked, notes=tuple(notes),

@@ -184,6 +184,8 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
         together = _together([clip.encoded for clip in clips], job.devices)
         pipeline.denoise(model, plan, together, noise, seeds=seeds, mesh=job.devices,
                          on_step=on_step, programs=programs, carry=carry, first=begun)  # fmt: skip
+    for clip in clips:
+        clip.encoded = clip.encoded if clip.job.explain is not None else None
     _share(timings, clips)
 
 
@@ -204,7 +206,7 @@ def _keeping(clip: Clip, number: int) -> OnStep:
                 clip.keep(EXPLAINED, own.sample)
             if due:
                 clip.keep(CARRY, (np.array(done, np.int32), own), step=done)
-            clip.carry, clip.done = own, done  # together: where a stage is tried again, it begins there
+            clip.done, clip.carry = done, own  # together: from there it goes on, also alone after its neighbour failed
 
     return on_step
 

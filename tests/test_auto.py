@@ -193,3 +193,13 @@ def test_a_criterion_wins_only_if_it_does_in_every_model():
 def test_development_clips_are_none_that_the_tuned_arms_were_chosen_on():
     assert [item.id for item in method_auto.items_of("dev", 9, 2)] == ["dev-00048", "dev-00049"]
     assert [item.id for item in method_auto.items_of("test", 25, 1)] == ["test-00000"]
+
+
+BAD = "--model /nowhere; --frames 26; --split test --clips 145; --split test --frames 29; --clips 0"
+
+
+@pytest.mark.parametrize("arguments", [one.split() for one in BAD.split(";")], ids=" ".join)
+def test_bad_arguments_of_the_trial(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        method_auto.main(arguments)
+    assert caught.value.code == 2 and "error: " in capsys.readouterr().err

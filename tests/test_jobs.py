@@ -288,8 +288,11 @@ def test_a_clip_made_again_from_itself(pictures, place, suffix):
     again = ["--from", source, *(images if suffix != ".json" else []), "--quiet"]
     again += [] if suffix == ".json" else ["--model", pictures / "nano"]
     assert command.main([str(part) for part in [*again, "--out", place / f"again{out.suffix}"]]) == 0
-    frames = (iio.imread(place / f"{name}{out.suffix}", plugin="pyav") for name in ("again", "clip"))
-    np.testing.assert_array_equal(*frames)  # a webm's bytes differ by its random track number
+    if out.suffix == ".webm":  # its bytes differ by a random track number
+        frames = (iio.imread(place / f"{name}.webm", plugin="pyav") for name in ("again", "clip"))
+        np.testing.assert_array_equal(*frames)
+    else:
+        assert (place / f"again{out.suffix}").read_bytes() == out.read_bytes()
     assert command.main([str(part) for part in [*again, "--seed", "8", "--out", place / "other.mp4"]]) == 0
     before, after = (json.loads((place / f"{name}.json").read_text())["settings"] for name in ("clip", "other"))
     assert after.pop("seed") == 8 and before.pop("seed") == 7 and after == before

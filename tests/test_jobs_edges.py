@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures of the other module)
 """Lists of clips where something is odd: other processes, damage, names, earlier clips, what stands in the way."""
 
 import io

@@ -1,6 +1,7 @@
 """Pictures of a clip while it is denoised, against the map in float64 and against what the VAE decodes."""
 
 import dataclasses
+import json
 import os
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from nano import NANO, write_model
 from PIL import Image
 
 from benchmarks.tiny import fit_preview
-from samplers import pipeline, preview, sample
+from samplers import pipeline, preview, sample, video
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, config, manifest, marks
 from wanjax.latent_rgb import WAN_RGB, LatentRGB
@@ -127,16 +128,31 @@ def test_a_model_without_colours_has_no_previews():
         preview.previews(Plan.of(WITHOUT, Settings.of(WITHOUT)), "p.png")
 
 
-def test_what_others_wrote_stays_and_the_run_goes_on(tmp_path):
+def test_what_others_wrote_stays_and_the_run_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "p.png"
     Image.new("RGB", (4, 4)).save(path)
     kept = path.read_bytes()
     on_step = preview.previews(Plan.of(OWN, Settings.of(OWN)), path)
     with pytest.warns(preview.PreviewWarning, match=r"preview .*p.png.*wanjax did not write it.*no more are written"):
         on_step(1, carry_of(LATENTS[None]))
+    fetched = []
+    monkeypatch.setattr(preview.hosts, "fetch", lambda x: fetched.append(x) or np.asarray(x))
     with warnings.catch_warnings(action="error"):
         on_step(2, carry_of(LATENTS[None]))
     assert path.read_bytes() == kept
+    assert len(fetched) == 1  # other hosts would wait for ever
+
+
+def test_previews_beside_an_output_that_is_being_made(tmp_path):
+    outputs = video.check_output(tmp_path / "clip.gif")
+    show = preview.previews(Plan.of(OWN, Settings.of(OWN)), tmp_path / "clip.preview.png")
+    with video.staged(outputs) as parts:
+        for done in (1, 2):
+            show(done, carry_of(LATENTS[None] / done))
+        video.write(parts.video, np.zeros((2, 8, 8, 3), np.uint8), 8)
+        video.write_png(parts.sheet, np.zeros((8, 8, 3), np.uint8))
+        video.write_json(parts.settings, {})
+    assert sorted(os.listdir(tmp_path)) == ["clip.gif", "clip.json", "clip.preview.png", "clip.sheet.png"]
 
 
 def test_latents_that_lie_on_several_devices(tmp_path):
@@ -205,3 +221,17 @@ def test_a_fit_is_kept_and_signed(tmp_path):
     assert checkpoint.open_folder(folder).notes == ()
     assert set(manifest.read_manifest(folder).files) >= {"config.json"}
     assert Path(folder / "config.json").read_text().endswith("}\n")
+
+
+def test_the_fits_command_line(tmp_path, capsys):
+    folder = write_model(tmp_path / "nano", WITHOUT)
+    told = ["--model", str(folder), "--clips", "2", "--checked", "1", "--frames", "9"]
+    assert fit_preview.main([*told, "--out", str(tmp_path / "fit.json")]) == 0
+    assert checkpoint.read_config(folder)[1] == WITHOUT  # only looked
+    assert "1 other clips: R^2" in capsys.readouterr().out
+    assert fit_preview.main([*told, "--write"]) == 0
+    kept, report = checkpoint.read_config(folder)[1].vae.latent_rgb, json.loads((tmp_path / "fit.json").read_text())
+    assert [list(row) for row in kept.factors] == report["latent_rgb"]["factors"]
+    with pytest.raises(SystemExit) as caught:
+        fit_preview.main(["--model", str(tmp_path / "gone")])
+    assert caught.value.code == 2
