@@ -118,12 +118,14 @@ def _make(company: Any, task: Task, progress: bool, programs: Path | None) -> in
     """Does a task, of several `hosts.Company` together; returns the exit code."""
     import jax
 
+    from samplers.preview import PreviewWarning
     from wanjax import hosts
     from wanjax.tokenizer import PromptCut
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # said above, in one line
+            warnings.simplefilter("always", PreviewWarning)
             warnings.showwarning = _note
             told, well = task.make(progress, programs)
         company.done()

@@ -16,7 +16,7 @@ import numpy as np
 from samplers import auto, explain, latents, recall, video, work
 from samplers.plan import Plan
 from samplers.request import Asked, Job, prepare
-from samplers.resume import digest
+from samplers.resume import CHOSEN, digest
 from samplers.work import Clip
 from wanjax import checkpoint, environment, hosts, marks
 from wanjax.method import describe
@@ -61,8 +61,14 @@ def settle(clip: Clip, model: checkpoint.Model) -> None:
     if not job.auto:
         return
     with clip.timed("choose"):
-        chosen, why = auto.choose(model, job.settings, list(job.inputs.pixels[0]), job.plan.at, config=job.config,
-                                  mesh=job.devices)  # fmt: skip
+        found = None if job.kept is None else job.kept.read(CHOSEN, np.zeros((), np.int32))
+        if found is not None:  # not again: on other devices it might be another, and the carry is of this one
+            name, chosen = list(auto.CANDIDATES.items())[int(found)]
+            why = f"method auto: {name}, as it was chosen before the run was stopped"
+        else:
+            chosen, why = auto.choose(model, job.settings, list(job.inputs.pixels[0]), job.plan.at, config=job.config,
+                                      mesh=job.devices)  # fmt: skip
+            clip.keep(CHOSEN, np.array(list(auto.CANDIDATES.values()).index(chosen), np.int32))
     settings = dataclasses.replace(job.settings, method=chosen)
     plan = Plan.of(job.config, settings, job.plan.at)
     clip.job = dataclasses.replace(job, plan=plan, notes=(*job.notes, why))
@@ -82,10 +88,10 @@ def written(clip: Clip) -> Iterator[Write]:
     Raises:
       OutputError: another run is writing one of them, or something appeared or changed there since the check.
     """
-    job = clip.job
-    with video.staged_also(job.outputs) if hosts.is_first() else nullcontext((None, ())) as (outputs, more):
+    with video.staged_also(clip.job.outputs) if hosts.is_first() else nullcontext((None, ())) as (outputs, more):
 
         def write(model: checkpoint.Model, frames: np.ndarray, begun: float | None) -> dict[str, Any]:
+            job = clip.job  # not before, as `settle` changes it
             sample = hosts.fetch(clip.carry.sample) if job.keep_latents else None  # all hosts have to ask
             if outputs is None:
                 if job.explain is not None:  # the first host draws, all of them compute

@@ -5,6 +5,7 @@
       encoded.safetensors   what the transformer is told
       carry.safetensors     the sampler's carry, every few steps and after the last
       explained.safetensors the latents that enter the step which is to be explained
+      chosen.safetensors    which method was chosen by trying
 
 Every file is written beside and renamed, carries the run's token and a digest of its arrays, and is refused where
 either is another. The folder is removed when the results are written.
@@ -31,12 +32,12 @@ from wanjax.writing import OutputError
 
 SUFFIX = ".run"
 FILE = "run.json"
-ENCODED, CARRY, EXPLAINED = "encoded", "carry", "explained"
+ENCODED, CARRY, EXPLAINED, CHOSEN = "encoded", "carry", "explained", "chosen"
 EVERY = 5
 """Steps between two carries that are kept."""
 
 _LOCK = "lock"
-_NAMES = frozenset({FILE, _LOCK, *(f"{name}.safetensors" for name in (ENCODED, CARRY, EXPLAINED))})
+_NAMES = frozenset({FILE, _LOCK, *(f"{name}.safetensors" for name in (ENCODED, CARRY, EXPLAINED, CHOSEN))})
 
 
 @dataclass(frozen=True)

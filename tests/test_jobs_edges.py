@@ -10,7 +10,7 @@ import pytest
 from nano import write_model
 from test_jobs import GOOD, arguments, pictures, place, report, write_lines  # noqa: F401 (fixtures)
 
-from samplers import command, files, jobs, run, work
+from samplers import asked, command, files, jobs, run, work
 
 
 def test_restart_throws_nothing_away_where_the_list_is_refused(pictures, place, capsys, monkeypatch):
@@ -192,7 +192,8 @@ def test_a_report_from_before_keyframes_had_places(pictures, place):
     assert (place / "again.mp4").read_bytes() == (place / "clip.mp4").read_bytes()
 
 
-def test_variants_have_plots_of_their_own(pictures, place):
-    own = ["--first", place / "a.png", "--last", place / "b.png", "--out", place / "clip.mp4", "--method", "paper"]
-    assert command.main(arguments(pictures, *own, "--seeds", "2-3", "--explain", place / "plots")) == 0
-    assert sorted(path.name for path in place.glob("plots*")) == ["plots-seed2", "plots-seed3"]
+def test_variants_have_plots_of_their_own():
+    options = {"seeds": (2, 3), "count": None, "seed": 0, "out": "clip.mp4", "explain": "plots"}
+    made = [(one["seed"], one["out"], one["explain"]) for one in asked.variants(options)]
+    assert made == [(2, "clip-seed2.mp4", "plots-seed2"), (3, "clip-seed3.mp4", "plots-seed3")]
+    assert asked.variants(options | {"explain": None})[0]["explain"] is None
