@@ -1,5 +1,6 @@
 """The command line of `python -m samplers.inbetween`. No logic lives here."""
 
+import errno
 import os
 import sys
 import warnings
@@ -131,7 +132,10 @@ def _make(company: Any, task: Task, progress: bool, programs: Path | None) -> in
         company.done()
     except KeyboardInterrupt:
         return company.fail(INTERRUPTED, f"interrupted; {task.stopped()}")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except OSError as error:
+        mend = "; free some space" if error.errno == errno.ENOSPC else ""
+        return company.fail(FAILED, f"{error}{mend}; {task.stopped()}")
+    except (ValueError, FloatingPointError) as error:
         return company.fail(FAILED, error)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -391,7 +392,8 @@ def _side_by_side(running: Sequence[_Running]) -> Iterator[list[_Running]]:
     for several in alike.values():
         job = several[0].clip.job
         passes = 2 if job.settings.guidance_mode == "batched" and job.settings.guidance != 1 else 1
-        room = sharding.repeats(job.mesh, passes) if job.mesh else 1
+        data = job.mesh.get("data", 1)
+        room = data // math.gcd(data, passes)
         for start in range(0, len(several), room):
             yield several[start : start + room]
 

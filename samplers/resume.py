@@ -256,9 +256,10 @@ def _like(array: np.ndarray, leaf: Any) -> Any:
     """An array as a leaf of the template is: random keys, or numbers that lie where it lies."""
     if _is_key(leaf):
         return jax.random.wrap_key_data(array)
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and leaf.committed:
         return hosts.put(array, leaf.sharding)
-    return jnp.asarray(array) if isinstance(leaf, jax.ShapeDtypeStruct) else array
+    # What is not committed goes wherever the other arguments of a program lie.
+    return jnp.asarray(array) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else array
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -248,7 +248,8 @@ def joined(carries: Sequence[Carry], plan: Plan, seeds: Sequence[int], mesh: Mes
     whole = jax.tree.map(partial(join, 0), *(carry.replace(state=None) for carry in carries))
     state = jax.tree.map(partial(join, 1), *(carry.state for carry in carries))
     like = ahead.start(plan, seeds, mesh)
-    return jax.tree.map(lambda leaf, place: hosts.put(leaf, place.sharding), whole.replace(state=state), like)
+    whole = whole.replace(state=state)
+    return jax.tree.map(lambda leaf, place: hosts.put(leaf, place.sharding) if place.committed else leaf, whole, like)
 
 
 def one_of(carry: Carry, number: int) -> Carry:
