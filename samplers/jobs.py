@@ -25,7 +25,7 @@ from samplers import asked, files, resume, video, work
 from samplers.options import Parser, argument
 from samplers.request import Job, is_finished
 from samplers.work import Clip
-from wanjax import hosts, keyframes, sharding, writing
+from wanjax import hosts, keyframes, writing
 from wanjax.writing import Target
 
 PATHS = ("first", "last", "out", "explain", "from", "model", "skip_passes")

@@ -1,6 +1,8 @@
 # ruff: noqa: F811 (fixtures of the other module)
 """Lists of clips where something is odd: other processes, damage, names, earlier clips, what stands in the way."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -10,7 +12,9 @@ import pytest
 from nano import write_model
 from test_jobs import GOOD, arguments, pictures, place, report, write_lines  # noqa: F401 (fixtures)
 
-from samplers import asked, command, files, jobs, run, work
+from samplers import asked, command, files, jobs, request, run, work
+from samplers.plan import Plan
+from wanjax.method import METHODS
 
 
 def test_restart_throws_nothing_away_where_the_list_is_refused(pictures, place, capsys, monkeypatch):
@@ -197,3 +201,28 @@ def test_variants_have_plots_of_their_own():
     made = [(one["seed"], one["out"], one["explain"]) for one in asked.variants(options)]
     assert made == [(2, "clip-seed2.mp4", "plots-seed2"), (3, "clip-seed3.mp4", "plots-seed3")]
     assert asked.variants(options | {"explain": None})[0]["explain"] is None
+
+
+@pytest.mark.parametrize("mesh, passes, sizes", [
+    ({}, 1, [1] * 5), ({"data": 1}, 1, [1] * 5), ({"data": 2}, 1, [2, 2, 1]), ({"data": 2}, 2, [1] * 5),
+    ({"data": 4}, 2, [2, 2, 1]), ({"data": 4, "sequence": 2}, 1, [4, 1]),
+])  # fmt: skip
+def test_as_many_clips_at_once_as_the_mesh_has_room_for(pictures, place, mesh, passes, sizes):
+    lines = []
+    for seed in range(5):
+        job = request.prepare(place / "a.png", place / "b.png", place / f"{seed}.mp4", model=pictures / "nano",
+                              seed=seed, guidance_mode="batched" if passes == 2 else "sequential")  # fmt: skip
+        lines.append(jobs.Line(1, dataclasses.replace(job, mesh=mesh), False))
+    running = [jobs._Running(one, work.Clip(one.job), contextlib.ExitStack()) for one in lines]
+    made = list(jobs._side_by_side(running))
+    assert [len(one) for one in made] == sizes and sum(made, []) == running
+
+
+def test_clips_whose_methods_were_chosen_go_together_only_where_they_are_equal(pictures, place):
+    own = {"model": pictures / "nano", "method": "auto"}
+    job = request.prepare(place / "a.png", place / "b.png", place / "x.mp4", **own)
+    line = jobs.Line(1, dataclasses.replace(job, mesh={"data": 4}), False)
+    running = [jobs._Running(line, work.Clip(line.job), contextlib.ExitStack()) for _ in range(3)]
+    other = dataclasses.replace(job.settings, method=METHODS["paper"])
+    running[1].clip.job = dataclasses.replace(line.job, plan=Plan.of(job.config, other, job.plan.at))
+    assert [len(one) for one in jobs._side_by_side(running)] == [2, 1]

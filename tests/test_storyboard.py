@@ -1,8 +1,14 @@
 """Films from the command line: what they consist of, that stopped ones go on to the same bits, and what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import imageio.v3 as iio
+import jax
 import numpy as np
 import pytest
 from nano import write_model
@@ -312,3 +318,47 @@ def test_a_clips_settings_for_a_film(place, tmp_path):
     assert command.main([*again, "--out", str(tmp_path / "film.mp4")]) == 0
     told = json.loads((tmp_path / "film.json").read_text())
     assert told["storyboard"]["images"] == images(place, "cd") and told["settings"]["guidance"] == 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["encoded", "step 2", "second clip", "written"])
+def test_a_killed_film_goes_on_to_the_same_bits(place, tmp_path, point):
+    """SIGKILL, of a process of its own."""
+    out = tmp_path / "film.mp4"
+    script = textwrap.dedent(f"""
+        import os, signal, pytest, test_storyboard
+        from samplers import command
+        with pytest.MonkeyPatch.context() as patched:
+            test_storyboard.stop_at(patched, {point!r}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            command.main({line(place, out, 4)!r})
+    """)
+    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not out.exists() and not out.with_suffix(".json").exists()
+    assert command.main(line(place, out, 4)) == 0
+    same(place, out, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.json", "film.mp4", "film.sheet.png"]
+
+
+@pytest.mark.slow
+def test_a_film_on_a_mesh(place, tmp_path, monkeypatch):
+    """Two devices share the tokens: the film of one device but for rounding, also when it was stopped (same bits)."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def frames(folder):
+        return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]).astype(int)
+
+    devices = jax.devices()[:2]
+    assert command.main([*line(place, tmp_path / "one", 4), "--scale", "1"]) == 0
+    monkeypatch.setattr(jax, "devices", lambda: devices)  # a mesh takes all there are
+    shared = ["--scale", "1", "--mesh", "sequence=2"]
+    assert command.main([*line(place, tmp_path / "two", 4), *shared]) == 0
+    with monkeypatch.context() as patched:
+        stop_at(patched, "step 2", interrupt)
+        assert command.main([*line(place, tmp_path / "stopped", 4), *shared]) == 130
+    assert command.main([*line(place, tmp_path / "stopped", 4), *shared]) == 0
+    np.testing.assert_array_equal(frames(tmp_path / "two"), frames(tmp_path / "stopped"))
+    assert np.abs(frames(tmp_path / "two") - frames(tmp_path / "one")).max() <= 1
