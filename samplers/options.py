@@ -76,6 +76,15 @@ def parser() -> Parser:
         help="colour under transparent keyframes and around --fit pad (default: 0,0,0)",
     )
 
+    _add_clip_and_sampling(p)
+    _add_method(p)
+    _add_model_and_output(p)
+    _add_several(p)
+    return p
+
+
+def _add_clip_and_sampling(p: argparse.ArgumentParser) -> None:
+    """The two groups of settings of a run."""
     clip = p.add_argument_group("clip")
     clip.add_argument(
         "--frames",
@@ -129,10 +138,6 @@ def parser() -> Parser:
         "python -m samplers.calibrate; auto: of skip.json in the model's folder (default: 0)",
     )
     sampling.add_argument("--skip-in-kab", action=argparse.BooleanOptionalAction, help="also where KAB acts (yes)")
-    _add_method(p)
-    _add_model_and_output(p)
-    _add_several(p)
-    return p
 
 
 def _add_several(p: argparse.ArgumentParser) -> None:
