@@ -172,11 +172,26 @@ def _objects(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, ValueError(f"not JSON ({error})")
+            fields = json.loads(line, object_pairs_hook=_once)
+        except (json.JSONDecodeError, RecursionError) as error:
+            mend = "; write / or two backslashes in paths" if "escape" in str(error) else ""
+            yield number, ValueError(f"not JSON ({error}){mend}")
+            continue
+        except ValueError as error:
+            yield number, error
             continue
         yield number, fields if isinstance(fields, dict) else ValueError("not a JSON object; write {...}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object by name, hyphens as underscores. ValueError for one that is there twice."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        name = name.replace("-", "_")
+        if name in fields:
+            raise ValueError(f"{name}: given twice; give each option once")
+        fields[name] = value
+    return fields
 
 
 def _rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:

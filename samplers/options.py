@@ -315,6 +315,8 @@ def argument(p: Parser, name: str, value: Any) -> list[str]:
         return [option, *map(str, value if isinstance(value, list) else [value])]
     if isinstance(value, list) and isinstance(action, argparse._AppendAction):
         return [f"{option}={one}" for one in value]
+    if isinstance(value, list) and action.type in (None, int, float):
+        raise ValueError(f"{name} {value!r}: give one value, not a list")
     if isinstance(value, list):
         return [f"{option}={JOINED.get(action.type, ',').join(map(str, value))}"]
     if not isinstance(value, str | int | float) or isinstance(value, bool):

@@ -142,6 +142,8 @@ def test_every_bad_line_is_named_before_any_work(pictures, place, capsys, monkey
         ("storyboard", ["a.png", "b.png"], "belongs on the command line"),
         ("prompts", ["a"], "belongs on the command line"),
         ("help", True, "belongs on the command line"),
+        ("first", ["a.png"], "give one value, not a list"),
+        ("steps", [2, 3], "give one value, not a list"),
         ("skip_passes", "none.json", "none.json"),
     ],
 )
@@ -158,6 +160,9 @@ def test_bad_fields(pictures, place, capsys, field, value, message):
         ("clips.txt", "", "give a .jsonl file"),
         ("clips.jsonl", "", "holds no clip"),
         ("clips.jsonl", "[1, 2]\n", "line 1: not a JSON object"),
+        ("clips.jsonl", '{"first": "C:\\clips\\a.png"}\n', "write / or two backslashes in paths"),
+        ("clips.jsonl", '{"seed": 1, "seed": 2}\n', "line 1: seed: given twice"),
+        ("clips.jsonl", '{"save-every": 1, "save_every": 2}\n', "line 1: save_every: given twice"),
         ("clips.csv", "first,last\n", "holds no clip"),
         ("clips.csv", "first,last\na.png\n", "line 2: another number of cells"),
         ("clips.csv", 'first,last\n"a.png,b.png\n', "not CSV"),
