@@ -10,7 +10,7 @@ import jax
 
 LEVELS = MappingProxyType({"denoise": 1, "decode": 1, "encode_keyframes": 0, "encode_text": 0, "encode_images": 0,
                            "noise": 1, "embed": 1, "layer": 1, "head": 1, "add": 1, "combine": 1,
-                           "advance": 1})  # fmt: skip
+                           "advance": 1, "guess": 1, "keep": 1})  # fmt: skip
 """LLVM's optimisation level of each function on a CPU. The first compiles in two thirds of the third's time, and what
 it makes runs as fast: XLA shapes the loops itself, products and convolutions are a library's. The zeroth compiles in
 two fifths; the bundled model's keyframes are encoded in 1.4 times the time then, which is little beside the steps. The

@@ -39,7 +39,7 @@ def check(value: Any, steps: int) -> None:
         steps = whole("steps", steps, 1, schedule.MOST_STEPS)
         chosen = [whole("skip passes", step, 0, steps - 1) for step in value]
         twice = sorted({step for step in chosen if chosen.count(step) > 1})
-        refuse((twice, f"skip passes {twice[:1]}: given twice; give each step once"))
+        refuse((twice, f"skip passes {', '.join(map(str, twice))}: given twice; give each step once"))
         never = sorted(set(chosen) - set(free(steps)))
         refuse((never, f"skip passes {', '.join(map(str, never))}: the first two steps and the last are always run; "
                        + (f"give steps from 2 to {steps - 2}" if steps > 3 else "take more steps")))  # fmt: skip
