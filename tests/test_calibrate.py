@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from nano import NANO, write_model
 from PIL import Image
+from reference import relative_error
 
+from benchmarks import residuals
 from benchmarks import skipping as benchmark
 from samplers import calibrate, calibrate_command, command, files, pipeline, skipping
 from samplers.calibrate import Whole
@@ -228,6 +230,16 @@ def test_failures_and_interruptions(folder, clips, tmp_path, capsys, monkeypatch
         assert message in capsys.readouterr().err and not (tmp_path / "own.json").exists()
 
 
+def test_steps_in_which_nothing_can_be_skipped_are_not_taken():
+    """Both passes as one run really in the first two steps of guidance, which would be the cheapest to choose."""
+    plan = plan_of(12, guidance_mode="batched", guidance_interval=(0.5, 1.0))
+    whole = made_up(plan)[1]
+    found = calibrate.search(whole, plan, 5, Whole.apart)
+    assert len(found) == 5 and not set(found) & {6, 7}
+    assert skipping.flags(found, whole.scale, True)[list(found)].any(1).all()
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::wanjax.tokenizer.PromptCut")
 def test_the_benchmark_compares_with_the_uncached_clips(tmp_path, monkeypatch):
     """On a nano model of the tiny one's size: rows of every kind, passes counted, the same clips in all."""
@@ -243,6 +255,25 @@ def test_the_benchmark_compares_with_the_uncached_clips(tmp_path, monkeypatch):
     for row in found[1:3]:
         assert row["truth"] - row["change"] == pytest.approx(found[0]["truth"]) and 20 < row["uncached"] < 78
         assert row["uncached_least"] <= row["uncached"]
+
+
+def test_the_residual_of_the_comparison(folder):
+    """With nothing skipped it is the ordinary run; its rule skips what a slow ratio lets it, late or early."""
+    model, plan = checkpoint.load(folder), plan_of(method="paper", solver="euler")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)).astype(np.uint8)
+    (encoded,) = pipeline.encode(model, plan, [pipeline.Inputs.prepare([pictures], plan)], [["a red circle"]])
+    clips = [(encoded, pipeline.noise(plan, [0]))]
+    wanted = pipeline.denoise(model, plan, *clips[0])
+    (found,), norms = residuals.denoise(model, plan, clips, ())
+    assert relative_error(found, wanted) < 1e-5 and norms.shape == (8, 2) and (norms > 0).all()
+    (cached,), _ = residuals.denoise(model, plan, clips, (3, 5))
+    assert 1e-4 < relative_error(cached, wanted) < 0.5
+    fading = 0.999 ** np.cumsum(np.arange(20.0))[:, None] * np.ones((1, 2))  # changes ever faster
+    early, most = residuals.schedule(fading, 4), residuals.schedule(fading, 16)
+    assert early == (4, 6, 8, 10) and len(most) > 8
+    assert not set(most) & {0, 1, 2, 3, 19} and all(
+        len(run) <= 4 for run in np.split(most, np.flatnonzero(np.diff(most) > 1) + 1)
+    )
 
 
 def test_the_benchmarks_cases():
