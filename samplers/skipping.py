@@ -129,7 +129,7 @@ class Schedule:
     @classmethod
     def of(cls, settings: "Settings", skipped: Sequence[int], error: float, clips: int) -> "Schedule":
         """For settings."""
-        return cls(tuple(skipped), **_key(settings), error=error, clips=clips)
+        return cls(plain(np.asarray(skipped)), **_key(settings), error=error, clips=clips)
 
     def report(self) -> dict[str, Any]:
         """For JSON, as `read` takes it."""
@@ -172,7 +172,7 @@ def _key(settings: "Settings") -> dict[str, Any]:
     """What a schedule is for, as it comes out of JSON."""
     names = ("solver", "steps", "schedule", "shift")
     own = {name: getattr(settings, name) for name in names} | {"method": asdict(settings.method)}
-    return json.loads(json.dumps(own))
+    return json.loads(json.dumps(own, default=plain))
 
 
 def _mend(path: Path | None = None) -> str:

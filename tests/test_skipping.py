@@ -130,6 +130,18 @@ def test_settings_are_json():
         assert again == settings and hash(again) == hash(settings)
 
 
+def test_a_schedule_is_for_its_settings(tmp_path):
+    """Also where these hold numpy's numbers; whatever else differs does not matter."""
+    settings = Settings.of(NANO, steps=np.int64(STEPS), shift=np.float32(3), method="paper")
+    found = skipping.Schedule.of(settings, np.array([2, 4]), 0.01, 3)
+    (tmp_path / "own.json").write_text(json.dumps(found.report()))
+    other = Settings.of(NANO, steps=STEPS, method="paper", guidance=4.0, seed=3, skip_passes=str(tmp_path / "own.json"))
+    assert skipping.settled(other, tmp_path).skip_passes == (2, 4)
+    assert skipping.settled(dataclasses.replace(other, skip_passes=0.3), tmp_path).skip_passes == 0.3
+    with pytest.raises(ValueError, match="made for another shift, method; make one"):
+        skipping.settled(dataclasses.replace(other, method="wan", shift=4.0), tmp_path)
+
+
 # What is guessed
 
 
