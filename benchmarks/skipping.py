@@ -11,10 +11,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -204,17 +203,50 @@ def seconds(case: Case, count: int) -> dict[str, float]:
     return spent
 
 
-def show(row: dict[str, Any], case: Any) -> None:
-    """One line of the table, in Markdown."""
+def tables(report: Mapping[str, Any]) -> list[str]:
+    """A report's rows side by side, in Markdown: even and calibrated schedules, then guidance in thirds."""
+    shares = [["model", "method", "solver", "steps", "fewer passes", "clips", "even: change, dB", "uncached, dB",
+               "calibrated: change, dB", "uncached, dB"]]  # fmt: skip
+    thirds = [["model", "method", "solver", "steps", "guidance in", "fewer passes", "clips", "change, dB"]]
+    for case in report["cases"]:
+        own = [case["model"].rpartition("/")[2], case["method"], case["solver"], case["steps"]]
+        by = {(row["kind"], row.get("share")): row for row in case["rows"]}
+        for (kind, share), row in by.items():
+            fewer = f"{row.get('passes_skipped', 0):.0%}"
+            if kind == "even" and ("calibrated", share) in by:
+                other = by["calibrated", share]
+                shares.append([*own, fewer, row["clips"], _change(row), f"{row['uncached']:.1f}", _change(other),
+                               f"{other['uncached']:.1f}"])  # fmt: skip
+        for row in (row for row in case["rows"] if row["kind"] == "guidance"):
+            low, high = row["guidance_interval"]
+            span = f"{low:.2f}-{high:.2f} of the run"
+            thirds.append([*own, span, f"{row['passes_skipped']:.0%}", row["clips"], _change(row)])
+    lines = []
+    for head, *rest in (shares, thirds):
+        lines += [_line(head), "|" + "---|" * len(head), *map(_line, rest), ""]
+    return lines[:-1]
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    error = row["standard_error"]
+    return f"{row['change']:+.3f}" + ("" if error is None or np.isnan(error) else f" ±{error:.3f}")
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def show(row: Mapping[str, Any], case: Case) -> None:
+    """One row, as soon as it is there."""
     what = {"all": "all passes", "guidance": "guidance in {:.2f}-{:.2f}".format(*row.get("guidance_interval", (0, 0)))}
     share = what.get(row["kind"], row["kind"])
     cells = [case.model.rpartition("/")[2], case.method, case.solver, case.steps, share]
     if row["kind"] == "all":
         cells += ["0", row["clips"], f"{row['truth']:.2f}", "", ""]
     else:
-        cells += [f"{row['passes_skipped']:.0%}", row["clips"], f"{row['truth']:.2f}",
-                  f"{row['change']:+.2f} ±{row['standard_error']:.2f}", f"{row['uncached']:.1f}"]  # fmt: skip
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        cells += [f"{row['passes_skipped']:.0%}", row["clips"], f"{row['truth']:.2f}", _change(row),
+                  f"{row['uncached']:.1f}"]  # fmt: skip
+    print(_line(cells), flush=True)
 
 
 HEAD = ("model", "method", "solver", "steps", "skipped", "passes", "clips", "truth, dB", "change", "uncached, dB")
@@ -224,7 +256,7 @@ def run(arguments: argparse.Namespace) -> bool:
     """All cases; writes what there is after each."""
     report: dict[str, Any] = {"benchmark": "skipping", "environment": measure.environment(), "guidance": GUIDANCE,
                               "calibration_clips": CALIBRATION, "cases": []}  # fmt: skip
-    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
+    print(_line(HEAD), flush=True)
     asked = cases(arguments.scale)[: arguments.cases]
     if arguments.residual:
         shares = tuple((share, max(1, round(BATCH * arguments.scale))) for share in (0.3, 0.5))
@@ -250,16 +282,14 @@ def main(argv: list[str] | None = None) -> int:
     line = argparse.ArgumentParser(prog="python -m benchmarks.skipping", description=__doc__.splitlines()[0])
     line.add_argument("--cases", type=measure.positive, help="so many of them, the most telling first (default: all)")
     line.add_argument("--residual", action="store_true", help="cache the block stack's residual instead, 20 steps")
-    line.add_argument("--show", metavar="FILE", help="print the table of an earlier report, and nothing else")
+    line.add_argument("--show", metavar="FILE", help="print the tables of an earlier report, no more")
     line.add_argument("--scale", type=float, default=1.0, help="of the numbers of clips, below 1 for a trial")
     line.add_argument("--out", type=measure.output, help="JSON file, written anew after every case")
     arguments = line.parse_args(argv)
     if not 0 < arguments.scale <= 1:
         line.error(f"--scale {arguments.scale:g}: give a number above 0, at most 1")
     if arguments.show is not None:
-        for case in json.loads(Path(arguments.show).read_text(encoding="utf-8"))["cases"]:
-            for row in case["rows"]:
-                show(row, SimpleNamespace(**case))
+        print("\n".join(tables(json.loads(Path(arguments.show).read_text(encoding="utf-8")))))
         return 0
     return measure.guarded(line, lambda: run(arguments))
 

@@ -252,6 +252,8 @@ def test_the_benchmark_compares_with_the_uncached_clips(tmp_path, monkeypatch):
     assert [row["kind"] for row in found] == ["all", "even", "calibrated", "guidance", "guidance", "guidance"]
     assert [row["passes"] for row in found] == [12, 8, 8, 8, 8, 8]
     assert [row["clips"] for row in found] == [3, 3, 3, 2, 2, 2]
+    report = {"cases": [dataclasses.asdict(case) | {"rows": json.loads(json.dumps(found, default=float))}]}
+    assert len(benchmark.tables(report)) == 3 + 1 + 5
     for row in found[1:3]:
         assert row["truth"] - row["change"] == pytest.approx(found[0]["truth"]) and 20 < row["uncached"] < 78
         assert row["uncached_least"] <= row["uncached"]
@@ -274,6 +276,19 @@ def test_the_residual_of_the_comparison(folder):
     assert not set(most) & {0, 1, 2, 3, 19} and all(
         len(run) <= 4 for run in np.split(most, np.flatnonzero(np.diff(most) > 1) + 1)
     )
+
+
+def test_the_benchmarks_tables(tmp_path, capsys):
+    figures = {"clips": 8, "change": -0.014, "standard_error": None, "uncached": 55.25}
+    rows = [{"kind": "all", "passes": 40}, {"kind": "even", "share": 0.5, "passes_skipped": 0.5} | figures,
+            {"kind": "calibrated", "share": 0.5, "passes_skipped": 0.5} | figures | {"standard_error": 0.006},
+            {"kind": "guidance", "guidance_interval": [0, 1 / 3], "passes_skipped": 0.325} | figures]  # fmt: skip
+    case = {"model": "models/seed11", "method": "wan", "solver": "euler", "steps": 20, "rows": rows}
+    (tmp_path / "report.json").write_text(json.dumps({"cases": [case]}))
+    assert benchmark.main(["--show", str(tmp_path / "report.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| seed11 | wan | euler | 20 | 50% | 8 | -0.014 | 55.2 | -0.014 ±0.006 | 55.2 |"
+    assert lines[6] == "| seed11 | wan | euler | 20 | 0.00-0.33 of the run | 32% | 8 | -0.014 |"
 
 
 def test_the_benchmarks_cases():
