@@ -205,9 +205,9 @@ def seconds(case: Case, count: int) -> dict[str, float]:
 
 def tables(report: Mapping[str, Any]) -> list[str]:
     """A report's rows side by side, in Markdown: even and calibrated schedules, then guidance in thirds."""
-    shares = [["model", "method", "solver", "steps", "fewer passes", "clips", "even: change, dB", "uncached, dB",
-               "calibrated: change, dB", "uncached, dB"]]  # fmt: skip
-    thirds = [["model", "method", "solver", "steps", "guidance in", "fewer passes", "clips", "change, dB"]]
+    shares = [["model", "method", "solver", "steps", "fewer passes", "clips", "even: truth (change), dB", "uncached, dB",
+               "calibrated: truth (change), dB", "uncached, dB"]]  # fmt: skip
+    thirds = [["model", "method", "solver", "steps", "guidance in", "fewer passes", "clips", "truth (change), dB"]]
     for case in report["cases"]:
         own = [case["model"].rpartition("/")[2], case["method"], case["solver"], case["steps"]]
         by = {(row["kind"], row.get("share")): row for row in case["rows"]}
@@ -215,16 +215,20 @@ def tables(report: Mapping[str, Any]) -> list[str]:
             fewer = f"{row.get('passes_skipped', 0):.0%}"
             if kind == "even" and ("calibrated", share) in by:
                 other = by["calibrated", share]
-                shares.append([*own, fewer, row["clips"], _change(row), f"{row['uncached']:.1f}", _change(other),
+                shares.append([*own, fewer, row["clips"], _truth(row), f"{row['uncached']:.1f}", _truth(other),
                                f"{other['uncached']:.1f}"])  # fmt: skip
         for row in (row for row in case["rows"] if row["kind"] == "guidance"):
             low, high = row["guidance_interval"]
             span = f"{low:.2f}-{high:.2f} of the run"
-            thirds.append([*own, span, f"{row['passes_skipped']:.0%}", row["clips"], _change(row)])
+            thirds.append([*own, span, f"{row['passes_skipped']:.0%}", row["clips"], _truth(row)])
     lines = []
     for head, *rest in (shares, thirds):
         lines += [_line(head), "|" + "---|" * len(head), *map(_line, rest), ""]
     return lines[:-1]
+
+
+def _truth(row: Mapping[str, Any]) -> str:
+    return f"{row['truth']:.2f} ({_change(row)})"
 
 
 def _change(row: Mapping[str, Any]) -> str:

@@ -279,7 +279,7 @@ def test_the_residual_of_the_comparison(folder):
 
 
 def test_the_benchmarks_tables(tmp_path, capsys):
-    figures = {"clips": 8, "change": -0.014, "standard_error": None, "uncached": 55.25}
+    figures = {"clips": 8, "truth": 27.04, "change": -0.014, "standard_error": None, "uncached": 55.25}
     rows = [{"kind": "all", "passes": 40}, {"kind": "even", "share": 0.5, "passes_skipped": 0.5} | figures,
             {"kind": "calibrated", "share": 0.5, "passes_skipped": 0.5} | figures | {"standard_error": 0.006},
             {"kind": "guidance", "guidance_interval": [0, 1 / 3], "passes_skipped": 0.325} | figures]  # fmt: skip
@@ -287,8 +287,8 @@ def test_the_benchmarks_tables(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps({"cases": [case]}))
     assert benchmark.main(["--show", str(tmp_path / "report.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| seed11 | wan | euler | 20 | 50% | 8 | -0.014 | 55.2 | -0.014 ±0.006 | 55.2 |"
-    assert lines[6] == "| seed11 | wan | euler | 20 | 0.00-0.33 of the run | 32% | 8 | -0.014 |"
+    assert lines[2] == "| seed11 | wan | euler | 20 | 50% | 8 | 27.04 (-0.014) | 55.2 | 27.04 (-0.014 ±0.006) | 55.2 |"
+    assert lines[6] == "| seed11 | wan | euler | 20 | 0.00-0.33 of the run | 32% | 8 | 27.04 (-0.014) |"
 
 
 def test_the_benchmarks_cases():
