@@ -205,8 +205,8 @@ def seconds(case: Case, count: int) -> dict[str, float]:
 
 def tables(report: Mapping[str, Any]) -> list[str]:
     """A report's rows side by side, in Markdown: even and calibrated schedules, then guidance in thirds."""
-    shares = [["model", "method", "solver", "steps", "fewer passes", "clips", "even: truth (change), dB", "uncached, dB",
-               "calibrated: truth (change), dB", "uncached, dB"]]  # fmt: skip
+    shares = [["model", "method", "solver", "steps", "fewer passes", "clips", "even: truth (change), dB",
+               "uncached, dB", "calibrated: truth (change), dB", "uncached, dB"]]  # fmt: skip
     thirds = [["model", "method", "solver", "steps", "guidance in", "fewer passes", "clips", "truth (change), dB"]]
     for case in report["cases"]:
         own = [case["model"].rpartition("/")[2], case["method"], case["solver"], case["steps"]]
