@@ -8,16 +8,18 @@ training clips (`samplers.calibrate`); beside them guidance in a third of the st
 """
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import measure, residuals
 from benchmarks.tiny.clips import Clip, clip
 from benchmarks.tiny.evaluate import BATCH, heldout, psnr
 from samplers import calibrate, pipeline, skipping
@@ -128,17 +130,20 @@ class Compared:
 
     def row(self, kind: str, count: int, **changes: Any) -> dict[str, Any]:
         """The figures of other settings on the first clips."""
-        plan, n = self.planned(**changes), min(count, len(self.truth))
-        made = videos(self.model, plan, first(self.clips, n))
+        plan = self.planned(**changes)
+        passes = skipping.passes(plan.table.skip, plan.table.guidance[: self.case.steps])
+        made = videos(self.model, plan, first(self.clips, min(count, len(self.truth))))
+        return self.figures(kind, made, passes[1] - passes[0]) | changes
+
+    def figures(self, kind: str, made: np.ndarray, passes: int) -> dict[str, Any]:
+        """Of videos of the first clips, made by so many passes."""
+        n = len(made)
         truth = psnr(made[:, 1:-1], self.truth[:n, 1:-1])
         change, uncached = truth - self.to_truth[:n], psnr(made, self.base[:n])
-        passes = skipping.passes(plan.table.skip, plan.table.guidance[: self.case.steps])
-        whole = 2 * self.case.steps
         return {
             "kind": kind,
-            **{name: value for name, value in changes.items()},
-            "passes": passes[1] - passes[0],
-            "passes_skipped": 1 - (passes[1] - passes[0]) / whole,
+            "passes": passes,
+            "passes_skipped": 1 - passes / (2 * self.case.steps),
             "clips": n,
             "truth": truth.mean(),
             "change": change.mean(),
@@ -167,6 +172,23 @@ def rows(case: Case) -> Iterator[dict[str, Any]]:
         yield compared.row("guidance", BATCH, guidance_interval=interval)
 
 
+def residual_rows(case: Case) -> Iterator[dict[str, Any]]:
+    """The residual cached instead, on its rule's schedule and an even one; velocities guessed on the rule's."""
+    model = load(case.model)
+    compared = Compared(model, case)
+    examples = prepare(model, compared.plan, [clip(seed, "train") for seed in range(CALIBRATION)])
+    _, norms = residuals.denoise(model, compared.plan, examples, ())
+    for share, _ in sorted(case.shares):
+        allowed = skipping.free(case.steps)
+        even = skipping.even(skipping.count(share, case.steps, allowed), allowed)
+        rule = residuals.schedule(norms, len(even))
+        for kind, steps in (("residual, its rule", rule), ("residual, even", even)):
+            latents, _ = residuals.denoise(model, compared.plan, compared.clips, steps)
+            made = np.concatenate([pipeline.decode(model, compared.plan, one) for one in latents])
+            yield compared.figures(kind, made, 2 * (case.steps - len(steps))) | {"share": share, "skip_passes": steps}
+        yield compared.row("velocity, that rule", BATCH, skip_passes=rule) | {"share": share}
+
+
 def seconds(case: Case, count: int) -> dict[str, float]:
     """Processor seconds of denoising one batch, by share of steps that is skipped; compiled before."""
     model = load(case.model)
@@ -181,17 +203,54 @@ def seconds(case: Case, count: int) -> dict[str, float]:
     return spent
 
 
-def show(row: dict[str, Any], case: Case) -> None:
-    """One line of the table, in Markdown."""
+def tables(report: Mapping[str, Any]) -> list[str]:
+    """A report's rows side by side, in Markdown: even and calibrated schedules, then guidance in thirds."""
+    shares = [["model", "method", "solver", "steps", "fewer passes", "clips", "even: truth (change), dB",
+               "uncached, dB", "calibrated: truth (change), dB", "uncached, dB"]]  # fmt: skip
+    thirds = [["model", "method", "solver", "steps", "guidance in", "fewer passes", "clips", "truth (change), dB"]]
+    for case in report["cases"]:
+        own = [case["model"].rpartition("/")[2], case["method"], case["solver"], case["steps"]]
+        by = {(row["kind"], row.get("share")): row for row in case["rows"]}
+        for (kind, share), row in by.items():
+            fewer = f"{row.get('passes_skipped', 0):.0%}"
+            if kind == "even" and ("calibrated", share) in by:
+                other = by["calibrated", share]
+                shares.append([*own, fewer, row["clips"], _truth(row), f"{row['uncached']:.1f}", _truth(other),
+                               f"{other['uncached']:.1f}"])  # fmt: skip
+        for row in (row for row in case["rows"] if row["kind"] == "guidance"):
+            low, high = row["guidance_interval"]
+            span = f"{low:.2f}-{high:.2f} of the run"
+            thirds.append([*own, span, f"{row['passes_skipped']:.0%}", row["clips"], _truth(row)])
+    lines = []
+    for head, *rest in (shares, thirds):
+        lines += [_line(head), "|" + "---|" * len(head), *map(_line, rest), ""]
+    return lines[:-1]
+
+
+def _truth(row: Mapping[str, Any]) -> str:
+    return f"{row['truth']:.2f} ({_change(row)})"
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    error = row["standard_error"]
+    return f"{row['change']:+.3f}" + ("" if error is None or np.isnan(error) else f" ±{error:.3f}")
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def show(row: Mapping[str, Any], case: Case) -> None:
+    """One row, as soon as it is there."""
     what = {"all": "all passes", "guidance": "guidance in {:.2f}-{:.2f}".format(*row.get("guidance_interval", (0, 0)))}
     share = what.get(row["kind"], row["kind"])
     cells = [case.model.rpartition("/")[2], case.method, case.solver, case.steps, share]
     if row["kind"] == "all":
         cells += ["0", row["clips"], f"{row['truth']:.2f}", "", ""]
     else:
-        cells += [f"{row['passes_skipped']:.0%}", row["clips"], f"{row['truth']:.2f}",
-                  f"{row['change']:+.2f} ±{row['standard_error']:.2f}", f"{row['uncached']:.1f}"]  # fmt: skip
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        cells += [f"{row['passes_skipped']:.0%}", row["clips"], f"{row['truth']:.2f}", _change(row),
+                  f"{row['uncached']:.1f}"]  # fmt: skip
+    print(_line(cells), flush=True)
 
 
 HEAD = ("model", "method", "solver", "steps", "skipped", "passes", "clips", "truth, dB", "change", "uncached, dB")
@@ -201,16 +260,21 @@ def run(arguments: argparse.Namespace) -> bool:
     """All cases; writes what there is after each."""
     report: dict[str, Any] = {"benchmark": "skipping", "environment": measure.environment(), "guidance": GUIDANCE,
                               "calibration_clips": CALIBRATION, "cases": []}  # fmt: skip
-    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
+    print(_line(HEAD), flush=True)
     asked = cases(arguments.scale)[: arguments.cases]
+    if arguments.residual:
+        shares = tuple((share, max(1, round(BATCH * arguments.scale))) for share in (0.3, 0.5))
+        asked = [replace(case, shares=shares, intervals=False) for case in asked if case.steps == 20]
     for case in asked:
         found = {**asdict(case), "rows": []}
         report["cases"].append(found)
-        for row in rows(case):
+        for row in residual_rows(case) if arguments.residual else rows(case):
             found["rows"].append({name: float(value) if isinstance(value, np.floating) else value
                                   for name, value in row.items()})  # fmt: skip
             show(row, case)
         measure.write(arguments.out, report)
+    if arguments.residual:
+        return True
     report["seconds"] = seconds(asked[0], max(1, round(BATCH * arguments.scale)))
     print(f"processor seconds of denoising: {report['seconds']}", flush=True)
     measure.write(arguments.out, report)
@@ -221,11 +285,16 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     line = argparse.ArgumentParser(prog="python -m benchmarks.skipping", description=__doc__.splitlines()[0])
     line.add_argument("--cases", type=measure.positive, help="so many of them, the most telling first (default: all)")
+    line.add_argument("--residual", action="store_true", help="cache the block stack's residual instead, 20 steps")
+    line.add_argument("--show", metavar="FILE", help="print the tables of an earlier report, no more")
     line.add_argument("--scale", type=float, default=1.0, help="of the numbers of clips, below 1 for a trial")
     line.add_argument("--out", type=measure.output, help="JSON file, written anew after every case")
     arguments = line.parse_args(argv)
     if not 0 < arguments.scale <= 1:
         line.error(f"--scale {arguments.scale:g}: give a number above 0, at most 1")
+    if arguments.show is not None:
+        print("\n".join(tables(json.loads(Path(arguments.show).read_text(encoding="utf-8")))))
+        return 0
     return measure.guarded(line, lambda: run(arguments))
 
 

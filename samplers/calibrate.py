@@ -138,7 +138,8 @@ def search(whole: Whole, plan: Plan, count: int, cost: Callable[[Whole, np.ndarr
 
     def worth(steps: Sequence[int]) -> float:
         flags = skipping.flags(steps, scale, s.guidance_mode == "batched")
-        return 0.0 if flags is None else cost(whole, flags)
+        useless = flags is None or not flags[list(steps)].any(1).all()  # of both passes as one, where guidance begins
+        return np.inf if useless else cost(whole, flags)
 
     found: list[int] = []
     for _ in range(count):

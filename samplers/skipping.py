@@ -39,7 +39,7 @@ def check(value: Any, steps: int) -> None:
         steps = whole("steps", steps, 1, schedule.MOST_STEPS)
         chosen = [whole("skip passes", step, 0, steps - 1) for step in value]
         twice = sorted({step for step in chosen if chosen.count(step) > 1})
-        refuse((twice, f"skip passes {twice[:1]}: given twice; give each step once"))
+        refuse((twice, f"skip passes {', '.join(map(str, twice))}: given twice; give each step once"))
         never = sorted(set(chosen) - set(free(steps)))
         refuse((never, f"skip passes {', '.join(map(str, never))}: the first two steps and the last are always run; "
                        + (f"give steps from 2 to {steps - 2}" if steps > 3 else "take more steps")))  # fmt: skip
@@ -129,7 +129,7 @@ class Schedule:
     @classmethod
     def of(cls, settings: "Settings", skipped: Sequence[int], error: float, clips: int) -> "Schedule":
         """For settings."""
-        return cls(tuple(skipped), **_key(settings), error=error, clips=clips)
+        return cls(plain(np.asarray(skipped)), **_key(settings), error=error, clips=clips)
 
     def report(self) -> dict[str, Any]:
         """For JSON, as `read` takes it."""
@@ -172,7 +172,7 @@ def _key(settings: "Settings") -> dict[str, Any]:
     """What a schedule is for, as it comes out of JSON."""
     names = ("solver", "steps", "schedule", "shift")
     own = {name: getattr(settings, name) for name in names} | {"method": asdict(settings.method)}
-    return json.loads(json.dumps(own))
+    return json.loads(json.dumps(own, default=plain))
 
 
 def _mend(path: Path | None = None) -> str:
