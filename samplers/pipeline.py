@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from samplers import memory, run, sample
@@ -308,7 +308,8 @@ def encode_keyframes(model: Model, plan: Plan, pixels: np.ndarray, programs: Pro
     """Mask and latent [B, F, h, w, s + 16] of fitted keyframes uint8 [B, A, H, W, 3] at `Plan.at`."""
     programs = programs or Programs.of(plan)
     with _picture_mesh(plan):
-        return _finite("keyframe latent", *programs.keyframes(model.part("vae"), keyframes.to_unit(pixels)))
+        params, unit = _for_pictures(model.part("vae")), keyframes.to_unit(pixels)
+        return _finite("keyframe latent", *programs.keyframes(params, unit))
 
 
 def image_slots(plan: Plan) -> tuple[int | None, ...]:
@@ -378,7 +379,7 @@ def decode(model: Model, plan: Plan, latents: jax.Array, programs: Programs | No
     """Video uint8 [B, T, H, W, 3] of latents [B, F, h, w, 16]. FloatingPointError on NaN or inf."""
     programs = programs or Programs.of(plan)
     with _picture_mesh(plan):
-        video = programs.decode(model.part("vae"), latents)
+        video = programs.decode(_for_pictures(model.part("vae")), _for_pictures(latents))
     return keyframes.from_unit(hosts.fetch(_finite("decoded video", *video)))
 
 
@@ -386,6 +387,17 @@ def _picture_mesh(plan: Plan) -> AbstractContextManager:
     """For the autoencoder the devices of the present mesh lie in rows and columns."""
     mesh = jax.sharding.get_mesh()
     return nullcontext() if mesh.empty else jax.set_mesh(sharding.picture_mesh(mesh, plan.latent_shape[1:3]))
+
+
+def _for_pictures(tree: Any) -> Any:
+    """Arrays that every device has, as of the present mesh; where there is one.
+
+    JAX tells how a result lies in the axes of the mesh of the first argument, and fails where these cannot say it, such
+    as a picture in two rows and two columns on a mesh of one axis.
+    """
+    mesh = jax.sharding.get_mesh()
+    where = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    return tree if where is None else jax.tree.map(lambda leaf: hosts.put(leaf, where), tree)
 
 
 def _finite(stage: str, value: jax.Array, finite: jax.Array) -> jax.Array:
