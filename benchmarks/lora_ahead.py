@@ -10,7 +10,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def lower(config: DiTConfig, recipe: Recipe, grid: tuple[int, int, int], batch: 
         jax.tree.map(lambda leaf: _on(leaf, whole), table),
         jax.ShapeDtypeStruct((), np.uint32, sharding=whole),
     )
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+    with jax.set_mesh(mesh):
         return lora_14b.update.lower(config, recipe, *arguments)
 
 
@@ -88,9 +87,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles the step and reads what came of it."""
-    about, target = environment(), Target(args.target)
-    target.prepare()
-    devices = target.devices()
+    target = Target(args.target)
+    target.prepare()  # before anything asks JAX for devices
+    about, devices = environment(), target.devices()
     model = checkpoint.with_dtype(preset(args.preset), "bfloat16")
     model = checkpoint.with_weights(model, args.weights) if args.weights else model
     if args.layers:
