@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import eight
 import jax
@@ -238,6 +239,23 @@ def test_on_a_mesh(sizes):
         base = sharding.shard_params(params(), mesh)
         found = jax.jit(jax.value_and_grad(loss))(own, base, arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), found, expected)
+
+
+@pytest.mark.slow
+def test_the_block_of_the_documents(tmp_path, monkeypatch):
+    """docs/training.md's, as it stands, and a step by what it defines."""
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(text.split("```python\n")[1].split("```")[0], "docs/training.md", "exec"), names)
+    config, adapters = names["config"], names["adapters"]
+    latents, conditions, _ = random_model.inputs(config, (2, 4, 4), 2, 0)
+    table = names["rope"].table(names["token_grid"](config, latents.shape), config.head_dim)
+    moments = names["optimiser"].init(adapters)
+    moved, _, loss = names["step"](names["params"], adapters, moments, latents, conditions, table, jax.random.key(1))
+    assert np.isfinite(loss) and all(jax.tree.leaves(jax.tree.map(lambda x: np.isfinite(x).all(), moved)))
+    again = loratree.read("lora.safetensors", config)
+    jax.tree.map(np.testing.assert_array_equal, again.weights, jax.tree.map(np.asarray, adapters.weights))
 
 
 def test_refusals():
