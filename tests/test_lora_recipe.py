@@ -120,7 +120,7 @@ def test_clips_must_be_of_one_size(folders, tmp_path):
     with pytest.raises(ValueError, match="clips of several sizes"):
         for step in range(8):
             clips.draw(step)
-    np.savez(tmp_path / "0.npz", text=conditions.text[0])
-    with pytest.raises(ValueError, match="0.npz: has no latents"):
-        for step in range(16):
-            clips.draw(step)
+    for file in tmp_path.glob("[0-9].npz"):
+        np.savez(file, text=conditions.text[0])
+    with pytest.raises(ValueError, match="npz: has no latents"):
+        clips.draw(0)
