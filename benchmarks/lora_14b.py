@@ -3,11 +3,11 @@
     python -m benchmarks.lora_14b --model wan-flf2v --clips runs/clips --mesh sequence=8 --steps 2000 --out runs/lora
     python -m benchmarks.lora_14b --preset flf2v_14b --layers 2 --size 64x64 --frames 9 --steps 3 --out runs/try
 
-Without `--model` the weights are random, without `--clips` the clip is: for measuring. A clip is a file NAME.npz of
-what the encoders made of it, so that a step needs the transformer alone:
+Without `--model` the weights are random, without `--clips` the clip is: for measuring. `benchmarks.lora_clips` makes
+the clips of videos: a file NAME.npz of what the encoders say, so that a step needs the transformer alone:
 
-    latents [F, h, w, 16]   of the VAE, normalised (`wanjax.vae.encode`)
-    text [L, D], images [M, K, I], condition [F, h, w, C]   of its caption and keyframes (`samplers.pipeline.encode`)
+    latents [F, h, w, 16]   of the VAE, normalised
+    text [L, D], images [M, K, I], condition [F, h, w, C]   of its caption and keyframes
 
 and `empty.npz` beside them has the `text` of the empty caption, which a tenth of the clips get. Weights stay as they
 are stored, sharded by `wanjax.sharding`; adapters and their moments are float32, whole on every device. Blocks are

@@ -31,8 +31,8 @@ _LETTERS = {DOWN: "A", UP: "B"}
 def save(path: Path, config: DiTConfig, lora: Lora, overwrite: bool = False) -> None:
     """Writes adapters as diffusers' `save_lora_weights` does; `python -m convert --lora` and diffusers read them.
 
-    Alpha stands in the metadata, where diffusers looks. Programs that do not look there take it to be the rank, which
-    is right for what `lora.init` makes by default.
+    An alpha that is not the rank stands in the metadata, where diffusers looks. Programs that do not look there take it
+    to be the rank, which is right for what `lora.init` makes by default.
 
     Args:
       path: ends in .safetensors.
@@ -61,10 +61,19 @@ def save(path: Path, config: DiTConfig, lora: Lora, overwrite: bool = False) -> 
             tensors[f"{stem}B.weight"] = np.ascontiguousarray(other.T).reshape(
                 *other.T.shape, *[1] * (foreign.ndim - 2)
             )
-    settings = {"r": lora.rank, "lora_alpha": lora.scale * lora.rank, "target_modules": sorted(set(modules))}
-    told = json.dumps({f"{_PREFIX}.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True)
-    metadata = {"format": "pt", lorasettings.METADATA: told, marks.KEY: marks.mark()}
+    metadata = {"format": "pt", marks.KEY: marks.mark()}
+    if lora.scale != 1:
+        metadata[lorasettings.METADATA] = _settings(config, lora, set(modules))
     write_bytes(path, safetensors_bytes(tensors, metadata), overwrite=overwrite)
+
+
+def _settings(config: DiTConfig, lora: Lora, modules: set[str]) -> str:
+    """PEFT's settings as diffusers keeps them in a file's metadata."""
+    if config.num_images and "attn2.to_k" in modules:
+        # diffusers gives a LoRA without the images' keys and values zeros there, and PEFT compares with this list.
+        modules = modules | {"attn2.add_k_proj", "attn2.add_v_proj"}
+    told = {"r": lora.rank, "lora_alpha": lora.scale * lora.rank, "target_modules": sorted(modules)}
+    return json.dumps({f"{_PREFIX}.{name}": value for name, value in told.items()}, indent=2, sort_keys=True)
 
 
 def read(path: Path | str, config: DiTConfig) -> Lora:

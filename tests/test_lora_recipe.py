@@ -2,15 +2,20 @@
 
 import dataclasses
 
+import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
 from nano import NANO, write_model
 from reference import relative_error
 
-from benchmarks import lora_14b, random_model
+from benchmarks import lora_14b, lora_clips, random_model
+from benchmarks.tgi.videos import videos
 from convert import loratree
-from wanjax import checkpoint, lora, sharding
+from samplers import pipeline
+from samplers.pipeline import Inputs
+from samplers.plan import Plan, Settings
+from wanjax import checkpoint, keyframes, lora, sharding, vae
 
 LINE = ("--dtype", "float32", "--rank", "2", "--rate", "1e-2", "--every", "2")
 
@@ -124,3 +129,37 @@ def test_clips_must_be_of_one_size(folders, tmp_path):
         np.savez(file, text=conditions.text[0])
     with pytest.raises(ValueError, match="npz: has no latents"):
         clips.draw(0)
+
+
+@pytest.mark.slow
+def test_videos_become_the_clips(folders, tmp_path, capsys):
+    """As the sampler encodes their keyframes and caption; what is there is left alone, and a training step takes it."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "videos").mkdir()
+    frames = {name: rng.integers(0, 256, (5, 16, 24, 3)).astype(np.uint8) for name in ("a", "b")}
+    for name, video in frames.items():
+        iio.imwrite(tmp_path / "videos" / f"{name}.gif", video, loop=0)
+    (tmp_path / "captions.json").write_text('{"a.gif": "red circle"}')
+    line = ["--model", str(folders / "model"), "--videos", str(tmp_path / "videos"), "--dtype", "float32",
+            "--captions", str(tmp_path / "captions.json"), "--out", str(tmp_path / "clips")]  # fmt: skip
+    assert lora_clips.main(line) == 0
+    assert "2 of 2 clips" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "clips").iterdir()} == {"a.npz", "b.npz", "empty.npz"}
+
+    model = checkpoint.load(folders / "model")
+    stored = videos(tmp_path / "videos", 5).items[0].read()
+    plan = Plan.of(model.config, Settings.of(model.config, frames=5, size=(16, 24)))
+    told = pipeline.encode(model, plan, [Inputs.prepare([[stored[0], stored[-1]]], plan)], [["red circle"]])[0]
+    with np.load(tmp_path / "clips" / "a.npz") as held:
+        latents = vae.encode(model.config.vae, model.params["vae"], keyframes.to_unit(stored[None]))[0]
+        np.testing.assert_allclose(held["latents"], latents, rtol=1e-3, atol=1e-4)
+        for name, expected in (("text", told.conditions.text), ("images", told.conditions.images),
+                               ("condition", told.conditions.latent)):  # fmt: skip
+            np.testing.assert_allclose(held[name], expected[0], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert lora_clips.main(line) == 0
+    assert "clips" not in capsys.readouterr().out, "nothing is left to do"
+    batch = lora_14b.Clips(tmp_path / "clips", 2, 0).draw(0)
+    assert batch.latents.shape == (2, 2, 4, 6, 16) and batch.conditions.latent.shape[-1] == 20
+    with pytest.raises(SystemExit) as stop:
+        lora_clips.main([*line, "--frames", "9"])
+    assert stop.value.code == 2 and "5 frames, 9 are needed" in capsys.readouterr().err

@@ -195,17 +195,19 @@ def test_other_spellings_are_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_diffusers_loads_what_is_saved(tmp_path):
+@pytest.mark.parametrize("alpha, targets", [(3.0, lora.TARGETS), (6.0, lora.TARGETS), (6.0, "blocks/.*(q|image)$")])
+def test_diffusers_loads_what_is_saved(tmp_path, alpha, targets):
     from test_dit import reference_model
     from test_lora_reference import diffusers_merged
 
     model = reference_model(DIT)
     state = {name: array.numpy() for name, array in model.state_dict().items()}
     ours = keymap.convert(dit.diffusers(DIT), random_params(dataclasses.replace(NANO, dit=DIT))["dit"], state)
-    own = trained(ours, rank=3, alpha=6.0)
+    own = trained(ours, rank=3, alpha=alpha, targets=targets)
     loratree.save(tmp_path / "a.safetensors", DIT, own)
     with safe_open(tmp_path / "a.safetensors", framework="np") as opened:
-        assert json.loads(opened.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 6
+        told = json.loads(opened.metadata().get("lora_adapter_metadata", '{"transformer.lora_alpha": 3}'))
+        assert told["transformer.lora_alpha"] == alpha
     found = diffusers_merged(model, tmp_path / "a.safetensors", 1.0)
     expected = keymap.invert(dit.diffusers(DIT), lora.merge(ours, own))
     assert found.keys() == expected.keys()
