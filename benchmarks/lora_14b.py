@@ -1,6 +1,6 @@
 """Train a LoRA of a large transformer on a mesh: flow matching, optax, Orbax checkpoints, at the end a diffusers file.
 
-    python -m benchmarks.lora_14b --model wan-flf2v --clips runs/clips --mesh sequence=8 --steps 2000 --out runs/lora
+    python -m benchmarks.lora_14b --model wan-flf2v --clips runs/clips --mesh tensor=8 --steps 2000 --out runs/lora
     python -m benchmarks.lora_14b --preset flf2v_14b --layers 2 --size 64x64 --frames 9 --steps 3 --out runs/try
 
 Without `--model` the weights are random, without `--clips` the clip is: for measuring. `benchmarks.lora_clips` makes

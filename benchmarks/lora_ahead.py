@@ -1,6 +1,6 @@
 """A LoRA step of a large transformer compiled for TPUs that are not there: what it takes of a device's memory.
 
-    python -m benchmarks.lora_ahead --target v6e:2x4 --mesh sequence=8 --size 480x864 --frames 33 --out runs/ahead
+    python -m benchmarks.lora_ahead --target v6e:2x4 --mesh tensor=8 --size 480x864 --frames 17 --out runs/ahead
 
 The step is `benchmarks.lora_14b.update`, from shapes; one JSON a run, as `benchmarks/aot` writes them.
 """
@@ -73,12 +73,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = argparse.ArgumentParser("python -m benchmarks.lora_ahead", description=__doc__.split("\n", 1)[0])
     line.add_argument("--target", choices=TARGETS, default="v6e:2x4")
-    line.add_argument("--mesh", type=lora_14b.mesh_sizes, default={"sequence": 8}, metavar="AXIS=N,...")
+    line.add_argument("--mesh", type=lora_14b.mesh_sizes, default={"tensor": 8}, metavar="AXIS=N,...")
     line.add_argument("--preset", choices=sorted(PRESETS), default="flf2v_14b")
     line.add_argument("--layers", type=measure.positive, help="fewer than the transformer has, at its full width")
     line.add_argument("--weights", choices=checkpoint.WEIGHTS, help="of the frozen kernels (default: bf16)")
     line.add_argument("--size", type=measure.parse_size, default=(480, 864), metavar="HxW")
-    line.add_argument("--frames", type=measure.positive, default=33)
+    line.add_argument("--frames", type=measure.positive, default=17)
     line.add_argument("--batch", type=measure.positive, default=1)
     line.add_argument("--rank", type=measure.positive, default=Recipe().rank)
     line.add_argument("--out", type=Path, metavar="FOLDER", help="one JSON file a run, named after it")
