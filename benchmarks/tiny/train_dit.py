@@ -30,8 +30,7 @@ from flax import struct
 from benchmarks.tiny import build_tokenizer, evaluate
 from benchmarks.tiny.challenges import challenge
 from benchmarks.tiny.latents import VARIETIES, LatentSet, build, encoder, load_vae, write_vae
-from samplers.schedule import TRAIN_TIMESTEPS, shifted
-from wanjax import checkpoint, conditioning, rope
+from wanjax import checkpoint, conditioning, flow, rope
 from wanjax.clip import CLIPVision
 from wanjax.config import ModelConfig, preset
 from wanjax.dit import WanDiT
@@ -149,23 +148,17 @@ def encode_conditions(config: ModelConfig, params: Any, batch: Batch) -> Conditi
 
 def loss_of(config: ModelConfig, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
     """Mean squared error of the velocity (noise - data) at shifted, stratified uniform noise levels."""
-    time_key, order_key, noise_key = jax.random.split(key, 3)
-    size = batch.latents.shape[0]
-    strata = jax.random.permutation(order_key, size)
-    sigma = shifted((strata + jax.random.uniform(time_key, (size,))) / size, SHIFT)
-    noise = jax.random.normal(noise_key, batch.latents.shape)
-    level = sigma[:, None, None, None, None]
-    noisy = (1 - level) * batch.latents + level * noise
+    drawn = flow.draw(key, batch.latents, shift=SHIFT)
     patch = config.dit.patch_size
-    grid = tuple(n // size for n, size in zip(noisy.shape[1:4], patch, strict=True))
+    grid = tuple(n // size for n, size in zip(drawn.noisy.shape[1:4], patch, strict=True))
     velocity = WanDiT(config.dit).apply(
         {"params": params["dit"]},
-        noisy,
-        TRAIN_TIMESTEPS * sigma,
+        drawn.noisy,
+        drawn.timestep,
         encode_conditions(config, params, batch),
         rope.table(grid, config.dit.head_dim),
     )
-    return jnp.square(velocity - (noise - batch.latents)).mean()
+    return flow.mse(velocity, drawn.velocity)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
