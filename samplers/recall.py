@@ -202,7 +202,7 @@ def settings(fields: Mapping[str, Any], where: str, by: str = "another version")
     except dacite.UnexpectedDataError as error:
         names = ", ".join(sorted(map(str, error.keys)))
         raise ValueError(f"{where}: setting {names} is unknown to {marks.mark()}, the file is by {by}; update wanjax, "
-                         "or take the setting out of the JSON") from error  # fmt: skip
+                         f"take the setting out of the JSON, or {_MEND}") from error  # fmt: skip
     except (dacite.DaciteError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: settings: {' '.join(str(error).split())}; mend the JSON, or {_MEND}") from error
 

@@ -153,11 +153,11 @@ def test_a_method_may_be_named_in_a_report(tmp_path):
 
 
 def test_a_setting_that_is_added_later_needs_nothing_here(monkeypatch):
-    more = [("skip_passes", float | str | None, None), ("rows", tuple[int, ...], ())]
+    more = [("later_share", float | str | None, None), ("rows", tuple[int, ...], ())]
     Later = dataclasses.make_dataclass("Later", more, bases=(Settings,), frozen=True)
     monkeypatch.setattr(recall, "Settings", Later)
     for skip in (None, 0.3, "auto"):
-        settings = Later(prompt="a", skip_passes=skip, rows=(1, 2))
+        settings = Later(prompt="a", later_share=skip, rows=(1, 2))
         assert recall.from_text(text_of(settings), "here").settings == settings
     assert recall.from_text(text_of(Settings(prompt="a")), "here").settings == Later(prompt="a")
 
