@@ -53,8 +53,8 @@ class Line:
     variants: Path | None = None
 
 
-End = Callable[..., None]
-"""(line, outcome, seconds, error): hears how a clip ended."""
+Frames = list[tuple[int, np.ndarray]]  # numbers and pictures uint8 [H, W, 3] of a few frames of a clip
+End = Callable[..., None]  # (line, outcome, seconds, error): hears how a clip ended
 
 
 @dataclass
@@ -279,6 +279,7 @@ def make(jobs: Jobs, progress: bool = False, programs: Path | None = None, tell:
       Whether all of them are made.
     """
     outcomes: dict[int, Outcome] = {}
+    seen: dict[Line, Frames] = {}
 
     def end(line: Line, outcome: str, seconds: dict[str, float], error: str | None = None) -> None:
         outcomes[jobs.lines.index(line)] = Outcome(line, outcome, seconds, error)
@@ -292,8 +293,8 @@ def make(jobs: Jobs, progress: bool = False, programs: Path | None = None, tell:
                     line.job.kept.tidy()
                 end(line, "skipped", {})
         for group in groups([line for line in jobs.lines if not line.finished]):
-            _make_group(group, progress, programs, end)
-        _sheets(jobs, outcomes, tell)
+            _make_group(group, progress, programs, end, seen)
+        _sheets(jobs, outcomes, seen, tell)
     finally:
         if jobs.report is not None and hosts.is_first():
             told = [outcomes[number].told() for number in sorted(outcomes)]
@@ -327,8 +328,13 @@ class _Running:
     held: ExitStack
 
 
-def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, end: End) -> None:
-    """A stage at a time for all clips of a group; one that fails leaves it, is told, and the others go on."""
+def _make_group(
+    lines: Sequence[Line], progress: bool, programs: Path | None, end: End, seen: dict[Line, Frames]
+) -> None:
+    """A stage at a time for all clips of a group; one that fails leaves it, is told, and the others go on.
+
+    `seen` gets a few frames of each variant.
+    """
     with ExitStack() as stack:
 
         def attempt(own: Sequence[_Running], stage: Callable[[Sequence[_Running]], Any]) -> list[_Running]:
@@ -365,7 +371,10 @@ def _make_group(lines: Sequence[Line], progress: bool, programs: Path | None, en
         def finish(own: Sequence[_Running]) -> None:
             one = own[0]
             with files.written(one.clip) as write:
-                write(model, work.decode(model, one.clip, ready), None)
+                made = work.decode(model, one.clip, ready)
+                write(model, made, None)
+            if one.line.variants is not None:
+                seen[one.line] = [(n, video.enlarge(made[n], one.line.job.scale)) for n in _places(one.line.job)]
             one.clip.finish()
             one.clip.carry = one.clip.encoded = None
             one.held.close()
@@ -413,7 +422,7 @@ def _side_by_side(running: Sequence[_Running]) -> Iterator[list[_Running]]:
             yield several[start : start + room]
 
 
-def _sheets(jobs: Jobs, outcomes: dict[int, Outcome], tell: Callable[[str], None]) -> None:
+def _sheets(jobs: Jobs, outcomes: dict[int, Outcome], seen: dict[Line, Frames], tell: Callable[[str], None]) -> None:
     """A sheet for each line of several variants, of those that are there."""
     several: dict[Path, list[Line]] = {}
     for number, line in enumerate(jobs.lines):
@@ -421,14 +430,21 @@ def _sheets(jobs: Jobs, outcomes: dict[int, Outcome], tell: Callable[[str], None
             several.setdefault(line.variants, []).append(line)
     for sheet, lines in several.items() if hosts.is_first() else ():
         video.write_png(
-            sheet, video.variants_sheet({f"seed {line.job.settings.seed}": _frames(line.job) for line in lines})
+            sheet,
+            video.variants_sheet(
+                {f"seed {line.job.settings.seed}": seen.get(line) or _read(line.job) for line in lines}
+            ),
         )
         tell(f"{sheet}: the variants beside each other")
 
 
-def _frames(job: Job, count: int = 7) -> list[tuple[int, np.ndarray]]:
-    """Evenly spaced frames of a clip that is written."""
-    path, last = job.outputs.video, job.settings.frames - 1
-    places = np.unique(np.rint(np.linspace(0, last, count)).astype(int))
-    name = (lambda n: path / f"{n:05d}.png") if not path.suffix else (lambda n: f"{path}@{n}")
-    return [(int(place), np.asarray(keyframes.read(name(place)))) for place in places]
+def _places(job: Job, count: int = 7) -> list[int]:
+    """Evenly spaced frames of a clip, the first and the last among them."""
+    return sorted({round(n) for n in np.linspace(0, job.settings.frames - 1, count)})
+
+
+def _read(job: Job) -> Frames:
+    """Of a clip that an earlier run wrote."""
+    path = job.outputs.video
+    return [(n, np.asarray(keyframes.read(f"{path}@{n}" if path.suffix else path / f"{n:05d}.png")))
+            for n in _places(job)]  # fmt: skip

@@ -138,6 +138,7 @@ def test_of_equal_ones_the_first_is_taken(model):
     assert method == Method() and line.startswith("method auto: one, keyframes ")
 
 
+@pytest.mark.slow
 def test_on_several_devices_the_choice_is_the_same(model, tmp_path):
     from wanjax import sharding
 

@@ -223,6 +223,7 @@ def test_extrapolation_against_float64(mode):
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_nano_run_by_hand(model, clip, mode):
     """KAB and a caller's bias in what is really run, nothing of them in what is guessed."""
@@ -293,6 +294,7 @@ def test_another_schedule_compiles_nothing(model, clip):
     assert all(relative_error(a, b) > 1e-5 for a, b in itertools.combinations(ends, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_any_division_and_the_loop_over_layers_give_the_same_bits(folder, model, clip, mode):
     """Also where a part ends between two guesses; with KAB, guidance in an interval, and noise anew."""
@@ -336,6 +338,7 @@ def test_the_loops_programs_ahead(folder):
     assert past.last.shape == (2, *latents) and arguments["advance"][0].state == past
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_state_lies_as_the_latents(model, clip):
     mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
     plan = plan_of(skip_passes=(3, 4, 6))
