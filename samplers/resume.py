@@ -152,7 +152,9 @@ class RunFolder:
         arrays = _arrays(file, self.token) if hosts.is_first() and file.exists() else None
         if arrays is not None and {path: np.shape(leaf) for path, leaf in leaves} != _shapes(arrays):
             raise OutputError(f"{file}: holds other arrays than this run has; pass --restart to begin anew")
-        arrays = hosts.from_first(arrays, {path: np.zeros(np.shape(leaf), leaf.dtype) for path, leaf in leaves})
+        arrays = hosts.from_first(
+            f"{self.token}/{name}", arrays, {path: np.zeros(np.shape(leaf), leaf.dtype) for path, leaf in leaves}
+        )
         if arrays is None:
             return None
         placed = [_like(arrays[path], leaf) for (path, _), leaf in zip(leaves, jax.tree.leaves(template), strict=True)]

@@ -272,22 +272,31 @@ def fetch(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def from_first(arrays: dict[str, np.ndarray] | None, like: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+def from_first(
+    key: str, arrays: dict[str, np.ndarray] | None, like: dict[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
     """What host 0 has, on every host; all of them must ask for it.
 
     Args:
+      key: names it among what is asked for in a run.
       arrays: of host 0; None for nothing.
       like: arrays of the same names, shapes and dtypes.
+
+    Raises:
+      KeyboardInterrupt: another host failed meanwhile.
     """
     if count() == 1:
         return arrays
+    client, name = _state().client, f"wanjax/there/{key}"
+    if is_first():
+        client.key_value_set(name, str(arrays is not None), allow_overwrite=True)
+    # Told before any collective, in which a host could not hear that another one failed.
+    if _wait(client, name) != "True":
+        return None
     from jax.experimental import multihost_utils
 
-    there = multihost_utils.broadcast_one_to_all(np.int32(is_first() and arrays is not None))
-    if not there:
-        return None
     given = multihost_utils.broadcast_one_to_all(arrays if is_first() else like)
-    return {name: np.asarray(array) for name, array in given.items()}
+    return {path: np.asarray(array) for path, array in given.items()}
 
 
 def _state() -> Any:
