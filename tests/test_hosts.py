@@ -125,8 +125,8 @@ def test_hosts_that_were_told_different_things(job, tmp_path):
 
 
 def written(folder):
-    """What a run wrote under its outputs' names. A host that is ended inside a collective leaves its run folder, and its
-    hidden one, as one that is killed does; the next run goes on from the one and removes the other."""
+    """What a run wrote under its outputs' names. A host that is ended inside a collective leaves its run folder and its
+    hidden one, as one that is killed does: the next run goes on from the one and removes the other."""
     return sorted(path.name for path in folder.glob("clip*") if path.name != "clip.run")
 
 
