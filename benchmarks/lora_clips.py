@@ -102,15 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     line = parser()
     args = line.parse_args(argv)
-
-    def checked() -> bool:
-        try:
-            run(args)
-        except ValueError as error:
-            line.error(" ".join(str(error).split()))
-        return True
-
-    return measure.guarded(line, checked)
+    return measure.checked(line, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -272,3 +272,16 @@ def guarded(line: argparse.ArgumentParser, run: Callable[[], bool]) -> int:
     except (FloatingPointError, MemoryError, OSError, writing.OutputError, jax.errors.JaxRuntimeError) as error:
         print(f"{line.prog}: error: {first_line(error)}", file=sys.stderr)
         return FAILED
+
+
+def checked(line: argparse.ArgumentParser, run: Callable[[], None]) -> int:
+    """`guarded`, of a run that finds bad input itself: a ValueError ends in one line and exit code 2."""
+
+    def told() -> bool:
+        try:
+            run()
+        except ValueError as error:
+            line.error(first_line(error))
+        return True
+
+    return guarded(line, told)

@@ -69,10 +69,10 @@ class Clip:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Holds the run folder, if there is one, and takes from it what an earlier run kept.
+        """Holds the run folder, if there is one, for this process alone.
 
         Raises:
-          OutputError: another run works in it, or what it holds is damaged.
+          OutputError: another run works in it.
         """
         first = self.kept is not None and hosts.is_first()
         with self.kept.opened() if first else nullcontext():

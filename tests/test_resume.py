@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import stopping
 from nano import NANO, write_model
 from PIL import Image
 
@@ -49,31 +50,19 @@ def kept(out):
 def stop_at(monkeypatch, point, how):
     """Calls `how` at a point of the next run."""
 
-    def before(owner, name, count=1):
-        original, calls = getattr(owner, name), []
-
-        def stopping(*arguments, **options):
-            calls.append(name)
-            if len(calls) == count:
-                how()
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, stopping)
-
-    def after(owner, name):
-        original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **o: (original(*a, **o), how())[0])
+    def at(owner, name, count=1):
+        stopping.before(monkeypatch, owner, name, how, count)
 
     places = {
-        "loading": lambda: before(work.checkpoint, "load"),
-        "encoding": lambda: before(pipeline, "encode_images"),
-        "encoded": lambda: before(work, "denoise"),
-        "step 3": lambda: before(resume.RunFolder, "keep", 4),  # of conditions, and of three steps the third
-        "naming a step": lambda: before(resume.writing, "write_bytes", 4),  # the fourth file, the second carry
-        "denoised": lambda: before(work, "decode"),
-        "decoding": lambda: before(pipeline.keyframes, "from_unit"),
-        "writing": lambda: after(video, "write"),
-        "written": lambda: before(video, "write_json"),
+        "loading": lambda: at(work.checkpoint, "load"),
+        "encoding": lambda: at(pipeline, "encode_images"),
+        "encoded": lambda: at(work, "denoise"),
+        "step 3": lambda: at(resume.RunFolder, "keep", 4),  # of conditions, and of three steps the third
+        "naming a step": lambda: at(resume.writing, "write_bytes", 4),  # the fourth file, the second carry
+        "denoised": lambda: at(work, "decode"),
+        "decoding": lambda: at(pipeline.keyframes, "from_unit"),
+        "writing": lambda: stopping.after(monkeypatch, video, "write", how),
+        "written": lambda: at(video, "write_json"),
     }
     places[point]()
 

@@ -11,6 +11,7 @@ import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
+import stopping
 from nano import write_model
 from PIL import Image
 
@@ -109,26 +110,18 @@ def test_a_film_made_again_from_its_report(place, tmp_path, overlap):
 def stop_at(monkeypatch, point, how):
     """Calls `how` at a point of the next film."""
 
-    def before(owner, name, count=1):
-        original, calls = getattr(owner, name), []
-
-        def stopping(*arguments, **options):
-            calls.append(name)
-            if len(calls) == count:
-                how()
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, stopping)
+    def at(owner, name, count=1):
+        stopping.before(monkeypatch, owner, name, how, count)
 
     points = {
-        "loading": lambda: before(storyboard.checkpoint, "load"),
-        "encoding": lambda: before(pipeline, "encode_images", 2),
-        "encoded": lambda: before(film, "denoise"),
-        "step 2": lambda: before(resume.RunFolder, "keep", 3),  # of conditions, and of two steps the second
-        "denoised": lambda: before(pipeline, "decode"),
-        "second clip": lambda: before(pipeline, "decode", 2),
-        "writing": lambda: before(video, "write_png"),
-        "written": lambda: before(video, "write_json"),
+        "loading": lambda: at(storyboard.checkpoint, "load"),
+        "encoding": lambda: at(pipeline, "encode_images", 2),
+        "encoded": lambda: at(film, "denoise"),
+        "step 2": lambda: at(resume.RunFolder, "keep", 3),  # of conditions, and of two steps the second
+        "denoised": lambda: at(pipeline, "decode"),
+        "second clip": lambda: at(pipeline, "decode", 2),
+        "writing": lambda: at(video, "write_png"),
+        "written": lambda: at(video, "write_json"),
     }
     points[point]()
 
