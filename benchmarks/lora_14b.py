@@ -35,7 +35,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import measure, random_model
+from benchmarks import measure, random_model, resumed
 from benchmarks.steps import Shape
 from convert import loratree
 from wanjax import checkpoint, flow, lora, rope, shapes, sharding
@@ -206,26 +206,6 @@ def train(
     return state
 
 
-def restored(manager: ocp.CheckpointManager, state: State, resume: bool) -> State:
-    """The newest checkpoint's state with `resume`, on the devices of the given one; else that one.
-
-    Raises:
-      ValueError: checkpoints are there and resume is off, or the other way round, or of other adapters.
-    """
-    newest = manager.latest_step()
-    if (newest is None) == resume:
-        told = "holds checkpoints; add --resume or choose another folder" if newest else "holds no checkpoint"
-        raise ValueError(f"--out: {manager.directory.parent} {told}")
-    if newest is None:
-        return state
-    try:
-        return manager.restore(
-            newest, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-        )
-    except ValueError as error:
-        raise ValueError(f"--out: {manager.directory.parent} was trained with another --rank or --targets") from error
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = argparse.ArgumentParser("python -m benchmarks.lora_14b", description=__doc__.split("\n", 1)[0])
@@ -293,9 +273,9 @@ def run(args: argparse.Namespace) -> None:
         grid = Shape(args.batch, args.frames, args.size).latent_grid(model.vae)
         clips = RandomClip(config, grid, args.batch, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((args.out / "checkpoints").resolve(), options=keep) as manager:
-        state = restored(manager, place(mesh, new_state(recipe, params, args.seed)), args.resume)
+    with resumed.manager(args.out / "checkpoints") as manager:
+        state = place(mesh, new_state(recipe, params, args.seed))
+        state = resumed.restored(manager, state, args.resume, "--rank or --targets")
         state = train(config, recipe, params, state, clips, mesh, manager, args.seed, args.every)
     loratree.save(args.out / "lora.safetensors", config, state.adapters, overwrite=True)
     print(f"{args.out / 'lora.safetensors'}: python -m convert SRC DST --lora takes it")

@@ -27,6 +27,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import struct
 
+from benchmarks import resumed
 from benchmarks.tiny import build_tokenizer, evaluate
 from benchmarks.tiny.challenges import challenge
 from benchmarks.tiny.latents import VARIETIES, LatentSet, build, encoder, load_vae, write_vae
@@ -260,21 +261,6 @@ def train(config: ModelConfig, state: State, batches: MixedLengths, vae_params: 
     return state
 
 
-def restore(manager: ocp.CheckpointManager, state: State, resume: bool) -> State:
-    """The newest checkpoint's state if `resume`, else the given one.
-
-    Raises:
-      ValueError: checkpoints are there and resume is off, or the other way round.
-    """
-    newest = manager.latest_step()
-    if newest is None and not resume:
-        return state
-    if newest is None or not resume:
-        found = "holds checkpoints; add --resume or choose another folder" if newest else "holds no checkpoint"
-        raise ValueError(f"--out: {manager.directory} {found}")
-    return manager.restore(newest, args=ocp.args.StandardRestore(jax.eval_shape(lambda: state)))
-
-
 def write_model(config: ModelConfig, state: State, vae_params: Any, out: Path) -> None:
     """Writes OUT/model from the averaged weights, in bfloat16, which halves what the package carries."""
     half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), {**state.average, "vae": vae_params})
@@ -360,10 +346,9 @@ def main(arguments: list[str] | None = None) -> None:
         [Batches(one, tokenizer, config, max(1, round(tokens / one.latents.shape[1])), options.seed) for one in sets],
         options.seed,
     )
-    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((options.out / "checkpoints").resolve(), options=keep) as manager:
+    with resumed.manager(options.out / "checkpoints") as manager:
         state = new_state(running, options.seed) if model is None else state_of(model)
-        state = restore(manager, state, options.resume)
+        state = resumed.restored(manager, state, options.resume, "model")
         state = train(running, state, batches, vae_params, options, manager)
     write_model(config, state, vae_params, options.out)
 
