@@ -19,7 +19,7 @@ RENAMED: MappingProxyType[str, str] = MappingProxyType(
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line's; as that of a line of jobs it raises ValueError where it would end the process."""
+    """The command line's, whose errors are one line; as that of a line of jobs it raises ValueError instead."""
 
     raises = False
 
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         """Ends with the message, or raises it."""
         if self.raises:
             raise ValueError(message)
-        super().error(message)
+        self.exit(2, f"{self.prog}: error: {message}\n")  # argparse would show sixty lines of usage before it
 
 
 def parser() -> Parser:

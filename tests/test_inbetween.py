@@ -225,10 +225,12 @@ SYNTAX = [
 
 
 @pytest.mark.parametrize("extra", SYNTAX, ids=str)
-def test_bad_syntax_exits_with_2(job, extra):
+def test_bad_syntax_exits_with_2_and_one_line(job, extra, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(arguments(job, *extra))
     assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert extra[0] in line
 
 
 RENAMED = [
