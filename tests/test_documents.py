@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import documents
 import pytest
 from documents import DOCUMENTS, ROOT, arguments, blocks, mentions
 from nano import NANO, write_model
@@ -123,6 +124,22 @@ def test_a_wrong_command_is_not_understood(understood):
     assert "unrecognized arguments: --nonsense" in understood("samplers.inbetween", ["--nonsense"])
     assert "invalid choice" in understood("convert", ["a", "b", "--dtype", "f13"])
     assert "exit code" in understood("samplers.plan", ["--frames", "many"])
+
+
+def test_what_is_found(tmp_path, monkeypatch):
+    """Commands over several lines, behind `&&`, with comments, variables and a bare `...`; no block is passed over."""
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    (tmp_path / "x.md").write_text(
+        "Text with `python -m convert A\nB`.\n\n```sh\n# no command\nX_Y=1 python -m a.b --c 'd e' \\\n  --f ... # g\n"
+        'ls && .venv/bin/python -m h "..."\n```\n\n    python -m i\n    python -m j\n\n```\nunknown\n```\n'
+    )
+    shell, indented, other = blocks(tmp_path / "x.md")
+    assert (shell.place, shell.kind, indented.kind, other.kind) == ("x.md:3", "sh", "indented", "")
+    assert [arguments(one, "--z") for one in shell.commands] == [
+        ("a.b", ["--c", "d e", "--f", "--z"]), None, ("h", ["..."])
+    ]  # fmt: skip
+    assert [arguments(one) for one in indented.commands] == [("i", []), ("j", [])]
+    assert mentions(tmp_path / "x.md") == ["python -m convert A B"]
 
 
 def test_reasons_name_tests_that_are_there():

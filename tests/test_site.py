@@ -87,6 +87,13 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+def test_every_document_is_in_the_navigation():
+    """By a line of its own in docs/site/mkdocs.yml, or nobody finds it there."""
+    listed = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+    for document in (*ROOT.glob("docs/*.md"), *NOTEBOOKS):
+        assert f": docs/{document.stem}.md\n" in listed, document
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings_and_asks_nobody(site):
     pages = list(site.rglob("*.html"))
@@ -97,6 +104,9 @@ def test_the_site_builds_without_warnings_and_asks_nobody(site):
         assert parser.found
         outside = [address for address in parser.found if address and re.match(r"(?i)(\w+:)?//", address)]
         assert not outside, (page, outside)
+        if page.name != "404.html":  # shown for any address, so its own are from the root
+            lost = [address for address in filter(None, parser.found) if not (page.parent / address).exists()]
+            assert not lost, (page, lost)
     for sheet in site.rglob("*.css"):
         used = re.findall(r"(?i)(?:url\(|@import)\s*[\"']?((?:https?:)?//[^\"')\s]+)", sheet.read_text("utf-8"))
         assert not used, (sheet, used)
@@ -104,8 +114,9 @@ def test_the_site_builds_without_warnings_and_asks_nobody(site):
 
 @pytest.mark.slow
 def test_the_site_has_every_document_and_the_public_names(site):
-    for document in (ROOT / "docs").glob("*.md"):
-        assert (site / "docs" / f"{document.stem}.html").exists(), document
+    for document in (*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*/README.md"), *NOTEBOOKS):
+        page = document.relative_to(ROOT).with_suffix(".html")
+        assert (site / page).exists() or (site / page.with_name("index.html")).exists(), document
     reference = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
     for name in ("samplers.pipeline.inbetween", "samplers.plan.Settings", "wanjax.flow.draw", "wanjax.lora.init",
                  "wanjax.dit.WanDiT", "wanjax.kab.KAB", "convert.load", "samplers.solvers.coefficients"):  # fmt: skip

@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/*.md", "benchmarks/**/*.md")
 NOTEBOOKS = ("docs/*.ipynb",)
-LINK = re.compile(r"\]\(([^)#\s:]+)\)")
+LINK = re.compile(r"(?:\]\(|src=\")([^)\"#\s:]+)[)\"#]")
 
 
 def on_files(files: Files, config) -> Files:
