@@ -134,7 +134,7 @@ def test_what_is_found(tmp_path, monkeypatch):
         'ls && .venv/bin/python -m h "..."\n```\n\n    python -m i\n    python -m j\n\n```\nunknown\n```\n'
     )
     shell, indented, other = blocks(tmp_path / "x.md")
-    assert (shell.place, shell.kind, indented.kind, other.kind) == ("x.md:3", "sh", "indented", "")
+    assert (shell.place, shell.kind, indented.kind, other.kind) == ("x.md:4", "sh", "indented", "")
     assert [arguments(one, "--z") for one in shell.commands] == [
         ("a.b", ["--c", "d e", "--f", "--z"]), None, ("h", ["..."])
     ]  # fmt: skip
