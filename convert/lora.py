@@ -77,7 +77,7 @@ def merge(source: Source, requests: Sequence[str]) -> Source:
 
     Raises:
       SourceError: no transformer, a bad scale, a file without updates or of another kind; keys that match nothing, or
-      whose sizes do not fit, all of them.
+        whose sizes do not fit, all of them.
     """
     part = source.parts.get("dit")
     if part is None:

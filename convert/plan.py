@@ -59,7 +59,7 @@ def plan(source: Source, dtype: str = "keep", model: str = "auto") -> Plan:
 
     Raises:
       SourceError: parts that do not belong together, tensors missing, extra or of another shape, another model, a
-      tokenizer that cannot be used.
+        tokenizer that cannot be used.
     """
     config = _with_dtype(_whole(source, model), source, dtype)
     shapes = checkpoint.param_shapes(config)

@@ -215,10 +215,11 @@ def make(
 ) -> list[Result]:
     """Batches of clips, a stage at a time for all of them, so that each part of the model is needed once.
 
+    What is not said here is as in `inbetween`.
+
     Args:
       ready: gives the programs of the stages "encode", "denoise" and "decode"; `ahead.compile_ahead` makes one, None
         compiles each at its first call.
-      others: as `inbetween`.
     """
     timings, jitted = Timings(), Programs.of(plan, chunk)
     ready = ready or (lambda stage: jitted)
@@ -343,11 +344,12 @@ def denoise(
 ) -> jax.Array:
     """Latents [B, F, h, w, 16] of B clips from noise in that shape.
 
+    What is not said here is as in `inbetween`.
+
     Args:
       seeds: B of them, for solvers that add noise anew; None takes that of the settings for all.
       until: stop before that step, 0 .. steps, and give the latents that enter it.
       carry, first: go on from the carry of an earlier run that entered step `first`; the noise says the shape alone.
-      others: as `inbetween`.
 
     Raises:
       ValueError: noise of another shape, or a bias that is not this model's.

@@ -1,6 +1,7 @@
 """The wheel that `pip install .` makes: its scripts start; it holds the tiny model, and nothing that a clone needs."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -91,6 +92,30 @@ def test_requirements_can_be_parsed_and_agree():
             if one.name in lowest:
                 floors = [str(own.version) for own in one.specifier if own.operator == ">="]
                 assert all(lowest[one.name].contains(floor) for floor in floors), (extra, one)
+
+
+ACCELERATORS = ("cuda12", "cuda13", "tpu")
+"""Extras that are one of jax's own, by the same name; their libraries are gigabytes, so pip is not asked for them."""
+
+
+@pytest.mark.slow
+def test_every_extra_can_be_resolved(wheel, tmp_path):
+    """By pip, of the wheel, with what is installed here taken as it is; nothing is installed."""
+    extras = PROJECT["optional-dependencies"].keys() - {*ACCELERATORS}
+    assert {"explain", "sentencepiece", "gguf", "bench", "train", "docs", "test"} <= extras
+    for extra in sorted(extras):
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "-q", "--report", tmp_path / "report.json"]
+        done = subprocess.run([*command, f"wanjax[{extra}] @ {wheel.as_uri()}"], capture_output=True, text=True)
+        assert done.returncode == 0, (extra, done.stderr[-2000:])
+        told = json.loads((tmp_path / "report.json").read_text())
+        assert "does not provide the extra" not in done.stderr and told["install"], (extra, done.stderr)
+
+
+def test_extras_for_accelerators_are_those_of_jax():
+    known = set(metadata.metadata("jax").get_all("Provides-Extra"))
+    for extra in ACCELERATORS:
+        (one,) = map(Requirement, PROJECT["optional-dependencies"][extra])
+        assert (one.name, one.extras) == ("jax", {extra}) and extra in known
 
 
 def test_the_citation():

@@ -40,7 +40,8 @@ def frame(path: Path, index: int) -> np.ndarray:
       index: from 0, or negative from the end.
 
     Raises:
-      NoVideo, NoFrame.
+      NoVideo: it is none that can be read.
+      NoFrame: it is shorter; says how many frames there are.
     """
     import av  # here, as most keyframes are pictures
 
