@@ -20,6 +20,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from wanjax.settings import one_of
+
 TRAIN_TIMESTEPS = 1000.0
 """The timestep given to the model is this times sigma."""
 
@@ -73,8 +75,7 @@ def timesteps(levels: np.ndarray, rounding: Rounding = "exact") -> np.ndarray:
     Raises:
       ValueError: an unknown rounding.
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"timesteps {rounding!r}: choose {', '.join(ROUNDINGS)}")
+    one_of("timesteps", rounding, ROUNDINGS)
     exact = TRAIN_TIMESTEPS * np.asarray(levels, np.float64)[:-1]
     return np.trunc(exact) if rounding == "truncated" else exact
 

@@ -26,7 +26,7 @@ from wanjax.config import ModelConfig, from_json, to_json
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
 from wanjax.precision import BFLOAT16, FLOAT32, VAE_BFLOAT16
 from wanjax.residency import POLICIES, Model, Parts
-from wanjax.settings import refuse
+from wanjax.settings import one_of, refuse
 from wanjax.shapes import param_shapes
 from wanjax.tokenizer import Tokenizer
 
@@ -92,18 +92,14 @@ def open_folder(model: str | os.PathLike[str], whole: bool = True) -> Folder:
     Raises:
       CheckpointError: no such model, not a model folder, or a damaged one; names the file or array.
     """
-    try:
+    # No permission, a name too long, a broken disk; a null in the name; an unknown user's home, a loop of symlinks.
+    kinds = (OSError, ValueError, RuntimeError)
+    with manifest.told(f"model {str(model)!r}: cannot be read", "check the path", *kinds):
         # Absolute and without "..", which TensorStore does not take.
         path = bundled() if str(model) == "tiny" else Path(model).expanduser().resolve()
         if not path.is_dir():
             raise CheckpointError(f"model {str(model)!r}: no such folder; give 'tiny' or a wanjax model folder")
         return _open(path, whole)
-    except CheckpointError:
-        raise
-    # No permission, a name too long, a broken disk; a null in the name; an unknown user's home, a loop of symlinks.
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = manifest.first_line(error)
-        raise CheckpointError(f"model {str(model)!r}: cannot be read ({reason}); check the path") from error
 
 
 def _open(path: Path, whole: bool) -> Folder:
@@ -117,8 +113,7 @@ def _open(path: Path, whole: bool) -> Folder:
     lacking = [name for name in named if not (path / name).exists()]
     if found is None and any((path / part).is_dir() for part in shapes):
         lacking = [MANIFEST]
-    if lacking:
-        raise CheckpointError(f"model {path}: {', '.join(lacking)} missing; convert the weights again")
+    refuse((lacking, f"model {path}: {', '.join(lacking)} missing; convert the weights again"), error=CheckpointError)
     for part, tree in shapes.items():
         store.check(path, part, tree, found)
     notes = () if found is not None else (f"model {path}: by an older wanjax, without checksums; a damaged number "
@@ -131,11 +126,9 @@ def _config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = path / CONFIG
     if not file.is_file():
         raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
-    try:
+    with manifest.told(f"{file}: not of a model", "get it again or convert the weights again", *UNREADABLE):
         config = from_json(file.read_text(encoding="utf-8"))
         return config, param_shapes(config)
-    except UNREADABLE as error:
-        raise CheckpointError(f"{file}: {manifest.first_line(error)}") from error
 
 
 def _compare_files(path: Path, found: Manifest | None) -> None:
@@ -180,19 +173,16 @@ def load(
     Raises:
       CheckpointError: no such folder, damaged files, tensors that are not the config's, weights they do not give.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy {policy!r}: choose {', '.join(POLICIES)}")
+    one_of("policy", policy, POLICIES)
     folder = model if isinstance(model, Folder) else open_folder(model)
     config = folder.config if dtype is None else with_dtype(folder.config, dtype)
     config = config if weights is None else with_weights(config, weights)
-    if policy == "stream":
-        config = streaming.with_stream(config)
+    config = streaming.with_stream(config) if policy == "stream" else config
+    if config.dit.stream != "no":
         streaming.check_mesh(mesh)
     shapes = param_shapes(config)
 
     def read(part: str, mesh: Mesh | None, rules: sharding.Rules) -> Any:
-        if config.dit.stream != "no":
-            streaming.check_mesh(mesh)
         if part == "dit" and config.dit.stream != "no":
             return streaming.restore(folder.path, shapes[part], config.dit.stream, fast)
         return store.restore(folder.path, part, shapes[part], mesh, rules, fast)
@@ -210,9 +200,7 @@ def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     """The same model under the policy of a name: "float32" computes as the original does, "bfloat16" is what
     accelerators are fast at, VAE included. ValueError for another name."""
     policies = {"float32": (FLOAT32, FLOAT32), "bfloat16": (BFLOAT16, VAE_BFLOAT16)}
-    if dtype not in policies:
-        raise ValueError(f"dtype {dtype!r}: choose {' or '.join(policies)}")
-    dit, vae = policies[dtype]
+    dit, vae = policies[one_of("dtype", dtype, policies)]
     return config.with_precision(replace(dit, kernel=config.dit.precision.kernel), vae=vae)
 
 
@@ -224,9 +212,7 @@ def with_weights(config: ModelConfig, weights: str) -> ModelConfig:
       CheckpointError: the config's are of 8 bits already, and others.
       ValueError: another name.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    own, wanted = config.dit.precision, WEIGHTS[weights]
+    own, wanted = config.dit.precision, WEIGHTS[one_of("weights", weights, WEIGHTS, "choose one of")]
     if own.kernel not in (None, wanted):
         raise CheckpointError(f"model {config.name}: its kernels are stored in {own.kernel}, which do not give "
                               f"{weights} ones; convert the original weights again with --dtype {weights}")  # fmt: skip
@@ -272,8 +258,7 @@ def _compare(folder: Path, config: ModelConfig, params: Mapping[str, Any]) -> No
         return {name: tuple(leaf.shape) for name, leaf in flatten_dict(dict(trees), sep="/").items()}
 
     unlike = compare.lines(flat(params), flat(param_shapes(config)))
-    if unlike:
-        raise CheckpointError(f"{folder}: the params are not the config's{compare.listed(unlike)}")
+    refuse((unlike, f"{folder}: the params are not the config's{compare.listed(unlike)}"), error=CheckpointError)
 
 
 def sign(folder: str | os.PathLike[str]) -> None:

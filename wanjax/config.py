@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import dacite
 
 from wanjax.latent_rgb import WAN_RGB, LatentRGB
 from wanjax.precision import FLOAT32, Precision
-from wanjax.settings import refuse
+from wanjax.settings import check_finite, one_of, refuse
 
 STREAMS = ("no", "program", "loop")
 
@@ -277,8 +276,7 @@ class ModelConfig:
         Raises:
           ValueError: another platform.
         """
-        if platform not in _PLATFORMS:
-            raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
+        platform = one_of("platform", platform, _PLATFORMS, "choose one of")
         attention, rotation, conv3d, product = _PLATFORMS[platform]
         attention += f"-{_TPUS[kind]}" if platform == "tpu" and kind in _TPUS else ""
 
@@ -376,9 +374,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
       ValueError: unknown name.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return PRESETS[one_of("unknown preset", name, PRESETS, "choose one of")]()
 
 
 def to_json(config: ModelConfig) -> str:
@@ -396,7 +392,7 @@ def from_json(text: str) -> ModelConfig:
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise TypeError("not an object with fields")
-        _check_finite(fields)
+        check_finite(fields)
         # JSON has lists for tuples; Python counts true as a whole number, so it is shown as the text that it is.
         kinds = {int: _no_truth, float: _no_truth}
         return dacite.from_dict(ModelConfig, fields, dacite.Config(strict=True, cast=[tuple], type_hooks=kinds))
@@ -406,12 +402,3 @@ def from_json(text: str) -> ModelConfig:
 
 def _no_truth(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
-
-
-def _check_finite(fields: Mapping[str, Any]) -> None:
-    for name, item in fields.items():
-        if isinstance(item, dict):
-            _check_finite(item)
-        for number in item if isinstance(item, list) else [item]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise TypeError(f"{name} is {number}")

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from wanjax import colour, frames
-from wanjax.settings import refuse
+from wanjax.settings import one_of, refuse
 from wanjax.writing import absolute
 
 Fit = Literal["stretch", "crop", "pad"]
@@ -286,8 +286,7 @@ def clip_input(
 
 
 def _kernel(resample: str) -> Image.Resampling:
-    refuse((resample not in RESAMPLE, f"resample {resample!r}: choose {', '.join(RESAMPLE)}"))
-    return RESAMPLE[resample]
+    return RESAMPLE[one_of("resample", resample, RESAMPLE)]
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:

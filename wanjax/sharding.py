@@ -68,24 +68,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(sizes: Mapping[str, int], heads: int) -> None:
-    """Raises ValueError, with the valid numbers, for a mesh that does not divide the heads.
-
-    Args:
-      sizes: axis name -> number of devices along it.
-      heads: of the transformer, split over `tensor` always, and over `sequence` inside self-attention.
-    """
-    number = heads
-    for axis in ("tensor", "sequence"):
-        size = sizes.get(axis, 1)
-        if number % size:
-            valid = ", ".join(str(n) for n in range(1, min(number, 2 * size) + 1) if number % n == 0)
-            held = "" if number == heads else " that `tensor` leaves"
-            raise ValueError(f"mesh {axis}={size}: does not divide the {number} heads{held}; give one of {valid}"
-                             + (" and the rest to fsdp" if axis == "sequence" else ""))  # fmt: skip
-        number //= size
-
-
 def choose_mesh(devices: int, heads: int) -> dict[str, int]:
     """Axis sizes of a mesh of so many devices for one clip after the other.
 
