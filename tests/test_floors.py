@@ -35,10 +35,11 @@ FLOORS = (
         "layout",
         "pieces",
         "accepted",
+        "shapes",
         "flow",
         "lora",
     },
-    {"dit", "vae", "umt5", "clip", "tokenizer", "shapes"},
+    {"dit", "vae", "umt5", "clip", "tokenizer"},
     {
         "keyframes",
         "colour",

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from wanjax.config import DiTConfig
+from wanjax.shapes import condition_shapes
 from wanjax.types import Conditions, CrossBias, CrossControl
 
 
@@ -24,13 +25,7 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
             f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
             f"of the patch {config.patch_size}"
         )
-    images = None
-    if config.num_images:
-        count = "M" if config.num_images == 1 else config.num_images
-        images = (batch, count, config.image_tokens, config.image_dim)
-    latent = (batch, *grid, config.condition_channels) if config.condition_channels else None
-    text = (batch, config.text_length, config.text_dim)
-    _check_fields("conditions", conditions, {"text": text, "images": images, "latent": latent})
+    _check_fields("conditions", conditions, condition_shapes(config, batch, tuple(grid)))
 
 
 def check_cross(
@@ -52,15 +47,15 @@ def check_cross(
     """
     layers, images = config.num_layers, config.num_images if images is None else images
     if bias is not None:
-        shapes = {"text": (layers, *rows, config.text_length),
+        wanted = {"text": (layers, *rows, config.text_length),
                   "images": (layers, *rows, images, config.image_tokens) if images else None}  # fmt: skip
-        given = {name: shape for name, shape in shapes.items() if getattr(bias, name) is not None}
+        given = {name: shape for name, shape in wanted.items() if getattr(bias, name) is not None}
         _check_fields("cross_bias", bias, given)
     if control is not None:
         anchors = "A" if np.ndim(control.anchors) != 1 else np.shape(control.anchors)[0]
-        shapes = {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
+        wanted = {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
                   "weights": (1 + images,)}  # fmt: skip
-        _check_fields("control", control, shapes)
+        _check_fields("control", control, wanted)
     _check_leaf("strength", strength, None if control is None else (layers, *rows))
 
 

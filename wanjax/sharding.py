@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Sequence[tuple[str, P]]
 
-COLUMNS = r"blocks/cross_attn/[kv](_image)?/(kernel|factor)$"
+COLUMNS = r"blocks/cross_attn/[kv](_\w+)?/(kernel|factor)$"
 """Of the few tokens of text and images every device computes some columns, for all of them: no weight travels."""
 
 STREAMED = r"^blocks/.*/kernel$"
