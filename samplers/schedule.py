@@ -80,27 +80,15 @@ def timesteps(levels: np.ndarray, rounding: Rounding = "exact") -> np.ndarray:
     return np.trunc(exact) if rounding == "truncated" else exact
 
 
-def _wan(steps: int, shift: float) -> np.ndarray:
-    return shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift)
-
-
-def _linear(steps: int, shift: float) -> np.ndarray:
-    return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
-
-
 def _diffusers_unipc(steps: int, shift: float) -> np.ndarray:
     levels = shifted(np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1)[:-1], shift)
     levels[0] -= 1e-6
     return levels
 
 
-def _diffusers_euler(steps: int, shift: float) -> np.ndarray:
-    return shifted(np.linspace(1, shifted(1 / TRAIN_TIMESTEPS, shift), steps), shift)
-
-
 SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {
-    "wan": _wan,
-    "linear": _linear,
+    "wan": lambda steps, shift: shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift),
+    "linear": lambda steps, shift: shifted(np.linspace(1, 0, steps + 1)[:-1], shift),
     "diffusers-unipc": _diffusers_unipc,
-    "diffusers-euler": _diffusers_euler,
+    "diffusers-euler": lambda steps, shift: shifted(np.linspace(1, shifted(1 / TRAIN_TIMESTEPS, shift), steps), shift),
 }

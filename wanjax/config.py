@@ -317,16 +317,8 @@ _TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5
          "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
 
-def _flf2v_14b() -> ModelConfig:
-    return ModelConfig("flf2v_14b", DiTConfig(), VAEConfig(), UMT5Config(), CLIPConfig())
-
-
-def _i2v_14b() -> ModelConfig:
-    return ModelConfig("i2v_14b", DiTConfig(num_images=1), VAEConfig(), UMT5Config(), CLIPConfig())
-
-
 def _t2v_1_3b() -> ModelConfig:
-    dit = DiTConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, in_channels=16, image_dim=None, num_images=0)
+    dit = DiTConfig(**_SMALL, in_channels=16, image_dim=None, num_images=0)
     sampling = SamplingDefaults(size=(480, 832), shift=5.0, guidance=5.0)
     return ModelConfig("t2v_1_3b", dit, VAEConfig(), UMT5Config(), None, sampling)
 
@@ -342,14 +334,6 @@ def _fun_inp(name: str, dit: DiTConfig) -> ModelConfig:
     return ModelConfig(name, dit, VAEConfig(), UMT5Config(), CLIPConfig(), sampling)
 
 
-def _fun_inp_1_3b() -> ModelConfig:
-    return _fun_inp("fun_inp_1_3b", DiTConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, num_images=1))
-
-
-def _fun_inp_14b() -> ModelConfig:
-    return _fun_inp("fun_inp_14b", DiTConfig(num_images=1))
-
-
 def _tiny() -> ModelConfig:
     clip = CLIPConfig(num_layers=2, dim=128, num_heads=4, ffn_dim=512, image_size=32, patch_size=8)
     umt5 = UMT5Config(num_layers=2, dim=128, num_heads=4, head_dim=32, ffn_dim=256, vocab_size=768)
@@ -362,10 +346,15 @@ def _tiny() -> ModelConfig:
     return ModelConfig("tiny", dit, vae, umt5, clip, sampling)
 
 
+_SMALL = {"num_layers": 30, "dim": 1536, "num_heads": 12, "ffn_dim": 8960}
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
-    "tiny": _tiny, "flf2v_14b": _flf2v_14b, "i2v_14b": _i2v_14b, "t2v_1_3b": _t2v_1_3b,
-    "fun_inp_1_3b": _fun_inp_1_3b, "fun_inp_14b": _fun_inp_14b,
-}  # fmt: skip
+    "tiny": _tiny,
+    "flf2v_14b": lambda: ModelConfig("flf2v_14b", DiTConfig(), VAEConfig(), UMT5Config(), CLIPConfig()),
+    "i2v_14b": lambda: ModelConfig("i2v_14b", DiTConfig(num_images=1), VAEConfig(), UMT5Config(), CLIPConfig()),
+    "t2v_1_3b": _t2v_1_3b,
+    "fun_inp_1_3b": lambda: _fun_inp("fun_inp_1_3b", DiTConfig(**_SMALL, num_images=1)),
+    "fun_inp_14b": lambda: _fun_inp("fun_inp_14b", DiTConfig(num_images=1)),
+}
 
 
 def preset(name: str) -> ModelConfig:
