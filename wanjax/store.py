@@ -30,8 +30,6 @@ from safetensors import SafetensorError, safe_open
 from wanjax import compare, hosts, sharding
 from wanjax.manifest import (
     AGAIN,
-    FORMAT,
-    MANIFEST,
     ORBAX,
     SAFETENSORS,
     CheckpointError,
@@ -42,37 +40,12 @@ from wanjax.manifest import (
     manifest_of,
     raw,
     read_manifest,
-    size,
     told,
 )
 from wanjax.quantise import quantise
 
 if TYPE_CHECKING:
     import tensorstore as ts
-
-__all__ = [  # with what is of the manifest
-    "FORMAT",
-    "MANIFEST",
-    "Manifest",
-    "blocks",
-    "check",
-    "chunk_shape",
-    "create",
-    "entries",
-    "factor_of",
-    "fitted",
-    "numbers",
-    "open_array",
-    "place",
-    "raw",
-    "read_ahead",
-    "read_manifest",
-    "restore",
-    "size",
-    "skeleton",
-    "tensors_of",
-    "verify",
-]
 
 SPLITS = 8
 """Into how many chunks a long axis is cut, so that up to as many hosts can each read its own."""
