@@ -47,6 +47,7 @@ FLOORS = (
         "conditioning",
         "guidance",
         "manifest",
+        "folder",
         "store",
         "layered",
         "streaming",

@@ -1,17 +1,15 @@
 """A wanjax model folder: `config.json`, `tokenizer.json`, a manifest, and the parameters in one of two forms.
 
 What `python -m convert` writes is an Orbax checkpoint for each model, what `save` writes is a safetensors file for each
-(`wanjax.store` knows both). Everything that can be wrong and be seen without reading the weights is found by
-`open_folder`; the weights are compared with their digests as they are read.
+(`wanjax.store` knows both). What can be wrong and be seen without reading the weights is found by `folder.open_folder`;
+the weights are compared with their digests as they are read.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,131 +20,20 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from wanjax import compare, manifest, sharding, store, streaming, writing
-from wanjax.config import ModelConfig, from_json, to_json
+from wanjax.config import ModelConfig, to_json
+from wanjax.folder import CONFIG, TOKENIZER, Folder, bundled, config_of, is_folder, open_folder, read_config
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
 from wanjax.precision import BFLOAT16, FLOAT32, VAE_BFLOAT16
 from wanjax.residency import POLICIES, Model, Parts
 from wanjax.settings import one_of, refuse
 from wanjax.shapes import param_shapes
-from wanjax.tokenizer import Tokenizer
 
 __all__ = ["CONFIG", "TOKENIZER", "CheckpointError", "Folder", "Model", "bundled", "is_folder", "load", "open_folder",
            "param_shapes", "read_config", "save", "sign", "with_dtype",
            "with_weights"]  # fmt: skip
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS = MappingProxyType({"bf16": None, "int8": "int8", "fp8": "float8_e4m3fn"})
 """How the transformer's kernels may be asked for, and what `Precision.kernel` is then."""
-UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
-"""What a configuration of the wrong kind may end in, such as no heads to divide the width by."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A model folder of which nothing is wrong that can be seen without reading the weights.
-
-    Attributes:
-      path: absolute.
-      config: sizes, precision and sampling defaults.
-      tokenizer: of the text encoder; None where the folder need not be whole.
-      notes: lines that a user should see.
-    """
-
-    path: Path
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-    notes: tuple[str, ...] = ()
-
-
-def bundled() -> Path:
-    """The folder of the tiny model that comes with the package."""
-    return Path(str(resources.files("wanjax") / "assets" / "tiny"))
-
-
-def is_folder(path: Path) -> bool:
-    """Whether a folder is a wanjax model folder, by its config.json; other libraries have files of that name too."""
-    try:
-        fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(fields, dict) and {"dit", "vae", "umt5", "sampling"} <= fields.keys()
-
-
-def read_config(model: str | os.PathLike[str], whole: bool = True) -> tuple[Path, ModelConfig]:
-    """The absolute folder and the configuration of "tiny" or of a path, checked as by `open_folder`.
-
-    Raises:
-      CheckpointError: no such model, or not a model folder.
-    """
-    folder = open_folder(model, whole)
-    return folder.path, folder.config
-
-
-def open_folder(model: str | os.PathLike[str], whole: bool = True) -> Folder:
-    """Checks a model folder: configuration, manifest, names, shapes and files of all arrays, tokenizer.
-
-    Args:
-      model: "tiny" for the bundled one, or a model folder; "~", ".." and symlinks are followed.
-      whole: whether all its files must be there. Without, weights and tokenizer are not looked at.
-
-    Raises:
-      CheckpointError: no such model, not a model folder, or a damaged one; names the file or array.
-    """
-    # No permission, a name too long, a broken disk; a null in the name; an unknown user's home, a loop of symlinks.
-    kinds = (OSError, ValueError, RuntimeError)
-    with manifest.told(f"model {str(model)!r}: cannot be read", "check the path", *kinds):
-        # Absolute and without "..", which TensorStore does not take.
-        path = bundled() if str(model) == "tiny" else Path(model).expanduser().resolve()
-        if not path.is_dir():
-            raise CheckpointError(f"model {str(model)!r}: no such folder; give 'tiny' or a wanjax model folder")
-        return _open(path, whole)
-
-
-def _open(path: Path, whole: bool) -> Folder:
-    config, shapes = _config(path)
-    found = manifest.manifest_of(path)
-    _compare_files(path, found)
-    if not whole:
-        return Folder(path, config, None)
-    stored = found is not None and found.form != SAFETENSORS
-    named = (*(part if stored else f"{part}.safetensors" for part in shapes), TOKENIZER)
-    lacking = [name for name in named if not (path / name).exists()]
-    if found is None and any((path / part).is_dir() for part in shapes):
-        lacking = [MANIFEST]
-    refuse((lacking, f"model {path}: {', '.join(lacking)} missing; convert the weights again"), error=CheckpointError)
-    for part, tree in shapes.items():
-        store.check(path, part, tree, found)
-    notes = () if found is not None else (f"model {path}: by an older wanjax, without checksums; a damaged number "
-                                          "would not be noticed (wanjax.checkpoint.sign adds them)",)  # fmt: skip
-    return Folder(path, config, _tokenizer(path / TOKENIZER, config), notes)
-
-
-def _config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration in a folder and its parameters' shapes."""
-    file = path / CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"model {path}: no {CONFIG} in it; convert the weights to a wanjax model folder")
-    with manifest.told(f"{file}: not of a model", "get it again or convert the weights again", *UNREADABLE):
-        config = from_json(file.read_text(encoding="utf-8"))
-        return config, param_shapes(config)
-
-
-def _compare_files(path: Path, found: Manifest | None) -> None:
-    for name, digest in {} if found is None else found.files.items():
-        if (path / name).is_file() and manifest.file_digest(path / name) != digest:
-            raise CheckpointError(f"{path / name}: not the file of the manifest; get it again, or if you changed it, "
-                                  "have wanjax.checkpoint.sign write the manifest anew")  # fmt: skip
-
-
-def _tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer(file)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    size, room = tokenizer.vocab_size, config.umt5.vocab_size
-    if size > room:
-        raise CheckpointError(f"{file}: {size} tokens, the text encoder has {room}; put the model's own there")
-    return tokenizer
 
 
 def load(
@@ -271,7 +158,7 @@ def sign(folder: str | os.PathLike[str]) -> None:
       CheckpointError: not a model folder, or the arrays are not the config's.
     """
     path = Path(folder).expanduser().resolve()
-    _, shapes = _config(path)
+    _, shapes = config_of(path)
     found = manifest.manifest_of(path)
     if found is not None and found.form != SAFETENSORS:
         new = replace(found, files=_files(path))
