@@ -27,6 +27,7 @@ from convert import dit, sources, write
 from convert.keymap import invert
 from wanjax import shapes, store
 from wanjax.config import PRESETS, DiTConfig, preset
+from wanjax.manifest import read_manifest
 
 SOURCE = "source/diffusion_pytorch_model.safetensors"
 
@@ -57,7 +58,7 @@ def run(config: DiTConfig, folder: Path, repeats: int) -> dict[str, Any]:
 
     def load() -> Any:
         tree = shapes.dit(config)
-        store.check(target, "dit", tree, store.read_manifest(target))
+        store.check(target, "dit", tree, read_manifest(target))
         return jax.block_until_ready(store.restore(target, "dit", tree, None))
 
     functions = {"load_file": lambda: load_file(folder / SOURCE), "convert": convert, "load": load}

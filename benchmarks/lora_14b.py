@@ -41,6 +41,7 @@ from convert import loratree
 from wanjax import checkpoint, flow, lora, rope, shapes, sharding
 from wanjax.config import PRESETS, DiTConfig, ModelConfig, preset
 from wanjax.dit import WanDiT, token_grid
+from wanjax.settings import check_mesh
 from wanjax.types import Conditions, RopeTable
 
 EMPTY = "empty.npz"
@@ -266,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
     device = jax.devices()[0]
     config = training_config(model, device.platform, device.device_kind)
     if args.mesh:
-        sharding.check_mesh(args.mesh, config.num_heads)
+        check_mesh(args.mesh, config.num_heads)
     if args.clips is not None:
         clips: Clips | RandomClip = Clips(args.clips, args.batch, args.seed)
     else:

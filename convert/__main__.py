@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from convert import families, inspect, lora, sources, write
 from wanjax import store
+from wanjax.manifest import read_manifest, size
 from wanjax.writing import terminate_as_interrupt
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -104,8 +105,8 @@ def _inspect(arguments: list[str]) -> int:
     if options.full:
         if options.path is None:
             raise ValueError("--full reads a wanjax folder; give its path")
-        manifest = store.read_manifest(Path(options.path))
-        with _bar(store.size(manifest), "verify") as bar:
+        manifest = read_manifest(Path(options.path))
+        with _bar(size(manifest), "verify") as bar:
             store.verify(Path(options.path), manifest.arrays, bar.update)
         print("every array is the one of the manifest")
     return 0
@@ -126,7 +127,7 @@ def _convert(arguments: list[str]) -> int:
         _note(note)
     with _bar(write.work(planned), "convert") as bar:
         manifest = write.write(planned, options.target, options.dtype, bar.update, _note)
-    print(f"{options.target}: {planned.config.name}, {', '.join(source.parts)}, {store.size(manifest) / 1e9:.3f} GB in "
+    print(f"{options.target}: {planned.config.name}, {', '.join(source.parts)}, {size(manifest) / 1e9:.3f} GB in "
           f"{time.perf_counter() - start:.1f} s{_peak_memory()}")  # fmt: skip
     return 0
 

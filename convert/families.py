@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -121,8 +122,8 @@ def _stated(stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         raise SourceError(f"config.json says {'; '.join(differences)}: files of two models are mixed up")
 
 
-def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], names: Mapping[str, str]) -> DiTConfig:
-    """`names`: our role -> foreign name, for the tensors that tell sizes."""
+def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], **names: str) -> DiTConfig:
+    """`names`: foreign ones of the tensors that tell sizes, by our role."""
     dim, channels, *patch = _shape(shapes, names["patch"], 5)
     layers = _count(shapes, r"blocks\.(\d+)\.")
     heads = _told(stated, "num_attention_heads", _told(stated, "num_heads", 0))
@@ -161,25 +162,6 @@ def _dit(shapes: Mapping[str, Shape], stated: Mapping[str, Any], names: Mapping[
     )
 
 
-def _dit_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> DiTConfig:
-    return _dit(shapes, stated, {
-        "patch": "patch_embedding.weight", "ffn": "blocks.0.ffn.0.weight", "time": "time_embedding.0.weight",
-        "text": "text_embedding.0.weight", "head": "head.head.weight", "image": "img_emb.proj.0.weight",
-        "position": "img_emb.emb_pos", "branch": "img_emb.", "key": ".cross_attn.k_img.",
-    })  # fmt: skip
-
-
-def _dit_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> DiTConfig:
-    embed = "condition_embedder"
-    return _dit(shapes, stated, {
-        "patch": "patch_embedding.weight", "ffn": "blocks.0.ffn.net.0.proj.weight",
-        "time": f"{embed}.time_embedder.linear_1.weight", "text": f"{embed}.text_embedder.linear_1.weight",
-        "head": "proj_out.weight", "image": f"{embed}.image_embedder.norm1.weight",
-        "position": f"{embed}.image_embedder.pos_embed", "branch": f"{embed}.image_embedder.",
-        "key": ".attn2.add_k_proj.",
-    })  # fmt: skip
-
-
 def _vae(
     shapes: Mapping[str, Shape], stated: Mapping[str, Any], first: str, latent: str, layers: str, conv: str
 ) -> VAEConfig:
@@ -210,16 +192,6 @@ def _vae(
     return config
 
 
-def _vae_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VAEConfig:
-    layers = "encoder.downsamples."
-    return _vae(shapes, stated, "encoder.conv1.weight", "conv2.weight", layers, "residual.2.weight")
-
-
-def _vae_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> VAEConfig:
-    layers = "encoder.down_blocks."
-    return _vae(shapes, stated, "encoder.conv_in.weight", "post_quant_conv.weight", layers, "conv1.weight")
-
-
 def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, block: str, bias: str, q: str,
           ffn: str) -> UMT5Config:  # fmt: skip
     vocab, dim = _shape(shapes, embed, 2)
@@ -241,23 +213,9 @@ def _umt5(shapes: Mapping[str, Shape], stated: Mapping[str, Any], embed: str, bl
     )
 
 
-def _umt5_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> UMT5Config:
-    first = "blocks.0"
-    bias = f"{first}.pos_embedding.embedding.weight"
-    return _umt5(shapes, stated, "token_embedding.weight", r"blocks\.(\d+)\.", bias, f"{first}.attn.q.weight",
-                 f"{first}.ffn.fc1.weight")  # fmt: skip
-
-
-def _umt5_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> UMT5Config:
-    first = "encoder.block.0.layer"
-    attention = f"{first}.0.SelfAttention"
-    return _umt5(shapes, stated, "shared.weight", r"encoder\.block\.(\d+)\.",
-                 f"{attention}.relative_attention_bias.weight", f"{attention}.q.weight",
-                 f"{first}.1.DenseReluDense.wi_1.weight")  # fmt: skip
-
-
-def _clip(shapes: Mapping[str, Shape], stated: Mapping[str, Any], patch: str, positions: Shape, block: str,
+def _clip(shapes: Mapping[str, Shape], stated: Mapping[str, Any], patch: str, place: str, axes: int, block: str,
           ffn: str) -> CLIPConfig:  # fmt: skip
+    positions = _shape(shapes, place, axes)
     inner = stated.get("vision_config")
     stated = inner if isinstance(inner, dict) else stated
     dim, _, size, _ = _shape(shapes, patch, 4)
@@ -283,48 +241,57 @@ def _clip(shapes: Mapping[str, Shape], stated: Mapping[str, Any], patch: str, po
     )
 
 
-def _clip_original(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> CLIPConfig:
-    return _clip(shapes, stated, "visual.patch_embedding.weight", _shape(shapes, "visual.pos_embedding", 3),
-                 r"visual\.transformer\.(\d+)\.", "visual.transformer.0.mlp.0.weight")  # fmt: skip
-
-
-def _clip_diffusers(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> CLIPConfig:
-    positions = _shape(shapes, "embeddings.position_embedding.weight", 2)
-    return _clip(shapes, stated, "embeddings.patch_embedding.weight", positions, r"encoder\.layers\.(\d+)\.",
-                 "encoder.layers.0.mlp.fc1.weight")  # fmt: skip
-
-
 def _also(*starts: str) -> Callable[[Any, Iterable[str]], tuple[str, ...]]:
     """Names that begin so."""
     return lambda config, present: tuple(name for name in present if name.startswith(starts))
 
 
+_EMBED, _LAYER = "condition_embedder", "encoder.block.0.layer"
+
 FAMILIES: tuple[Family, ...] = (
     Family("dit", "original", ("patch_embedding.weight", "blocks.0.self_attn.q.weight", "time_embedding.0.weight",
                                "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight"),
-           dit.original, _dit_original),
+           dit.original, partial(
+               _dit, patch="patch_embedding.weight", ffn="blocks.0.ffn.0.weight", time="time_embedding.0.weight",
+               text="text_embedding.0.weight", head="head.head.weight", image="img_emb.proj.0.weight",
+               position="img_emb.emb_pos", branch="img_emb.", key=".cross_attn.k_img.")),
     Family("dit", "diffusers", ("patch_embedding.weight", "condition_embedder.time_embedder.linear_1.weight",
                                 "condition_embedder.text_embedder.linear_1.weight", "proj_out.weight",
                                 "blocks.0.ffn.net.0.proj.weight"),
-           dit.diffusers, _dit_diffusers),
+           dit.diffusers, partial(
+               _dit, patch="patch_embedding.weight", ffn="blocks.0.ffn.net.0.proj.weight", key=".attn2.add_k_proj.",
+               time=f"{_EMBED}.time_embedder.linear_1.weight", text=f"{_EMBED}.text_embedder.linear_1.weight",
+               head="proj_out.weight", image=f"{_EMBED}.image_embedder.norm1.weight",
+               position=f"{_EMBED}.image_embedder.pos_embed", branch=f"{_EMBED}.image_embedder.")),
     Family("vae", "original", ("encoder.conv1.weight", "conv2.weight", "encoder.downsamples.0.residual.2.weight"),
-           vae.original, _vae_original),
+           vae.original, partial(_vae, first="encoder.conv1.weight", latent="conv2.weight",
+                                 layers="encoder.downsamples.", conv="residual.2.weight")),
     Family("vae", "diffusers", ("encoder.conv_in.weight", "post_quant_conv.weight",
                                 "encoder.down_blocks.0.conv1.weight"),
-           vae.diffusers, _vae_diffusers),
+           vae.diffusers, partial(_vae, first="encoder.conv_in.weight", latent="post_quant_conv.weight",
+                                  layers="encoder.down_blocks.", conv="conv1.weight")),
     Family("umt5", "original", ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
                                 "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"),
-           umt5.original, _umt5_original, _also(*umt5.BESIDE)),
+           umt5.original, partial(
+               _umt5, embed="token_embedding.weight", block=r"blocks\.(\d+)\.", q="blocks.0.attn.q.weight",
+               bias="blocks.0.pos_embedding.embedding.weight", ffn="blocks.0.ffn.fc1.weight"), _also(*umt5.BESIDE)),
     Family("umt5", "diffusers", ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
                                  "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
                                  "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"),
-           umt5.diffusers, _umt5_diffusers, _also(*umt5.IGNORE)),
+           umt5.diffusers, partial(
+               _umt5, embed="shared.weight", block=r"encoder\.block\.(\d+)\.", q=f"{_LAYER}.0.SelfAttention.q.weight",
+               bias=f"{_LAYER}.0.SelfAttention.relative_attention_bias.weight",
+               ffn=f"{_LAYER}.1.DenseReluDense.wi_1.weight"), _also(*umt5.IGNORE)),
     Family("clip", "original", ("visual.patch_embedding.weight", "visual.pos_embedding",
                                 "visual.transformer.0.mlp.0.weight"),
-           clip.original, _clip_original, clip.original_unused),
+           clip.original, partial(
+               _clip, patch="visual.patch_embedding.weight", place="visual.pos_embedding", axes=3,
+               block=r"visual\.transformer\.(\d+)\.", ffn="visual.transformer.0.mlp.0.weight"), clip.original_unused),
     Family("clip", "diffusers", ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
                                  "encoder.layers.0.mlp.fc1.weight"),
-           clip.diffusers, _clip_diffusers,
+           clip.diffusers, partial(
+               _clip, patch="embeddings.patch_embedding.weight", place="embeddings.position_embedding.weight", axes=2,
+               block=r"encoder\.layers\.(\d+)\.", ffn="encoder.layers.0.mlp.fc1.weight"),
            lambda config, names: (*clip.unused(config), *_also(*clip.BESIDE)(config, names))),
 )  # fmt: skip
 """Every model in every layout; its marks being there is what tells it."""

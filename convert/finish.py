@@ -4,16 +4,16 @@ import dataclasses
 from pathlib import Path
 
 from convert.plan import Plan
-from wanjax import checkpoint, store
+from wanjax import checkpoint
 from wanjax.config import to_json
-from wanjax.manifest import file_digest
+from wanjax.manifest import MANIFEST, Manifest, file_digest
 from wanjax.publishing import publish, sync, sync_folder
 
 PROGRESS, JOB = "progress.jsonl", "job.json"
 """Which arrays are finished, and of what; both go when the folder has its name."""
 
 
-def finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest) -> None:
+def finish(planned: Plan, folder: Path, target: Path, manifest: Manifest) -> None:
     """Adds what makes the folder a model, and gives it its name.
 
     Raises:
@@ -24,7 +24,7 @@ def finish(planned: Plan, folder: Path, target: Path, manifest: store.Manifest) 
         write_synced(folder / checkpoint.TOKENIZER, planned.tokenizer.text)
     files = {name: file_digest(folder / name) for name in (checkpoint.CONFIG, checkpoint.TOKENIZER)
              if (folder / name).is_file()}  # fmt: skip
-    write_synced(folder / store.MANIFEST, dataclasses.replace(manifest, files=files).dumps())
+    write_synced(folder / MANIFEST, dataclasses.replace(manifest, files=files).dumps())
     sync_folder(folder)
     publish(folder, target)  # what an interruption after this leaves is whole, and two small files too many
     sync_folder(target.parent)

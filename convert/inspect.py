@@ -10,6 +10,7 @@ import numpy as np
 from convert import families, sources, write
 from convert.tensors import SourceError
 from wanjax import checkpoint, store
+from wanjax.manifest import MANIFEST, CheckpointError, read_manifest, size
 
 
 def describe(path: str | Path | None, files: Mapping[str, str | Path] = sources.NOTHING) -> str:
@@ -18,7 +19,7 @@ def describe(path: str | Path | None, files: Mapping[str, str | Path] = sources.
     Raises:
       ValueError: nothing there that is known, or damaged files.
     """
-    if path is not None and (Path(path) / store.MANIFEST).is_file():
+    if path is not None and (Path(path) / MANIFEST).is_file():
         return _folder(Path(path))
     source = sources.find(path, files=files) if path is not None else sources.find(None, tuple(files), files)
     lines = [f"{path or ', '.join(map(str, files.values()))}:"]
@@ -46,9 +47,9 @@ def describe(path: str | Path | None, files: Mapping[str, str | Path] = sources.
 def _folder(path: Path) -> str:
     """A converted folder, from its manifest."""
     _, config = checkpoint.read_config(path, whole=False)
-    manifest = store.read_manifest(path)
+    manifest = read_manifest(path)
     lines = [f"{path}: wanjax folder of {config.name}, by {manifest.tool}, dtype {manifest.dtype}, "
-             f"{store.size(manifest) / 1e9:.3f} GB"]  # fmt: skip
+             f"{size(manifest) / 1e9:.3f} GB"]  # fmt: skip
     shapes = checkpoint.param_shapes(config)
     for part in shapes:
         own = {name: entry for name, entry in manifest.arrays.items() if name.startswith(f"{part}/")}
@@ -61,7 +62,7 @@ def _folder(path: Path) -> str:
         try:
             store.check(path, part, shapes[part], manifest)
             state = "complete"
-        except store.CheckpointError as error:
+        except CheckpointError as error:
             state = str(error)
         lines.append(f"  {part}: {_numbers(dtypes)} in {len(own)} arrays; {state}")
     lines.append("  made from: " + ", ".join(manifest.sources))

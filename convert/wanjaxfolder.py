@@ -11,6 +11,7 @@ from convert.families import Family
 from convert.keymap import Rule
 from convert.tensors import Codes, SourceError, Tensor, Tensors, open_file
 from wanjax import checkpoint, store
+from wanjax.manifest import MANIFEST, CheckpointError, read_manifest
 
 LAYER = "#"
 
@@ -75,8 +76,8 @@ def _stack(name: str) -> str:
 def _stored(path: Path, slot: str) -> Tensors:
     """Arrays of a converted folder, by parameter path."""
     try:
-        arrays = store.read_manifest(path).arrays
-    except store.CheckpointError as error:
+        arrays = read_manifest(path).arrays
+    except CheckpointError as error:
         raise SourceError(str(error)) from error
     own = {name: entry for name, entry in arrays.items() if name.startswith(f"{slot}/")}
 
@@ -86,4 +87,4 @@ def _stored(path: Path, slot: str) -> Tensors:
                       lambda i: store.open_array(where)[i].read().result())  # fmt: skip
 
     named = {name.split("/", 1)[1]: tensor(name, entry) for name, entry in own.items()}
-    return Tensors((path / store.MANIFEST,), named)
+    return Tensors((path / MANIFEST,), named)

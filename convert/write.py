@@ -30,6 +30,7 @@ from convert.sources import Part
 from convert.tensors import SourceError, sha256
 from wanjax import checkpoint, store
 from wanjax.config import to_json
+from wanjax.manifest import FORMAT, MANIFEST, Manifest, raw
 from wanjax.writing import OutputError, Target, absolute, check_parent, locked
 
 __all__ = ["DTYPES", "OutputError", "Plan", "check_target", "lacking", "load", "plan", "work", "write"]
@@ -43,7 +44,7 @@ def write(
     dtype: str,
     told: Callable[[int], Any] = lambda size: None,
     noted: Callable[[str], Any] = lambda note: None,
-) -> store.Manifest:
+) -> Manifest:
     """Writes the folder.
 
     Args:
@@ -71,7 +72,7 @@ def write(
         tool = f"wanjax {metadata.version('wanjax')}"
         job = {
             "tool": tool,
-            "format": store.FORMAT,
+            "format": FORMAT,
             "sources": digests,
             "config": json.loads(to_json(planned.config)),
             "dtype": dtype,
@@ -82,7 +83,7 @@ def write(
             arrays = _write_arrays(planned, folder, _resume(folder, job, planned, noted), told)
             if _stats(files) != before:
                 raise SourceError(f"{source.path}: its files changed during the conversion; run it again")
-            manifest = store.Manifest(arrays, digests, tool, dtype, source.loras)
+            manifest = Manifest(arrays, digests, tool, dtype, source.loras)
             finish(planned, folder, target, manifest)
     return manifest
 
@@ -114,7 +115,7 @@ def check_target(target: Path) -> Path:
 
 def _ours(hidden: Path) -> bool:
     """Whether a folder under the hidden name holds nothing but what an earlier conversion left."""
-    names = {JOB, PROGRESS, checkpoint.CONFIG, checkpoint.TOKENIZER, store.MANIFEST}
+    names = {JOB, PROGRESS, checkpoint.CONFIG, checkpoint.TOKENIZER, MANIFEST}
     if hidden.is_symlink() or not hidden.is_dir():
         return False
     return all(path.name in names or path.name.partition(".")[0] in SLOTS for path in hidden.iterdir())
@@ -212,7 +213,7 @@ def _write_array(
                 array[i if rule.stacked else ...].write(layer).result()
             except ValueError as error:  # tensorstore's way to say that the disk is full
                 raise OSError(errno.ENOSPC, str(error).splitlines()[0][:200]) from error
-            digest.update(store.raw(layer))
+            digest.update(raw(layer))
             told(layer.nbytes)
     return {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": digest.hexdigest()}
             for (path, leaf), digest in zip(own.items(), digests, strict=True)}  # fmt: skip

@@ -20,6 +20,7 @@ from samplers.programs import Programs
 from samplers.sample import Carry
 from samplers.streamed import Loop
 from wanjax import checkpoint, sharding, streaming
+from wanjax.shapes import condition_shapes
 from wanjax.types import Conditions
 
 STAGES = MappingProxyType({"denoise": ("denoise", "noise"), "decode": ("decode",),
@@ -84,12 +85,11 @@ def shapes(plan: Plan) -> dict[str, Any]:
 
 def encoded(plan: Plan) -> tuple[Conditions, jax.ShapeDtypeStruct]:
     """Conditions of one clip, and the text of the pass without prompt."""
-    config, d = plan.config, plan.config.dit
-    text = _struct(1, d.text_length, d.text_dim, dtype=config.umt5.precision.residual)
-    images = _struct(
-        1, len(pipeline.image_slots(plan)), d.image_tokens, d.image_dim, dtype=config.clip.precision.residual
-    )
-    return Conditions(text, images, _struct(1, *plan.latent_shape[:-1], d.condition_channels)), text
+    config, images = plan.config, len(pipeline.image_slots(plan))
+    dtypes = {"text": config.umt5.precision.residual, "images": config.clip.precision.residual}
+    wanted = condition_shapes(config.dit, 1, plan.latent_shape[:-1], images)
+    found = {name: _struct(*shape, dtype=dtypes.get(name, "float32")) for name, shape in wanted.items()}
+    return Conditions(**found), found["text"]
 
 
 def start(plan: Plan, seeds: Sequence[int], mesh: Mesh | None) -> Carry:

@@ -22,6 +22,7 @@ from samplers.programs import Programs
 from wanjax.checkpoint import Model
 from wanjax.config import ModelConfig
 from wanjax.method import METHODS, Method
+from wanjax.settings import one_of
 
 STEPS = 4
 """Denoising steps of a try."""
@@ -136,8 +137,7 @@ def choose(
       ValueError: an unknown criterion, nothing to choose from, or what `Plan.of` refuses of settings and candidates.
       FloatingPointError: NaN or inf.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r}: choose {', '.join(CRITERIA)}")
+    one_of("criterion", criterion, CRITERIA)
     if not candidates or noises < (2 if criterion == "certainty" else 1):
         raise ValueError(f"method auto: {len(candidates)} candidates and {noises} noises; give one or more, and 2 "
                          "noises for certainty")  # fmt: skip

@@ -224,7 +224,7 @@ def check(
     memory = available() if memory is None else memory
     found = estimate(config, settings, mesh, policy, platform=platform)
     if memory is not None and found.peak * MARGIN > memory:
-        way = Choice(policy, "bf16", getattr(config.vae, "tiles", 1), found, "no", "")
+        way = Choice(policy, "bf16", config.vae.tiles, found, "no", "")
         raise ValueError(_refusal(config, settings, mesh, memory, found.host, platform, way))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -371,13 +372,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _size(text: str) -> tuple[int, int] | str:
-    if text == "auto":
-        return text
-    try:
-        height, width = (int(part) for part in text.lower().split("x"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 480x864") from error
-    return height, width
+    return text if text == "auto" else plan_command.size(text)
 
 
 def _colour(text: str) -> tuple[int, ...]:
@@ -401,20 +396,15 @@ def _curve(text: str) -> str | tuple[float, ...]:
     return text if text in kab.CURVES or "," not in text else _numbers(text)
 
 
-def _whole_span(text: str) -> tuple[int, int]:
-    return _span(text, int)
-
-
-def _share_span(text: str) -> tuple[float, float]:
-    return _span(text, float)
-
-
 def _span(text: str, kind: type) -> tuple:
     try:
         low, high = (kind(part) for part in text.split("-"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not A-B, such as 5-12 or 0-0.4") from error
     return low, high
+
+
+_whole_span, _share_span = partial(_span, kind=int), partial(_span, kind=float)
 
 
 def _skip(text: str) -> float | str:

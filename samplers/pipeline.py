@@ -18,12 +18,11 @@ from PIL import Image
 
 from samplers import memory, run, sample
 from samplers.plan import Plan, Settings, check_seed, check_settings, pixel_places
-from samplers.programs import Programs
+from samplers.programs import Programs, state
 from samplers.sample import Carry, Row
 from wanjax import hosts, keyframes, sharding
 from wanjax.accepted import check_cross
 from wanjax.checkpoint import Model
-from wanjax.guidance import Past
 from wanjax.settings import refuse
 from wanjax.types import Conditions, CrossBias
 
@@ -374,7 +373,7 @@ def start(plan: Plan, noise: jax.Array, seeds: Sequence[int] | None = None) -> C
     """The carry before a run's first step, of B clips and their seeds; None takes that of the settings for all."""
     seeds = [plan.settings.seed] * noise.shape[0] if seeds is None else seeds
     keys = None if plan.table.step.renoise is None else jnp.stack([jax.random.key(seed) for seed in seeds])
-    return sample.start(noise, None if plan.table.skip is None else Past.empty(noise), keys)
+    return sample.start(noise, state(plan, noise), keys)
 
 
 def decode(model: Model, plan: Plan, latents: jax.Array, programs: Programs | None = None) -> np.ndarray:

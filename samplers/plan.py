@@ -29,7 +29,7 @@ from wanjax.attention import KERNELS
 from wanjax.config import ModelConfig, SamplingDefaults
 from wanjax.guidance import MODES, GuidanceMode
 from wanjax.method import METHODS, Method, MethodArrays, arrays, named
-from wanjax.settings import check_frames, check_size, pixel_frames, refuse, whole
+from wanjax.settings import check_frames, check_size, one_of, pixel_frames, refuse, whole
 
 FITS: tuple[str, ...] = get_args(keyframes.Fit)
 CLIP_FITS: tuple[str, ...] = get_args(keyframes.ClipFit)
@@ -108,12 +108,11 @@ class Settings:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         usual = {name: value for name, value in vars(config.sampling).items() if name in names}
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"preset {preset!r}: choose {', '.join(PRESETS)}")
+        own = {} if preset is None else PRESETS[one_of("preset", preset, PRESETS)]
         unknown = sorted(set(overrides) - names)
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)}: no such; see wanjax's samplers.Settings")
-        return cls(**usual | (PRESETS[preset] if preset else {}) | overrides)
+        return cls(**usual | own | overrides)
 
 
 @dataclass(frozen=True)
@@ -245,8 +244,7 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
     choices = (("solver", s.solver, solvers.SOLVERS), ("fit", s.fit, FITS), ("clip fit", s.clip_fit, CLIP_FITS),
                ("resample", s.resample, RESAMPLES), ("guidance mode", s.guidance_mode, MODES))  # fmt: skip
     for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name} {value!r}: choose {', '.join(allowed)}")
+        one_of(name, value, allowed)
 
 
 def check_seed(seed: Any) -> None:

@@ -16,7 +16,8 @@ GIB = 2**30
 FITS = {"yes": "yes", "near": "perhaps", "no": "no"}
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of HEIGHTxWIDTH, for argparse."""
     try:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError as error:
@@ -41,7 +42,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "help": "tiny, flf2v_14b, i2v_14b, fun_inp_1_3b, fun_inp_14b, a model folder, or a repository on the hub, "
             "which is asked for the sizes of its files (default: %(default)s)",
         },
-        "size": {"type": _size, "metavar": "HxW", "help": "height x width in pixels (default: the model's)"},
+        "size": {"type": size, "metavar": "HxW", "help": "height x width in pixels (default: the model's)"},
         "frames": {"type": int, "metavar": "N", "help": "4n+1, such as 81 (default: the model's)"},
         "steps": {"type": int, "metavar": "N", "help": "denoising steps (default: the model's)"},
         "guidance": {"type": float, "metavar": "G", "help": "scale; 1 halves the work (default: the model's)"},

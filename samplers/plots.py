@@ -136,7 +136,7 @@ def draw_attention(numbers: dict[str, Any]) -> Any:
         bar.minorticks_off()
         change = biased - plain
         limit = max(np.abs(change).max(), 1e-4)
-        norm = FuncNorm((_signed_root, _signed_square), -limit, limit)
+        norm = FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x)), -limit, limit)
         image = axes[2].imshow(change, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=norm)
         ticks = limit * np.array([-1, -0.5, -0.1, 0, 0.1, 0.5, 1])
         figure.colorbar(image, ax=axes[2], label="change of share (root)", ticks=ticks, format="%.2g")
@@ -147,14 +147,6 @@ def draw_attention(numbers: dict[str, Any]) -> Any:
             ax.tick_params(labelsize=8)
         _label_keys(axes, branch, branches[branch]["labels"], widths[column])
     return figure
-
-
-def _signed_root(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.sqrt(np.abs(x))
-
-
-def _signed_square(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.square(x)
 
 
 def _attention_title(numbers: dict[str, Any]) -> str:

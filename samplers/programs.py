@@ -96,6 +96,11 @@ def denoise(
     return sample.sample(denoise, carry, table, first, n)
 
 
+def state(plan: Plan, latents: jax.Array) -> guidance.Past | None:
+    """What `denoise` keeps from step to step, before the first one (`Carry.state`)."""
+    return None if plan.table.skip is None else guidance.Past.empty(latents)
+
+
 def noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     """Standard normal latents float32 of a shape [1, F, h, w, C], from a seed uint32 []."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)

@@ -23,7 +23,7 @@ from wanjax import checkpoint, environment, hosts, sharding, streaming, writing
 from wanjax.config import ModelConfig
 from wanjax.keyframes import KeyframeWarning, area_size, read, split
 from wanjax.method import Method
-from wanjax.settings import refuse, whole
+from wanjax.settings import check_mesh, refuse, whole
 from wanjax.tokenizer import PromptCut, Tokenizer
 
 NOTABLE = 4 << 30
@@ -345,7 +345,7 @@ def _mesh(devices: int | str | None, mesh: dict[str, int], heads: int) -> dict[s
     if devices is None:
         if mesh:
             sharding.make_mesh(mesh)
-            sharding.check_mesh(mesh, heads)
+            check_mesh(mesh, heads)
         return mesh
     if mesh:
         raise ValueError("devices and mesh: a mesh says already how many devices; give one of them")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from samplers.sample import Carry, Row
+from samplers.sample import Carry, Row, padded
 
 Part = Callable[[Carry, Row, np.int32, int], Carry]
 """The compiled sampler: (carry, table, first row, number of rows, static) -> carry."""
@@ -38,7 +38,7 @@ def run(
     """
     # Rows from `steps` on are passed over, and the last part may reach beyond the table: so every call is one program.
     table = table.replace(live=table.live & (np.arange(len(table.live)) < steps))
-    table = jax.tree.map(lambda leaf: _padded(leaf, chunk - 1), table)
+    table = padded(table, chunk - 1)
     if on_step is not None:
         on_step(first, carry)
     for begin in range(first, steps, chunk):
@@ -47,10 +47,6 @@ def run(
         if on_step is not None:
             on_step(min(begin + chunk, steps), carry)
     return carry
-
-
-def _padded(leaf: np.ndarray, rows: int) -> np.ndarray:
-    return np.concatenate([leaf, np.zeros((rows, *leaf.shape[1:]), leaf.dtype)])
 
 
 def check(carry: Carry) -> None:

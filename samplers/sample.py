@@ -84,12 +84,12 @@ def rows(step: StepTable, **leaves: Any) -> Row:
     """
     steps = len(step.sigma)
     table = Row(step=step, live=np.ones(steps, bool), **leaves)
-    size = max(LEAST_ROWS, 1 << (steps - 1).bit_length())
+    return padded(table, max(LEAST_ROWS, 1 << (steps - 1).bit_length()) - steps)
 
-    def pad(leaf: np.ndarray) -> np.ndarray:
-        return np.concatenate([leaf, np.zeros((size - steps, *leaf.shape[1:]), leaf.dtype)])
 
-    return jax.tree.map(pad, table)
+def padded(table: Row, more: int) -> Row:
+    """A table in host memory with so many dead rows behind its own."""
+    return jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros((more, *leaf.shape[1:]), leaf.dtype)]), table)
 
 
 def start(noise: jax.Array, state: Any = None, keys: jax.Array | None = None) -> Carry:

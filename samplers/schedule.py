@@ -20,6 +20,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from wanjax.settings import one_of
+
 TRAIN_TIMESTEPS = 1000.0
 """The timestep given to the model is this times sigma."""
 
@@ -73,18 +75,9 @@ def timesteps(levels: np.ndarray, rounding: Rounding = "exact") -> np.ndarray:
     Raises:
       ValueError: an unknown rounding.
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"timesteps {rounding!r}: choose {', '.join(ROUNDINGS)}")
+    one_of("timesteps", rounding, ROUNDINGS)
     exact = TRAIN_TIMESTEPS * np.asarray(levels, np.float64)[:-1]
     return np.trunc(exact) if rounding == "truncated" else exact
-
-
-def _wan(steps: int, shift: float) -> np.ndarray:
-    return shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift)
-
-
-def _linear(steps: int, shift: float) -> np.ndarray:
-    return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
 
 
 def _diffusers_unipc(steps: int, shift: float) -> np.ndarray:
@@ -93,13 +86,9 @@ def _diffusers_unipc(steps: int, shift: float) -> np.ndarray:
     return levels
 
 
-def _diffusers_euler(steps: int, shift: float) -> np.ndarray:
-    return shifted(np.linspace(1, shifted(1 / TRAIN_TIMESTEPS, shift), steps), shift)
-
-
 SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {
-    "wan": _wan,
-    "linear": _linear,
+    "wan": lambda steps, shift: shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift),
+    "linear": lambda steps, shift: shifted(np.linspace(1, 0, steps + 1)[:-1], shift),
     "diffusers-unipc": _diffusers_unipc,
-    "diffusers-euler": _diffusers_euler,
+    "diffusers-euler": lambda steps, shift: shifted(np.linspace(1, shifted(1 / TRAIN_TIMESTEPS, shift), steps), shift),
 }

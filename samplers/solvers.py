@@ -86,11 +86,12 @@ def coefficients(solver: Solver, sigmas: np.ndarray) -> tuple[np.ndarray, np.nda
         raise ValueError(f"sigmas: got shape {levels.shape}; give [steps + 1] noise levels, at least two")
     if not (levels[0] <= 1 and levels[-1] >= 0 and np.all(np.diff(levels) < 0)):
         raise ValueError("sigmas: noise levels must fall strictly from at most 1 to at least 0 and be finite")
-    log_snr = _log_snr(levels)
-    corrector = _correct_nothing(levels)
-    predictor = _first_order(levels)
+    log_snr, ratio = _log_snr(levels), levels[1:] / levels[:-1]
+    corrector = np.zeros((len(ratio), 5))
+    corrector[:, 0] = 1  # which corrects nothing
+    predictor = np.stack([ratio, 1 - ratio, np.zeros_like(ratio)], axis=1)  # of first order
     if solver == "lcm":
-        predictor[:] = np.stack([np.zeros(len(predictor)), 1 - levels[1:], np.zeros(len(predictor))], axis=1)
+        predictor[:] = np.stack([0 * ratio, 1 - levels[1:], 0 * ratio], axis=1)
     if solver in ("dpm++", "unipc"):
         _raise_predictor_to_second_order(predictor, levels, log_snr)
     if solver == "unipc":
@@ -102,17 +103,6 @@ def _log_snr(levels: np.ndarray) -> np.ndarray:
     """lambda of each level; -inf at sigma 1 and +inf at sigma 0, which the formulas below take as is."""
     with np.errstate(divide="ignore"):
         return np.log1p(-levels) - np.log(levels)
-
-
-def _correct_nothing(levels: np.ndarray) -> np.ndarray:
-    corrector = np.zeros((len(levels) - 1, 5))
-    corrector[:, 0] = 1
-    return corrector
-
-
-def _first_order(levels: np.ndarray) -> np.ndarray:
-    ratio = levels[1:] / levels[:-1]
-    return np.stack([ratio, 1 - ratio, np.zeros_like(ratio)], axis=1)
 
 
 def _raise_predictor_to_second_order(predictor: np.ndarray, levels: np.ndarray, log_snr: np.ndarray) -> None:

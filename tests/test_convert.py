@@ -195,7 +195,7 @@ def test_a_manifest_that_disagrees_is_found(made, tmp_path):
 
 
 def change(folder: Path, edit) -> None:
-    file = folder / store.MANIFEST
+    file = folder / checkpoint.MANIFEST
     fields = json.loads(file.read_text())
     edit(fields)
     file.write_text(json.dumps(fields))

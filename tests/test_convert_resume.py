@@ -276,7 +276,7 @@ def test_what_appears_meanwhile_is_not_replaced(source, tmp_path, monkeypatch, k
     plain = finish.write_synced
 
     def appearing(path, text):
-        if path.name == store.MANIFEST:
+        if path.name == checkpoint.MANIFEST:
             target.mkdir() if kind == "folder" else target.write_text("another's")
             if kind == "folder":
                 (target / "x").write_text("another's")

@@ -231,6 +231,6 @@ def test_a_converted_models_identity_is_its_manifests(tmp_path):
     found = []
     for digest, tool in (("1", "a"), ("1", "b"), ("2", "a")):
         arrays = {"dit/x": {"shape": [1], "dtype": "float32", "sha256": digest * 64}}
-        (tmp_path / store.MANIFEST).write_text(store.Manifest(arrays, {}, tool, "float32").dumps())
+        (tmp_path / checkpoint.MANIFEST).write_text(store.Manifest(arrays, {}, tool, "float32").dumps())
         found.append(model_identity(tmp_path))
     assert found[0] == found[1] != found[2]

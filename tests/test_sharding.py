@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from wanjax import checkpoint, sharding
+from wanjax import checkpoint, settings, sharding
 from wanjax.config import preset
 from wanjax.layers import TOKENS
 
@@ -58,7 +58,7 @@ def test_the_mesh_of_so_many_devices(devices, heads, wanted):
     """All of them share tokens and weights, as many as divide the heads swap tokens for heads."""
     sizes = sharding.choose_mesh(devices, heads)
     assert (sizes["fsdp"], sizes["sequence"]) == wanted
-    sharding.check_mesh(sizes, heads)
+    settings.check_mesh(sizes, heads)
 
 
 @pytest.mark.parametrize("grid, devices, wanted", [

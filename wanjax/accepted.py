@@ -1,10 +1,12 @@
 """What the transformer takes: shapes of conditions, of a caller's bias, of a control. Axis letters as in `types`."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
-from wanjax import compare
 from wanjax.config import DiTConfig
+from wanjax.shapes import condition_shapes
 from wanjax.types import Conditions, CrossBias, CrossControl
 
 
@@ -23,13 +25,7 @@ def check_conditions(config: DiTConfig, conditions: Conditions, latents: tuple[i
             f"latents {list(latents)}: the model takes {config.out_channels} channels and multiples "
             f"of the patch {config.patch_size}"
         )
-    images = None
-    if config.num_images:
-        count = "M" if config.num_images == 1 else config.num_images
-        images = (batch, count, config.image_tokens, config.image_dim)
-    latent = (batch, *grid, config.condition_channels) if config.condition_channels else None
-    text = (batch, config.text_length, config.text_dim)
-    compare.check_fields("conditions", conditions, {"text": text, "images": images, "latent": latent})
+    _check_fields("conditions", conditions, condition_shapes(config, batch, tuple(grid)))
 
 
 def check_cross(
@@ -51,13 +47,33 @@ def check_cross(
     """
     layers, images = config.num_layers, config.num_images if images is None else images
     if bias is not None:
-        shapes = {"text": (layers, *rows, config.text_length),
+        wanted = {"text": (layers, *rows, config.text_length),
                   "images": (layers, *rows, images, config.image_tokens) if images else None}  # fmt: skip
-        given = {name: shape for name, shape in shapes.items() if getattr(bias, name) is not None}
-        compare.check_fields("cross_bias", bias, given)
+        given = {name: shape for name, shape in wanted.items() if getattr(bias, name) is not None}
+        _check_fields("cross_bias", bias, given)
     if control is not None:
         anchors = "A" if np.ndim(control.anchors) != 1 else np.shape(control.anchors)[0]
-        shapes = {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
+        wanted = {"anchors": (anchors,), "curve": (rows[1], anchors), "floor": (), "isolated": (),
                   "weights": (1 + images,)}  # fmt: skip
-        compare.check_fields("control", control, shapes)
-    compare.check_leaf("strength", strength, None if control is None else (layers, *rows))
+        _check_fields("control", control, wanted)
+    _check_leaf("strength", strength, None if control is None else (layers, *rows))
+
+
+def _check_fields(name: str, value: Any, shapes: dict[str, tuple | None]) -> None:
+    """Compares array fields of `value` with shapes, as `_check_leaf`."""
+    for field, wanted in shapes.items():
+        _check_leaf(f"{name}.{field}", getattr(value, field), wanted)
+
+
+def _check_leaf(name: str, leaf: Any, wanted: tuple | None) -> None:
+    """Compares an array with a shape; None is absent, a letter any size but 0. ValueError names both."""
+
+    def show(shape: tuple | None) -> str:
+        return "absent" if shape is None else f"[{', '.join(map(str, shape))}]"
+
+    found = None if leaf is None else tuple(np.shape(leaf))
+    fits = found == wanted
+    if found is not None and wanted is not None and len(found) == len(wanted):
+        fits = all(n == size or (isinstance(size, str) and n > 0) for n, size in zip(found, wanted, strict=True))
+    if not fits:
+        raise ValueError(f"{name} is {show(found)}; this model takes {show(wanted)}")

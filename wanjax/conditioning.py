@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wanjax.settings import check_frames, pixel_frames
+from wanjax.settings import check_frames, pixel_frames, refuse
 
 
 def mask(frames: int, temporal_stride: int, at: Sequence[int] = (0, -1)) -> jax.Array:
@@ -39,9 +39,8 @@ def keyframe_video(images: jax.Array, at: Sequence[int], frames: int) -> jax.Arr
 
     Raises ValueError when places and images differ in number, or a place is outside or given twice.
     """
-    if len(at) != images.shape[1]:
-        raise ValueError(f"{images.shape[1]} keyframes at {len(at)} places: give a place for each")
-    batch, _, *size = images.shape
+    batch, count, *size = images.shape
+    refuse((len(at) != count, f"{count} keyframes at {len(at)} places: give a place for each"))
     gray = jnp.zeros((batch, frames, *size), images.dtype)
     return gray.at[:, np.asarray(pixel_frames(at, frames), int)].set(images)
 
@@ -54,10 +53,8 @@ def latent_condition(latent: jax.Array, mask: jax.Array) -> jax.Array:
 
     Raises ValueError when the two differ in the number of latent frames.
     """
-    if latent.shape[1] != mask.shape[0]:
-        raise ValueError(
-            f"latent of {latent.shape[1]} frames, mask of {mask.shape[0]}: make both for the same frame count"
-        )
+    own, given = latent.shape[1], mask.shape[0]
+    refuse((own != given, f"latent of {own} frames, mask of {given}: make both for the same frame count"))
     channels = jnp.broadcast_to(mask[None, :, None, None, :], (*latent.shape[:-1], mask.shape[-1]))
     return jnp.concatenate([channels.astype(latent.dtype), latent], axis=-1)
 

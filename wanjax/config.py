@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import dacite
 
 from wanjax.latent_rgb import WAN_RGB, LatentRGB
 from wanjax.precision import FLOAT32, Precision
-from wanjax.settings import refuse
+from wanjax.settings import check_finite, one_of, refuse
 
 STREAMS = ("no", "program", "loop")
 
@@ -277,8 +276,7 @@ class ModelConfig:
         Raises:
           ValueError: another platform.
         """
-        if platform not in _PLATFORMS:
-            raise ValueError(f"platform {platform!r}: choose one of {', '.join(_PLATFORMS)}")
+        platform = one_of("platform", platform, _PLATFORMS, "choose one of")
         attention, rotation, conv3d, product = _PLATFORMS[platform]
         attention += f"-{_TPUS[kind]}" if platform == "tpu" and kind in _TPUS else ""
 
@@ -319,16 +317,8 @@ _TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5
          "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
 
-def _flf2v_14b() -> ModelConfig:
-    return ModelConfig("flf2v_14b", DiTConfig(), VAEConfig(), UMT5Config(), CLIPConfig())
-
-
-def _i2v_14b() -> ModelConfig:
-    return ModelConfig("i2v_14b", DiTConfig(num_images=1), VAEConfig(), UMT5Config(), CLIPConfig())
-
-
 def _t2v_1_3b() -> ModelConfig:
-    dit = DiTConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, in_channels=16, image_dim=None, num_images=0)
+    dit = DiTConfig(**_SMALL, in_channels=16, image_dim=None, num_images=0)
     sampling = SamplingDefaults(size=(480, 832), shift=5.0, guidance=5.0)
     return ModelConfig("t2v_1_3b", dit, VAEConfig(), UMT5Config(), None, sampling)
 
@@ -344,14 +334,6 @@ def _fun_inp(name: str, dit: DiTConfig) -> ModelConfig:
     return ModelConfig(name, dit, VAEConfig(), UMT5Config(), CLIPConfig(), sampling)
 
 
-def _fun_inp_1_3b() -> ModelConfig:
-    return _fun_inp("fun_inp_1_3b", DiTConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960, num_images=1))
-
-
-def _fun_inp_14b() -> ModelConfig:
-    return _fun_inp("fun_inp_14b", DiTConfig(num_images=1))
-
-
 def _tiny() -> ModelConfig:
     clip = CLIPConfig(num_layers=2, dim=128, num_heads=4, ffn_dim=512, image_size=32, patch_size=8)
     umt5 = UMT5Config(num_layers=2, dim=128, num_heads=4, head_dim=32, ffn_dim=256, vocab_size=768)
@@ -364,10 +346,15 @@ def _tiny() -> ModelConfig:
     return ModelConfig("tiny", dit, vae, umt5, clip, sampling)
 
 
+_SMALL = {"num_layers": 30, "dim": 1536, "num_heads": 12, "ffn_dim": 8960}
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
-    "tiny": _tiny, "flf2v_14b": _flf2v_14b, "i2v_14b": _i2v_14b, "t2v_1_3b": _t2v_1_3b,
-    "fun_inp_1_3b": _fun_inp_1_3b, "fun_inp_14b": _fun_inp_14b,
-}  # fmt: skip
+    "tiny": _tiny,
+    "flf2v_14b": lambda: ModelConfig("flf2v_14b", DiTConfig(), VAEConfig(), UMT5Config(), CLIPConfig()),
+    "i2v_14b": lambda: ModelConfig("i2v_14b", DiTConfig(num_images=1), VAEConfig(), UMT5Config(), CLIPConfig()),
+    "t2v_1_3b": _t2v_1_3b,
+    "fun_inp_1_3b": lambda: _fun_inp("fun_inp_1_3b", DiTConfig(**_SMALL, num_images=1)),
+    "fun_inp_14b": lambda: _fun_inp("fun_inp_14b", DiTConfig(num_images=1)),
+}
 
 
 def preset(name: str) -> ModelConfig:
@@ -376,9 +363,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
       ValueError: unknown name.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return PRESETS[one_of("unknown preset", name, PRESETS, "choose one of")]()
 
 
 def to_json(config: ModelConfig) -> str:
@@ -396,7 +381,7 @@ def from_json(text: str) -> ModelConfig:
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise TypeError("not an object with fields")
-        _check_finite(fields)
+        check_finite(fields)
         # JSON has lists for tuples; Python counts true as a whole number, so it is shown as the text that it is.
         kinds = {int: _no_truth, float: _no_truth}
         return dacite.from_dict(ModelConfig, fields, dacite.Config(strict=True, cast=[tuple], type_hooks=kinds))
@@ -406,12 +391,3 @@ def from_json(text: str) -> ModelConfig:
 
 def _no_truth(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
-
-
-def _check_finite(fields: Mapping[str, Any]) -> None:
-    for name, item in fields.items():
-        if isinstance(item, dict):
-            _check_finite(item)
-        for number in item if isinstance(item, list) else [item]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise TypeError(f"{name} is {number}")

@@ -19,15 +19,12 @@ class NoVideo(ValueError):
 
 
 class NoFrame(ValueError):
-    """The video has no such frame.
+    """The file has no such frame; the message is to stand behind its name."""
 
-    Attributes:
-      count: frames that it has.
-    """
-
-    def __init__(self, count: int):
-        super().__init__(f"{count} frames")
-        self.count = count
+    def __init__(self, index: int, count: int):
+        valid = f"0 to {count - 1}, or -{count} to -1 from the end" if count > 1 else "0 or -1"
+        none = ": holds no frame that can be decoded; save or copy it again"
+        super().__init__(f"@{index}: no such frame; the file holds {count}: give {valid}" if count else none)
 
 
 def frame(path: Path, index: int) -> np.ndarray:
@@ -45,11 +42,12 @@ def frame(path: Path, index: int) -> np.ndarray:
     """
     import av  # here, as most keyframes are pictures
 
+    asked = index
     try:
         if index < -_KEPT:
             count = sum(1 for _ in _frames(path))
             if count + index < 0:
-                raise NoFrame(count)
+                raise NoFrame(index, count)
             index += count
         kept: deque[np.ndarray] = deque(maxlen=max(1, -index))
         count = 0
@@ -58,7 +56,7 @@ def frame(path: Path, index: int) -> np.ndarray:
             if count == index + 1:
                 break
         if count < (index + 1 if index >= 0 else -index):
-            raise NoFrame(count)
+            raise NoFrame(asked, count)
         found = kept[0]
         return np.ascontiguousarray(np.rot90(found, _quarter_turns(path)))
     except (av.FFmpegError, OSError, IndexError, StopIteration) as error:

@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 from jax.typing import ArrayLike
 
+from wanjax.settings import one_of
 from wanjax.types import Conditions, CrossBias
 
 GuidanceMode = Literal["sequential", "batched"]
@@ -122,10 +123,8 @@ def skippable(
     Raises:
       ValueError: unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"guidance mode {mode!r}: choose one of {', '.join(MODES)}")
     scale = jnp.asarray(scale, jnp.float32)
-    run = _sequential if mode == "sequential" else _batched
+    run = {"sequential": _sequential, "batched": _batched}[one_of("guidance mode", mode, MODES, "choose one of")]
 
     def denoise(
         latents: jax.Array, timestep: jax.Array, strength: jax.Array | None = None, skip: Skip | None = None

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from wanjax import colour, frames
-from wanjax.settings import refuse
+from wanjax.settings import one_of, refuse
 from wanjax.writing import absolute
 
 Fit = Literal["stretch", "crop", "pad"]
@@ -141,7 +141,7 @@ def _seek(opened: Image.Image, path: Path, index: int) -> None:
     with _in_words(path):
         count = getattr(opened, "n_frames", 1)
         if not -count <= index < count:
-            raise _no_frame(path, index, count)
+            raise frames.NoFrame(index, count)
         opened.seek(index % count)
 
 
@@ -152,18 +152,8 @@ def _frame(path: Path, index: int | None, error: Exception) -> Image.Image:
         if path.suffix.lower() in frames.SUFFIXES:
             mend = f"a video; name one of its frames, such as {path.name}@0 or, the last, {path.name}@-1"
         raise KeyframeError(f"{path}: {mend}") from error
-    try:
-        with _in_words(path):
-            return Image.fromarray(frames.frame(path, index))
-    except frames.NoFrame as missing:
-        raise _no_frame(path, index, missing.count) from None
-
-
-def _no_frame(path: Path, index: int, count: int) -> KeyframeError:
-    if not count:
-        return KeyframeError(f"{path}: holds no frame that can be decoded; save or copy it again")
-    valid = f"0 to {count - 1}, or -{count} to -1 from the end" if count > 1 else "0 or -1"
-    return KeyframeError(f"{path}@{index}: no such frame; the file holds {count}: give {valid}")
+    with _in_words(path):
+        return Image.fromarray(frames.frame(path, index))
 
 
 @contextmanager
@@ -171,8 +161,10 @@ def _in_words(name: os.PathLike[str] | str, table: tuple[tuple[type, str], ...] 
     """What libraries raise of a file becomes a `KeyframeError`; where the caller has another way, it goes on."""
     try:
         yield
-    except (KeyframeError, Image.UnidentifiedImageError, frames.NoFrame):
+    except (KeyframeError, Image.UnidentifiedImageError):
         raise
+    except frames.NoFrame as error:
+        raise KeyframeError(f"{name}{error}") from None
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         words = next(words for kind, words in table if isinstance(error, kind))
         raise KeyframeError(f"{name}: {words.format(' '.join(str(error).split()))}") from error
@@ -286,8 +278,7 @@ def clip_input(
 
 
 def _kernel(resample: str) -> Image.Resampling:
-    refuse((resample not in RESAMPLE, f"resample {resample!r}: choose {', '.join(RESAMPLE)}"))
-    return RESAMPLE[resample]
+    return RESAMPLE[one_of("resample", resample, RESAMPLE)]
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:

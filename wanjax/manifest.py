@@ -3,12 +3,13 @@
 {"format": 1, "form": "orbax", "arrays": {"dit/head/bias": {"shape": [64], "dtype": "float32", "sha256": "..."}}, ...}
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def read_manifest(folder: Path) -> Manifest:
       CheckpointError: missing, unreadable, of a newer format, or with names that lead outside the folder.
     """
     file = folder / MANIFEST
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+    with told(f"{file}: not a readable manifest", AGAIN[ORBAX], *kinds):
         fields = json.loads(file.read_text(encoding="utf-8"))
         number, form = fields["format"], fields.get("form", ORBAX)
         refuse(
@@ -74,11 +76,6 @@ def read_manifest(folder: Path) -> Manifest:
         loras = tuple(map(str, fields["loras"]))
         sources = dict(fields["sources"])
         manifest = Manifest(arrays, sources, str(fields["tool"]), str(fields["dtype"]), loras, files, form)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{file}: not a readable manifest ({reason}); convert the weights again") from error
     outside = [f"array name {name!r}" for name in arrays if "/" not in name or any(map(_leads_out, name.split("/")))]
     outside += [f"file name {name!r}" for name in files if "/" in name or _leads_out(name)]
     refuse(*((True, f"{file}: {name} leads outside the folder") for name in outside), error=CheckpointError)
@@ -127,6 +124,17 @@ def file_digest(file: Path) -> str:
 def size(manifest: Manifest) -> int:
     """Bytes of all arrays."""
     return sum(math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for entry in manifest.arrays.values())
+
+
+@contextlib.contextmanager
+def told(what: str, mend: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a `CheckpointError`: what, their first line in brackets, the mend."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except kinds as error:
+        raise CheckpointError(f"{what} ({first_line(error)}); {mend}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from wanjax import kab, retro, rope
 from wanjax.config import ModelConfig
 from wanjax.kab import KAB
 from wanjax.retro import ReTRo
-from wanjax.settings import check_settings, floats, pixel_frames, setting
+from wanjax.settings import check_settings, floats, one_of, pixel_frames, setting
 from wanjax.types import CrossControl, RopeTable
 
 
@@ -77,9 +77,7 @@ def named(name: str) -> Method:
     Raises:
       ValueError: unknown name.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    return METHODS[one_of("unknown method", name, METHODS, "choose one of")]
 
 
 OVERRIDES: MappingProxyType[str, tuple[str, str]] = MappingProxyType(

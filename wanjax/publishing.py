@@ -112,13 +112,13 @@ def publish(part: Path, target: Path) -> None:
         os.rename(part, target)  # replaces nothing there
     elif part.is_dir() and not part.is_symlink():
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+            raise _taken(target)
         try:
             os.rename(part, target)
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            raise _taken(target) from error
     else:
         _publish_file(part, target)
 
@@ -128,13 +128,17 @@ def _publish_file(part: Path, target: Path) -> None:
         # A link itself, not what it points to: what stood under a name may have been one.
         os.link(part, target, **({"follow_symlinks": False} if os.link in os.supports_follow_symlinks else {}))
     except FileExistsError as error:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        raise _taken(target) from error
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         # The name is taken by an empty file, which only this run knows, and that is replaced.
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(part, target)
+
+
+def _taken(target: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
 def publish_all(moves: Sequence[Move], seen: Sequence[Any]) -> None:

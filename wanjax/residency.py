@@ -143,7 +143,7 @@ class Model:
         Raises:
           ValueError: no such part, or one that was freed and cannot be read again. CheckpointError: damaged weights.
         """
-        self._check(name)
+        self._check(name, mesh)
         return self.parts.get_on(name, mesh)
 
     def free(self, name: str) -> None:
@@ -161,11 +161,12 @@ class Model:
         Raises:
           ValueError: of the policy "stream".
         """
-        if self.config.dit.stream != "no":
-            streaming.check_mesh(mesh)
+        self._check(mesh=mesh)
         parts = self.parts.on(mesh, rules)
         return replace(self, params=parts if isinstance(self.params, Parts) else parts.held, parts=parts)
 
-    def _check(self, name: str) -> None:
-        if name not in self.parts:
+    def _check(self, name: str | None = None, mesh: Mesh | None = None) -> None:
+        if self.config.dit.stream != "no":
+            streaming.check_mesh(mesh)
+        if name is not None and name not in self.parts:
             raise ValueError(f"model {self.config.name}: no part {name!r}; it has {', '.join(self.parts)}")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wanjax.settings import one_of
 from wanjax.types import RopeTable
 
 Mode = Literal["frequency", "magnitude", "position"]
@@ -68,8 +69,7 @@ def table(
 
 
 def _check_scale(scale: np.ndarray, frames: int, mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"temporal rope mode {mode!r}: choose {', '.join(MODES)}")
+    one_of("temporal rope mode", mode, MODES)
     if scale.shape != (frames,):
         raise ValueError(f"temporal_scale has shape {scale.shape}; it needs one number for each of the "
                          f"{frames} latent frames")  # fmt: skip

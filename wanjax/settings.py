@@ -1,8 +1,9 @@
 """What settings must be, declared once beside each field, and refused in one line: this file is for checking alone."""
 
 import dataclasses
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -79,6 +80,13 @@ def refuse(*reasons: tuple[Any, str], error: type[ValueError] = ValueError) -> N
             raise error(message)
 
 
+def one_of(name: str, value: Any, choices: Iterable[str], mend: str = "choose") -> Any:
+    """The value, where it is one of the choices. ValueError else."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: {mend} {', '.join(choices)}")
+    return value
+
+
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """A whole number in a range. ValueError else; a truth value or a float is none."""
     try:
@@ -101,6 +109,34 @@ def pixel_frames(at: Sequence[int], frames: int) -> tuple[int, ...]:
         given = ", ".join(map(str, sorted(places)))
         raise ValueError(f"keyframes at {given}: two at one frame; give each a frame of its own")
     return places
+
+
+def check_finite(fields: Mapping[str, Any]) -> None:
+    """Raises TypeError, naming the field, for NaN or infinity in what was read from JSON, at any depth."""
+    for name, item in fields.items():
+        if isinstance(item, dict):
+            check_finite(item)
+        for number in item if isinstance(item, list) else [item]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise TypeError(f"{name} is {number}")
+
+
+def check_mesh(sizes: Mapping[str, int], heads: int) -> None:
+    """Raises ValueError, with the valid numbers, for a mesh that does not divide the heads.
+
+    Args:
+      sizes: axis name -> number of devices along it.
+      heads: of the transformer, split over `tensor` always, and over `sequence` inside self-attention.
+    """
+    number = heads
+    for axis in ("tensor", "sequence"):
+        size = sizes.get(axis, 1)
+        if number % size:
+            valid = ", ".join(str(n) for n in range(1, min(number, 2 * size) + 1) if number % n == 0)
+            held = "" if number == heads else " that `tensor` leaves"
+            raise ValueError(f"mesh {axis}={size}: does not divide the {number} heads{held}; give one of {valid}"
+                             + (" and the rest to fsdp" if axis == "sequence" else ""))  # fmt: skip
+        number //= size
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

@@ -1,4 +1,5 @@
-"""Shape and dtype of every parameter, written down: what `init` of the four models makes, without tracing it.
+"""Shape and dtype of every parameter, written down: what `init` of the four models makes, without tracing it; and what
+the transformer is given.
 
 Tracing takes seconds, mostly in initialisers whose numbers nobody wants; `tests/test_shapes.py` holds both to be equal.
 Names and roles are those of the modules in `dit`, `vae`, `umt5` and `clip`; blocks carry the layer axis in front.
@@ -25,6 +26,23 @@ def param_shapes(config: ModelConfig) -> dict[str, Tree]:
     """
     shapes = {"dit": dit(config.dit), "vae": vae(config.vae), "umt5": umt5(config.umt5)}
     return shapes if config.clip is None else shapes | {"clip": clip(config.clip)}
+
+
+def condition_shapes(
+    c: DiTConfig, batch: int, grid: tuple[int, int, int], images: int | None = None
+) -> dict[str, tuple[int | str, ...] | None]:
+    """Shape of each field of `types.Conditions` that a transformer takes; None where it takes none.
+
+    Args:
+      grid: (F, h, w) of the latents.
+      images: M; None is what the model was trained with, or for one that takes any number the letter.
+    """
+    count = images or ("M" if c.num_images == 1 else c.num_images)
+    return {
+        "text": (batch, c.text_length, c.text_dim),
+        "images": (batch, count, c.image_tokens, c.image_dim) if c.num_images else None,
+        "latent": (batch, *grid, c.condition_channels) if c.condition_channels else None,
+    }
 
 
 def _leaf(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:

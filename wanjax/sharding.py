@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Sequence[tuple[str, P]]
 
-COLUMNS = r"blocks/cross_attn/[kv](_image)?/(kernel|factor)$"
+COLUMNS = r"blocks/cross_attn/[kv](_\w+)?/(kernel|factor)$"
 """Of the few tokens of text and images every device computes some columns, for all of them: no weight travels."""
 
 STREAMED = r"^blocks/.*/kernel$"
@@ -66,24 +66,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise ValueError(f"mesh {text} has {math.prod(shape)} places for {len(devices)} devices")
     array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def check_mesh(sizes: Mapping[str, int], heads: int) -> None:
-    """Raises ValueError, with the valid numbers, for a mesh that does not divide the heads.
-
-    Args:
-      sizes: axis name -> number of devices along it.
-      heads: of the transformer, split over `tensor` always, and over `sequence` inside self-attention.
-    """
-    number = heads
-    for axis in ("tensor", "sequence"):
-        size = sizes.get(axis, 1)
-        if number % size:
-            valid = ", ".join(str(n) for n in range(1, min(number, 2 * size) + 1) if number % n == 0)
-            held = "" if number == heads else " that `tensor` leaves"
-            raise ValueError(f"mesh {axis}={size}: does not divide the {number} heads{held}; give one of {valid}"
-                             + (" and the rest to fsdp" if axis == "sequence" else ""))  # fmt: skip
-        number //= size
 
 
 def choose_mesh(devices: int, heads: int) -> dict[str, int]:

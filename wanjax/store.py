@@ -30,8 +30,7 @@ from safetensors import SafetensorError, safe_open
 from wanjax import compare, hosts, sharding
 from wanjax.manifest import (
     AGAIN,
-    FORMAT,
-    MANIFEST,
+    ORBAX,
     SAFETENSORS,
     CheckpointError,
     Manifest,
@@ -41,36 +40,12 @@ from wanjax.manifest import (
     manifest_of,
     raw,
     read_manifest,
-    size,
+    told,
 )
 from wanjax.quantise import quantise
 
 if TYPE_CHECKING:
     import tensorstore as ts
-
-__all__ = [  # with what is of the manifest
-    "FORMAT",
-    "MANIFEST",
-    "Manifest",
-    "blocks",
-    "check",
-    "chunk_shape",
-    "create",
-    "entries",
-    "factor_of",
-    "fitted",
-    "numbers",
-    "open_array",
-    "place",
-    "raw",
-    "read_ahead",
-    "read_manifest",
-    "restore",
-    "size",
-    "skeleton",
-    "tensors_of",
-    "verify",
-]
 
 SPLITS = 8
 """Into how many chunks a long axis is cut, so that up to as many hosts can each read its own."""
@@ -124,12 +99,10 @@ def open_array(path: Path) -> "ts.TensorStore":
     Raises:
       CheckpointError: not there, or damaged.
     """
-    try:
+    with told(f"{path}: missing or damaged", AGAIN[ORBAX], ValueError):
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
         # A file that was lost on the way must not be read as zeros.
         return _tensorstore().open(spec | {"fill_missing_data_reads": False}, read=True).result()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: missing or damaged ({first_line(error)}); convert the weights again") from error
 
 
 def skeleton(folder: Path, tree: Any) -> None:
@@ -333,11 +306,8 @@ def numbers(folder: Path, name: str, data: Any) -> np.ndarray:
     """What is read of an array: numbers as they are, or those of a zarr or a part of it, or of its reading."""
     if isinstance(data, np.ndarray):
         return data
-    try:
+    with told(f"{folder}: {name}: damaged", AGAIN[ORBAX], ValueError):
         return (data if hasattr(data, "result") else data.read()).result()
-    except ValueError as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{folder}: {name}: damaged ({reason}); convert the weights again") from error
 
 
 def _shards(folder: Path, name: str, data: Any, leaf: jax.ShapeDtypeStruct, where: Sharding) -> jax.Array:
@@ -357,12 +327,9 @@ def _shards(folder: Path, name: str, data: Any, leaf: jax.ShapeDtypeStruct, wher
 def tensors_of(folder: Path, part: str) -> Iterator[Any]:
     """A model's safetensors file, open for reading."""
     file = folder / f"{part}.safetensors"
-    try:
-        with safe_open(file, framework="np") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({reason}); get it again") from error
+    damaged = told(f"{file}: damaged or not a safetensors file", AGAIN[SAFETENSORS], SafetensorError, OSError)
+    with damaged, safe_open(file, framework="np") as tensors:
+        yield tensors
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from wanjax.attention import KERNELS
 from wanjax.config import PRESETS, ModelConfig, preset
 from wanjax.guidance import MODES
 from wanjax.method import METHODS
+from wanjax.settings import check_mesh
 
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.devices:
             args.mesh = sharding.choose_mesh(len(target.devices()), model.dit.num_heads)
         if args.mesh:
-            sharding.check_mesh(args.mesh, model.dit.num_heads)
+            check_mesh(args.mesh, model.dit.num_heads)
             sharding.make_mesh(args.mesh, target.devices())
     except ValueError as error:
         line.error(str(error))
