@@ -30,6 +30,8 @@ from wanjax.checkpoint import Model, load
 GUIDANCE = 1.5
 CALIBRATION = 4
 """Training clips of a calibration."""
+BESIDE = 64
+"""Clips on which caching the residual is compared with guessing velocities."""
 SECOND = "benchmarks/tgi/models/seed11"
 METHODS, SOLVERS = ("wan", "paper"), ("unipc", "euler")
 INTERVALS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
@@ -173,12 +175,12 @@ def rows(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def residual_rows(case: Case) -> Iterator[dict[str, Any]]:
-    """The residual cached instead, on its rule's schedule and an even one; velocities guessed on the rule's."""
+    """The residual cached instead, on its rule's schedule and an even one; velocities guessed on the same two."""
     model = load(case.model)
     compared = Compared(model, case)
     examples = prepare(model, compared.plan, [clip(seed, "train") for seed in range(CALIBRATION)])
     _, norms = residuals.denoise(model, compared.plan, examples, ())
-    for share, _ in sorted(case.shares):
+    for share, count in sorted(case.shares):
         allowed = skipping.free(case.steps)
         even = skipping.even(skipping.count(share, case.steps, allowed), allowed)
         rule = residuals.schedule(norms, len(even))
@@ -186,7 +188,8 @@ def residual_rows(case: Case) -> Iterator[dict[str, Any]]:
             latents, _ = residuals.denoise(model, compared.plan, compared.clips, steps)
             made = np.concatenate([pipeline.decode(model, compared.plan, one) for one in latents])
             yield compared.figures(kind, made, 2 * (case.steps - len(steps))) | {"share": share, "skip_passes": steps}
-        yield compared.row("velocity, that rule", BATCH, skip_passes=rule) | {"share": share}
+        for kind, steps in (("velocity, that rule", rule), ("velocity, even", even)):
+            yield compared.row(kind, count, skip_passes=steps) | {"share": share}
 
 
 def seconds(case: Case, count: int) -> dict[str, float]:
@@ -263,7 +266,7 @@ def run(arguments: argparse.Namespace) -> bool:
     print(_line(HEAD), flush=True)
     asked = cases(arguments.scale)[: arguments.cases]
     if arguments.residual:
-        shares = tuple((share, max(1, round(BATCH * arguments.scale))) for share in (0.3, 0.5))
+        shares = tuple((share, max(1, round(BESIDE * arguments.scale))) for share in (0.3, 0.5))
         asked = [replace(case, shares=shares, intervals=False) for case in asked if case.steps == 20]
     for case in asked:
         found = {**asdict(case), "rows": []}

@@ -17,15 +17,19 @@ _ELSEWHERE = (*MODES, "seeds", "count", "loop", "keyframe", "distributed", "comp
 """Options that `prepare` does not take."""
 
 
-def parse(p: Parser, arguments: Sequence[str]) -> dict[str, Any]:
+def parse(p: Parser, arguments: Sequence[str], of_a_list: bool = False) -> dict[str, Any]:
     """Options, those of an earlier clip (--from) in the place of the defaults.
+
+    Args:
+      of_a_list: whether they are one clip's of the list that --jobs among them names.
 
     Raises:
       ValueError: a file that tells no settings, options that cannot stand together; of a parser that raises, also a bad
         option.
     """
     arguments = renamed(arguments)
-    options = vars(p.parse_args(arguments))
+    alone = {"jobs": None} if of_a_list else {}
+    options = vars(p.parse_args(arguments)) | alone
     check_modes(options)
     if options["recalled"] is None:
         return options
@@ -33,7 +37,7 @@ def parse(p: Parser, arguments: Sequence[str]) -> dict[str, Any]:
     before = {name: p.get_default(name) for name in found}
     p.set_defaults(**found)
     try:
-        options = vars(p.parse_args(arguments))
+        options = vars(p.parse_args(arguments)) | alone
     finally:
         p.set_defaults(**before)
     check_modes(options, whole=True)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert.families import SLOTS
 from convert.hub import HUB, NotGiven, Unreachable, parse, sizes
-from samplers import estimate, flops, memory, schedule
+from samplers import estimate, flops, memory, schedule, skipping
 from samplers.chips import Chip, Devices
 from samplers.plan import Settings, check_settings
 from wanjax import checkpoint, sharding
@@ -137,7 +139,8 @@ def report(
         "model": {"name": config.name, "transformer": dataclasses.asdict(config.dit.precision),
                   "vae": dataclasses.asdict(config.vae.precision)},
         "settings": {"size": list(settings.size), "frames": settings.frames, "steps": settings.steps,
-                     "guidance": settings.guidance, "guidance_mode": settings.guidance_mode},
+                     "guidance": settings.guidance, "guidance_mode": settings.guidance_mode,
+                     "skip_passes": settings.skip_passes},
         "devices": {"name": devices.name, "count": devices.count, "mesh": mesh, "host_memory_bytes": devices.host,
                     **{name: getattr(chip, name) for name in ("platform", "memory", "peak", "source")}},
         "parts": parts(config, found.disk, narrow),
@@ -168,12 +171,21 @@ def parts(config: ModelConfig, disk: Mapping[str, int], narrow: str) -> dict[str
 
 
 def operations(config: ModelConfig, settings: Settings) -> dict[str, int]:
-    """Matrix products and convolutions of a whole run; the encoders' are not worth counting."""
+    """Matrix products and convolutions of a whole run; the encoders' are not worth counting, nor is a guess."""
     c, s, stride = config, settings, config.vae.spatial_stride
     grid = (c.vae.latent_frames(s.frames), s.size[0] // stride, s.size[1] // stride)
     step = flops.total(flops.dit(c.dit, grid, batch=1 if s.guidance == 1 else 2))
-    return {"encode": flops.total(flops.vae_encode(c.vae, s.frames, s.size)), "step": step, "denoise": s.steps * step,
-            "decode": flops.total(flops.vae_decode(c.vae, s.frames, s.size))}  # fmt: skip
+    encode, decode = (flops.total(of(c.vae, s.frames, s.size)) for of in (flops.vae_encode, flops.vae_decode))
+    return {"encode": encode, "step": step, "denoise": round(s.steps * step * _run(s)), "decode": decode}
+
+
+def _run(settings: Settings) -> float:
+    """The share of passes that is run and not guessed."""
+    scale = np.full(settings.steps, settings.guidance)
+    skipped = skipping.chosen(settings.skip_passes, settings.steps)
+    flags = skipping.flags(skipped, scale, settings.guidance_mode == "batched")
+    guessed, whole = skipping.passes(flags, scale)
+    return 1 - guessed / whole
 
 
 def seconds(
@@ -197,7 +209,7 @@ def seconds(
     for stage, part, extra in (("encode", "vae", overlap["keyframes"]), ("denoise", "dit", 1),
                                ("decode", "vae", overlap["decode"])):  # fmt: skip
         peak = _peak(chip, getattr(config.for_platform(chip.platform), part).precision)
-        least = settings.steps * passes * moved if stage == "denoise" else 0
+        least = settings.steps * passes * _run(settings) * moved if stage == "denoise" else 0
         found[stage] = [max(least, work[stage] * extra / devices.count / peak / share) for share in REACHED[::-1]]
     return found | {"total": [sum(own[end] for own in found.values()) for end in (0, 1)]}
 

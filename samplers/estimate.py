@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
+from samplers import skipping
 from samplers.plan import Settings
 from wanjax import sharding
 from wanjax.checkpoint import with_weights
@@ -74,6 +75,8 @@ BORDERS: Mapping[str, float] = MappingProxyType({"keyframes": 1.35, "decode": 1.
 """Where devices share a picture: what they hold of their neighbours', and buffers of what travels."""
 CARRIED = 4
 """Latents that a step takes and gives: the sample and what multistep solvers remember."""
+PASSES, REMEMBERED = 2, 2
+"""Of guidance, and the velocities of each that skipped ones are guessed from."""
 LOGITS = 1.7
 """Of an encoder, whose largest temporaries are the float32 logits of a layer: logits and all else, in logits."""
 
@@ -210,6 +213,7 @@ def temporary(
     found["keyframes"] = picture(factors.encode, "keyframes") + 2 * 12 * area + condition
     found["denoise"] = _denoise(config, settings, mesh, factors, weights) + condition
     found["denoise"] += 2 * CARRIED * 4 * latents * c.dit.out_channels + 2 * 4 * c.dit.text_length * c.dit.text_dim
+    found["denoise"] += 2 * guessed(config, settings)
     found["decode"] = picture(factors.decode, "decode") + 12 * s.frames * area // devices
     if platform == "cpu":
         for stage in ("text", "images", "denoise"):
@@ -247,6 +251,16 @@ def _denoise(config: ModelConfig, settings: Settings, mesh: Mapping[str, int], f
                                  if name.startswith("blocks/")}, {}).values()) / c.num_layers  # fmt: skip
         found += factors.gathered * block
     return int(found)
+
+
+def guessed(config: ModelConfig, settings: Settings) -> int:
+    """Bytes of what a run carries besides to guess skipped passes from (`guidance.Past`): two velocities of each pass
+    in float32 and their noise levels. 0 where none is skipped."""
+    if not skipping.chosen(settings.skip_passes, settings.steps):
+        return 0
+    grid = (side // config.vae.spatial_stride for side in settings.size)
+    velocity = config.vae.latent_frames(settings.frames) * math.prod(grid) * config.dit.out_channels
+    return PASSES * REMEMBERED * 4 * (velocity + 1)
 
 
 def _encoder(batch: int, tokens: int, config: Any) -> int:

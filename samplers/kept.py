@@ -33,6 +33,8 @@ MOST_BYTES = 2**29
 """The entries used longest ago go when all are larger."""
 
 _DIGEST = hashlib.sha256().digest_size
+_ASKED, _HIT = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
+"""What JAX says when its cache is looked into, and when it has the program."""
 
 
 def compiled(
@@ -75,16 +77,18 @@ def _lower(program: functools.partial, arguments: tuple, turn: AbstractContextMa
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
-    """The program, and whether it can be written: of one that JAX's cache gave a CPU client has only a part."""
-    hits, thread = [], get_ident()
+    """The program, and whether it can be written: of one that JAX's cache gave a CPU client has only a part, and one
+    that this process had already may have come from there."""
+    heard, thread = [], get_ident()
 
     def listen(event: str, **_: Any) -> None:
-        if event == "/jax/compilation_cache/cache_hits" and get_ident() == thread:
-            hits.append(event)
+        if get_ident() == thread:
+            heard.append(event)
 
     jax.monitoring.register_event_listener(listen)
     try:
-        return lowered.compile(), not hits
+        found, asked = lowered.compile(), _ASKED in heard or jax.config.jax_compilation_cache_dir is None
+        return found, asked and _HIT not in heard
     finally:
         jax.monitoring.unregister_event_listener(listen)
 

@@ -46,6 +46,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "frames": {"type": int, "metavar": "N", "help": "4n+1, such as 81 (default: the model's)"},
         "steps": {"type": int, "metavar": "N", "help": "denoising steps (default: the model's)"},
         "guidance": {"type": float, "metavar": "G", "help": "scale; 1 halves the work (default: the model's)"},
+        "skip-passes": {
+            "type": float, "metavar": "SHARE",
+            "help": "share of the steps, 0 to 0.6, whose passes are guessed instead of run (default: 0)",
+        },
         "devices": {
             "default": "this", "metavar": "NAME[-N]",
             "help": f"this machine's, or so many of {', '.join(chips.CHIPS)}, such as v5e-8 or h100x8 (default: this)",
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices = chips.parse(args.devices)
         from samplers import budget  # here: it takes a second, which --help and a wrong name need not wait for
 
-        overrides = {name: getattr(args, name) for name in ("size", "frames", "steps", "guidance")}
+        overrides = {name: getattr(args, name) for name in ("size", "frames", "steps", "guidance", "skip_passes")}
         given = {name: value for name, value in overrides.items() if value is not None}
         source = budget.source(args.model, args.dtype)
         found = budget.report(source, devices, given, args.memory, args.weights, args.vae_memory)

@@ -249,10 +249,11 @@ def prepare(
                keep_latents=keep_latents, finished=finished)  # fmt: skip
 
 
-def is_finished(outputs: video.Outputs, asked: Asked, also: Sequence[Path] = ()) -> bool:
+def is_finished(outputs: video.Outputs, asked: Any, also: Sequence[Path] = ()) -> bool:
     """Whether all outputs are there, and the report says that they are of this very clip, as fast and as large.
 
     Args:
+      asked: a clip or a film, of which `told`, `fps` and `scale` are looked at.
       also: what else must be there.
     """
     if not all(path.exists() for path in (outputs.video, outputs.sheet, outputs.settings, *also)):

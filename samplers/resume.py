@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from wanjax import hosts, marks, writing
+from wanjax.undo import undone
 from wanjax.writing import OutputError
 
 SUFFIX = ".run"
@@ -115,7 +116,7 @@ class RunFolder:
         """
         self.path.mkdir(exist_ok=True)
         try:
-            with self._locked():
+            with self._locked(), undone(self._abandon):
                 if self.anew:
                     self.empty()
                 if self._told() is None:
@@ -128,6 +129,13 @@ class RunFolder:
         finally:
             with contextlib.suppress(OSError):  # it holds something: what is kept, or what somebody put there
                 self.path.rmdir()
+
+    def _abandon(self) -> None:
+        """What `opened` does at its end, while it is open."""
+        if not self._kept():
+            self.empty()
+            (self.path / _LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def keep(self, name: str, tree: Any, **told: Any) -> None:
         """Writes a pytree of arrays, on one of several devices or on all of them, as `name`.safetensors.
@@ -184,7 +192,7 @@ class RunFolder:
 
     def empty(self) -> None:
         """Removes what is kept."""
-        for entry in list(self.path.iterdir()):
+        for entry in list(self.path.iterdir()) if self.path.is_dir() else ():
             if _room(entry):
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name in _NAMES - {_LOCK}:

@@ -148,12 +148,12 @@ def encode(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready) -> None
         plan, mesh = waiting[0].plan, waiting[0].job.devices
         with timings.stage("compile"):
             programs = ready("encode")
-        with timings.stage("encode"), _on(mesh):
+        with timings.stage("encode"), on(mesh):
             inputs, prompts = zip(*((clip.job.inputs, [clip.job.settings.prompt]) for clip in waiting), strict=True)
             for clip, one in zip(waiting, pipeline.encode(model, plan, inputs, prompts, programs), strict=True):
                 clip.encoded = jax.block_until_ready(pipeline.place(one, mesh))
                 clip.keep(ENCODED, (one.conditions, one.negative))
-    _share(timings, clips)
+    share(timings, clips)
 
 
 def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progress: str | None = None) -> None:
@@ -171,7 +171,7 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
     job, seeds = clips[0].job, [clip.job.settings.seed for clip in clips]
     with timings.stage("compile"):
         programs = ready("denoise")
-    with timings.stage("denoise"), _on(job.devices), ExitStack() as stack:
+    with timings.stage("denoise"), on(job.devices), ExitStack() as stack:
         noise = pipeline.noise(plan, seeds, job.devices, programs)
         carry = None if clips[0].carry is None else joined([clip.carry for clip in clips], plan, seeds, job.devices)
         shown = stack.enter_context(bar(plan.settings.steps, progress or "", progress is not None))
@@ -186,7 +186,7 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
                          on_step=on_step, programs=programs, carry=carry, first=begun)  # fmt: skip
     for clip in clips:
         clip.encoded = clip.encoded if clip.job.explain is not None else None
-    _share(timings, clips)
+    share(timings, clips)
 
 
 def _keeping(clip: Clip, number: int) -> OnStep:
@@ -216,9 +216,9 @@ def decode(model: checkpoint.Model, clip: Clip, ready: Ready) -> np.ndarray:
     timings = Timings()
     with timings.stage("compile"):
         programs = ready("decode")
-    with timings.stage("decode"), _on(clip.job.devices):
+    with timings.stage("decode"), on(clip.job.devices):
         (video,) = pipeline.decode(model, clip.plan, clip.carry.sample, programs)
-    _share(timings, [clip])
+    share(timings, [clip])
     return video
 
 
@@ -264,11 +264,11 @@ def one_of(carry: Carry, number: int) -> Carry:
     return jax.tree.map(partial(take, 0), carry.replace(state=None)).replace(state=state)
 
 
-def _on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _share(timings: Timings, clips: Sequence[Clip]) -> None:
+def share(timings: Timings, clips: Sequence[Any]) -> None:
     """Adds the seconds that clips took together to each of them, in equal parts."""
     for clip in clips:
         for name, value in timings.seconds.items():

@@ -20,6 +20,7 @@ FLOORS = (
         "publishing",
         "quantise",
         "rooms",
+        "undo",
         "targets",
         "writing",
     },

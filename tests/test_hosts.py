@@ -124,10 +124,9 @@ def test_hosts_that_were_told_different_things(job, tmp_path):
     assert not list(tmp_path.glob("clip*"))
 
 
-def written(folder):
-    """What a run wrote under its outputs' names. A host that is ended inside a collective leaves its run folder and its
-    hidden one, as one that is killed does: the next run goes on from the one and removes the other."""
-    return sorted(path.name for path in folder.glob("clip*") if path.name != "clip.run")
+def left(folder):
+    """What lies under the outputs' names or is hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(("clip", ".")))
 
 
 @pytest.mark.slow
@@ -141,22 +140,65 @@ def test_damaged_weights_on_one_host_end_all(job, tmp_path, model):
     assert [code for code, *_ in results] == [1, 1]
     other, own = said(results)
     assert f"dit/{name}: not the array of the manifest" in own and other == f"host 1: {own}"
-    assert written(tmp_path) == []
+    assert left(tmp_path) == []
 
 
 @pytest.mark.slow
-def test_a_host_that_is_told_to_stop_ends_all(job, tmp_path):
-    processes = two(*job, "--steps", 900, "--out", tmp_path / "clip.mp4", "--quiet")
+@pytest.mark.parametrize("moment", ["as it begins", "in its steps"])
+def test_a_host_that_is_told_to_stop_ends_all(job, tmp_path, moment):
+    """Only what a run has to go on from stays."""
+    processes = two(*job, "--steps", 900, "--save-every", 1, "--out", tmp_path / "clip.mp4", "--quiet")
+    # Host 0 begins once all agreed.
+    there = ".wanjax*" if moment == "as it begins" else "clip.run/carry.safetensors"
     until = time.monotonic() + LONGEST
-    while not list(tmp_path.glob(".wanjax*")) and time.monotonic() < until:  # host 0 begins once all agreed
+    while not list(tmp_path.glob(there)) and time.monotonic() < until:
         assert processes[0].poll() is None, end(processes)
-        time.sleep(0.2)
-    time.sleep(1)
+        time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     results = end(processes)
     assert [code for code, *_ in results] == [130, 130]
     assert [line.split(";")[0] for line in said(results)] == ["host 1: interrupted", "interrupted"]
-    assert written(tmp_path) == []
+    assert left(tmp_path) == ([] if moment == "as it begins" else ["clip.run"])
+    kept = sorted(path.name for path in tmp_path.glob("clip.run/*"))
+    assert kept == ([] if moment == "as it begins" else ["carry.safetensors", "encoded.safetensors", "run.json"])
+
+
+STUCK = """
+import sys
+from pathlib import Path
+import numpy as np
+from jax.experimental import multihost_utils
+from samplers.resume import RunFolder
+from wanjax import hosts, writing
+hosts._GRACE = 2.0
+out = Path(sys.argv[2])
+with hosts.Company("stuck") as company:
+    company.join(sys.argv[1])
+    if not hosts.is_first():
+        hosts.meet("held")
+        company.fail(1, "burns")
+    kept = RunFolder.of(out, {})
+    with kept.opened(), writing.staged(writing.check([writing.Target(out)])) as (part,):
+        part.write_bytes(b"half")
+        if sys.argv[3]:
+            writing.write_bytes(kept.path / "carry.safetensors", b"kept")
+        hosts.meet("held")
+        multihost_utils.process_allgather(np.zeros(3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps", ["", "carry"])
+def test_a_host_that_waits_inside_a_collective_leaves_nothing_hidden(tmp_path, keeps):
+    """No exception reaches it there, so that it is ended from outside; that is an end in order all the same."""
+    port = free_port()
+    results = end([begin(["-c", STUCK, f"127.0.0.1:{port},{number},2", tmp_path / "clip.mp4", keeps], 2)
+                   for number in (0, 1)])  # fmt: skip
+    assert [(code, lines) for code, _, lines in results] == [
+        (1, ["stuck: error: host 1: burns"]), (1, ["stuck: error: burns"])]  # fmt: skip
+    assert left(tmp_path) == (["clip.run"] if keeps else [])
+    if keeps:  # the lock's file is held by nobody any more
+        assert {path.name for path in tmp_path.glob("clip.run/*")} - {"lock"} == {"carry.safetensors", "run.json"}
 
 
 READ = """

@@ -5,12 +5,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from samplers import compiled_budget, estimate, hostmemory, memory
+from samplers import compiled_budget, estimate, hostmemory, memory, pipeline
 from samplers.estimate import GIB
-from samplers.plan import Settings
+from samplers.plan import Plan, Settings
 from wanjax import checkpoint, sharding
 from wanjax.config import preset
 from wanjax.precision import BFLOAT16, Precision
@@ -351,6 +353,27 @@ def test_batched_guidance_has_two_passes_of_tokens():
     assert two.temporary["denoise"] > 1.8 * one.temporary["denoise"]
     split = estimate.estimate(*clip(guidance_mode="batched"), {"data": 2}, platform="gpu")
     assert split.temporary["denoise"] == one.temporary["denoise"]
+
+
+@pytest.mark.parametrize("name, size, frames", [("tiny", (32, 48), 25), ("flf2v_14b", (480, 864), 81),
+                                                ("fun_inp_1_3b", (480, 832), 81)])  # fmt: skip
+@pytest.mark.parametrize("steps, share, mode", [(20, 0.3, "sequential"), (50, 0.6, "batched"),
+                                                (10, (2, 5), "sequential"),
+                                                (20, 0.0, "sequential"), (3, 0.5, "sequential")])  # fmt: skip
+def test_skipped_passes_are_counted_with_what_they_are_guessed_from(name, size, frames, steps, share, mode):
+    """By the leaves of the run's own carry."""
+    config = preset(name)
+    settings = Settings.of(config, size=size, frames=frames, steps=steps, skip_passes=share, guidance_mode=mode)
+    plan = Plan.of(config, settings, platform="gpu")
+    noise = jax.ShapeDtypeStruct((1, *plan.latent_shape), np.float32)
+    state = jax.eval_shape(lambda noise: pipeline.start(plan, noise), noise).state
+    own = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert estimate.guessed(config, settings) == own and (own > 0) == (steps > 3 and share != 0)
+    every = replace(settings, skip_passes=0.0)
+    one, other = (estimate.temporary(config, each, {}, "keep", "bf16", 1, "gpu") for each in (settings, every))
+    assert one["denoise"] - other["denoise"] == 2 * own  # taken and given
+    assert {stage: n for stage, n in one.items() if stage != "denoise"} == {
+        stage: n for stage, n in other.items() if stage != "denoise"}  # fmt: skip
 
 
 def test_this_machine_has_some():

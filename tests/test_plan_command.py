@@ -104,6 +104,19 @@ def test_guidance_of_one_halves_the_work(capsys):
     assert two["step"] == 2 * one["step"] and two["decode"] == one["decode"]
 
 
+def test_skipped_passes_save_work_and_take_memory(capsys):
+    every, half = (read(capsys, *BIG, "h100", "--steps", 50, *more) for more in ((), ("--skip-passes", 0.5)))
+    assert half["settings"]["skip_passes"] == 0.5 and every["settings"]["skip_passes"] == 0
+    assert half["operations"]["denoise"] == every["operations"]["denoise"] / 2
+    assert half["operations"]["decode"] == every["operations"]["decode"]
+    assert half["seconds"]["denoise"] == pytest.approx([one / 2 for one in every["seconds"]["denoise"]])
+    more = [way["stages"]["denoise"] - before["stages"]["denoise"]
+            for way, before in zip(half["ways"], every["ways"], strict=True)]  # fmt: skip
+    assert set(more) == {2 * 4 * 4 * (21 * 60 * 108 * 16 + 1)}
+    code, _, err = run(capsys, *BIG, "h100", "--skip-passes", 0.7)
+    assert code == 2 and "skip passes 0.7: give a share of the steps from 0 to 0.6" in err
+
+
 def test_devices_share_the_work(capsys):
     one, eight = (read(capsys, *BIG, name) for name in ("v6e-1", "v6e-8"))
     assert one["seconds"]["denoise"][1] == pytest.approx(8 * eight["seconds"]["denoise"][1])

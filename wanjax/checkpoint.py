@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from wanjax import compare, manifest, sharding, store, streaming, writing
+from wanjax import compare, hosts, manifest, sharding, store, streaming, writing
 from wanjax.config import ModelConfig, to_json
 from wanjax.folder import CONFIG, TOKENIZER, Folder, bundled, config_of, is_folder, open_folder, read_config
 from wanjax.manifest import MANIFEST, SAFETENSORS, CheckpointError, Manifest
@@ -72,7 +72,10 @@ def load(
     def read(part: str, mesh: Mesh | None, rules: sharding.Rules) -> Any:
         if part == "dit" and config.dit.stream != "no":
             return streaming.restore(folder.path, shapes[part], config.dit.stream, fast)
-        return store.restore(folder.path, part, shapes[part], mesh, rules, fast)
+        params = store.restore(folder.path, part, shapes[part], mesh, rules, fast)
+        if mesh is not None and mesh.is_multi_process:
+            hosts.meet(f"read/{part}")  # one may have found damaged weights, which are no one's but its own
+        return params
 
     ahead = partial(store.read_ahead, folder.path)
     parts = Parts({}, read, tuple(shapes), policy != "keep", mesh, rules, ahead)

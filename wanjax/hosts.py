@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from wanjax import undo
+
 AUTO = "auto"
 _END = "wanjax/end"
 _FOREVER = 2**31 - 1
@@ -124,7 +126,7 @@ class Company:
 
     A thread listens for the end. Once another host has failed, this one gets a KeyboardInterrupt, and `failure` says
     what it was; a host that does not come to it (it waits for the failed one inside a collective) ends with that
-    failure's line and exit code anyway.
+    failure's line and exit code anyway, after what `wanjax.undo` was told inside the context is undone.
 
     Args:
       program: what messages begin with.
@@ -134,11 +136,14 @@ class Company:
         self.program = program
         self.failure: tuple[int, str] | None = None
         self._left, self._joined = threading.Event(), threading.Event()
+        self._undoing, self._stack = undo.Undoing(), contextlib.ExitStack()
 
     def __enter__(self) -> "Company":
+        self._undoing = self._stack.enter_context(undo.collected())
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stack.close()
         if error is not None and count() > 1 and not isinstance(error, SystemExit):
             traceback.print_exception(error)
             self.fail(1, f"failed ({kind.__name__})")
@@ -230,6 +235,7 @@ class Company:
         else:
             signal.raise_signal(signal.SIGINT)
         if not self._left.wait(_GRACE):
+            self._undoing.run()
             print(f"{self.program}: error: {message}", file=sys.stderr)
             self._leave(int(code))
 
@@ -237,6 +243,7 @@ class Company:
         """Another host ended without a word, or cannot be reached any more."""
         if self._joined.is_set() and not self._left.is_set():
             reason = " ".join(" ".join(map(str, status)).split())[:200]
+            self._undoing.run()
             print(f"{self.program}: error: another host is gone ({reason})", file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -253,6 +260,23 @@ class Company:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def meet(what: str) -> None:
+    """Waits until all hosts are here: before a collective, in which one could not hear that another had failed.
+
+    Args:
+      what: names the place. Who meets there again does not wait.
+
+    Raises:
+      KeyboardInterrupt: another host failed meanwhile.
+    """
+    if count() == 1:
+        return
+    client = _state().client
+    client.key_value_set(f"wanjax/met/{what}/{number()}", "", allow_overwrite=True)
+    for host in range(count()):
+        _wait(client, f"wanjax/met/{what}/{host}")
 
 
 def put(x: jax.Array | np.ndarray, where: Sharding) -> jax.Array:

@@ -18,12 +18,14 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from wanjax.publishing import NEW, OLD, Move, OutputError, put_back, sync, sync_folder
+from wanjax.undo import undone
 
 HIDDEN = ".wanjax-"
 
@@ -60,6 +62,7 @@ def _room(parent: Path, first: Path | None) -> Iterator[Path]:
             stack.pop_all()
         else:
             raise OutputError(f"cannot hold a lock in folder {parent}; choose another place")
+        stack.enter_context(undone(partial(_abandon, room, lock, first or room)))
         yield room
 
 
@@ -95,6 +98,18 @@ def _end(room: Path, lock: FileLock, first: Path) -> None:
     lock.release()
     if not kept:
         _remove(room)
+
+
+def _abandon(room: Path, lock: FileLock, first: Path) -> None:
+    """`_end`, from another thread than the one that holds the folder and may be about to give names: what was moved
+    aside stays, for the next run to put back."""
+    if (first / _JOURNAL).exists():
+        return
+    shutil.rmtree(room / NEW, ignore_errors=True)
+    (room / OLD).rmdir()  # OSError where something is in it
+    (room / _CLAIM).unlink(missing_ok=True)
+    lock.release()
+    _remove(room)
 
 
 def _empty(room: Path) -> None:

@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from wanjax import hosts
 from wanjax.layers import TOKENS, mesh_axes
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -155,5 +156,6 @@ def shard_params(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
-    """Puts arrays [B, ...] on the mesh: the batch over `data` where that divides it, all else on every device."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(mesh_axes(mesh, "data", x.shape[0])))), tree)
+    """Puts arrays [B, ...] on the mesh: the batch over `data` where that divides it, all else on every device. Of
+    several hosts each has them all; that they are the same everywhere is not compared."""
+    return jax.tree.map(lambda x: hosts.put(x, NamedSharding(mesh, P(mesh_axes(mesh, "data", x.shape[0])))), tree)
