@@ -13,10 +13,12 @@ Axis letters: N frames, H height, W width, K shapes.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,14 +26,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from benchmarks import measure
 from benchmarks.tiny import evaluate
 from benchmarks.tiny.clips import SHAPES, Clip, render, scene
 from samplers.plan import Plan, Settings
-from wanjax import checkpoint
+from wanjax import checkpoint, writing
 from wanjax.checkpoint import Model
+from wanjax.manifest import first_line
+from wanjax.settings import whole
 
 NAMES = tuple(SHAPES)
 """What can be told; a label is a place in it."""
@@ -171,6 +178,36 @@ def learn(scenes: int = SCENES, steps: int = STEPS, seed: int = 0, checked: int 
     }  # fmt: skip
 
 
+def keep(path: Path, params: Any, about: Mapping[str, Any]) -> None:
+    """Writes what `learn` gives as a safetensors file, which must not be there yet.
+
+    Raises:
+      OutputError: it is, or there is no such folder.
+    """
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
+    writing.write_bytes(path, save(arrays, {"about": json.dumps(about)}))
+
+
+def kept(path: Path, size: int = 32) -> tuple[Any, dict]:
+    """Reads what `keep` wrote, for frames of `size` pixels.
+
+    Raises:
+      ValueError: no such file, or another one.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+            about = json.loads(file.metadata()["about"])
+    except (OSError, SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"classifier {path}: not a file of benchmarks.tiny.shapes ({first_line(error)})") from error
+    frames = jnp.zeros((1, size, size, 3))
+    expected = jax.eval_shape(lambda key: Classifier().init(key, frames)["params"], jax.random.key(0))
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(expected, sep=".").items()}
+    if shapes != {name: array.shape for name, array in arrays.items()}:
+        raise ValueError(f"classifier {path}: of other sizes; leave it out to learn anew")
+    return unflatten_dict(arrays, sep="."), about
+
+
 def arms(model: Model, clips: Sequence[Clip], settings: Mapping[str, Settings]) -> dict[str, np.ndarray]:
     """Videos uint8 [N, T, H, W, 3] of the same clips: "truth", "vae", "crossfade", and the model's by `settings`."""
     truth, captions = np.stack([one.video for one in clips]), [one.caption for one in clips]
@@ -189,8 +226,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scenes", type=measure.positive, default=SCENES, help="to learn from (default %(default)s)")
     p.add_argument("--training-steps", type=measure.positive, default=STEPS, help="(default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the classifier (default %(default)s)")
+    p.add_argument("--classifier", type=Path, metavar="FILE", help="learnt by an earlier run; one that is not there "
+                   "is written (default: learn, and keep nothing)")  # fmt: skip
     p.add_argument("--out", type=measure.output, metavar="JSON", help="report to write")
     return p
+
+
+def asked_for(path: Path | None) -> tuple[Any, dict] | None:
+    """An earlier classifier, or None where one is to be learnt.
+
+    Raises:
+      ValueError: a file that is none, or no folder to keep one in.
+    """
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise ValueError(f"--classifier {path}: no folder {path.parent}; create it with mkdir -p {path.parent}")
+    return kept(path) if path.exists() else None
 
 
 def show(report: Mapping[str, Any]) -> None:
@@ -214,13 +266,16 @@ def main(argv: list[str] | None = None) -> int:
                     for scale in args.guidance}  # fmt: skip
         for one in settings.values():
             Plan.of(model.config, one)
-        np.random.default_rng(args.seed)
+        whole("--seed", args.seed, 0, 2**32 - 1)
         clips = evaluate.heldout(args.clips, frames=model.config.sampling.frames)
+        earlier = asked_for(args.classifier)
     except (ValueError, OSError) as error:
         line.error(str(error))
 
     def measured() -> bool:
-        params, classifier = learn(args.scenes, args.training_steps, args.seed)
+        params, classifier = earlier or learn(args.scenes, args.training_steps, args.seed)
+        if args.classifier is not None and earlier is None:
+            keep(args.classifier, params, classifier)
         labels = np.array([label(one.scene) for one in clips])
         judged = {name: judge(params, videos, labels) for name, videos in arms(model, clips, settings).items()}
         counts = Counter(NAMES[one] for one in labels)
