@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
@@ -76,15 +75,15 @@ def rounded_again(params: Any, seed: int = 0) -> Any:
 
     What was lost when they were rounded cannot be had back; what losing as much again costs says what it cost.
     """
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    rng = np.random.default_rng(seed)
 
-    def moved(key: jax.Array, leaf: jax.Array) -> jax.Array:
-        _, exponent = jnp.frexp(leaf.astype(jnp.float32))  # |leaf| in 2**(exponent - 1) .. 2**exponent, 8 bits of it
-        half = jnp.ldexp(jnp.float32(1), exponent - 9)
-        return leaf + half * jax.random.uniform(key, leaf.shape, jnp.float32, -1, 1)
+    def moved(leaf: Any) -> np.ndarray:
+        values = np.asarray(leaf, np.float32)
+        _, exponent = np.frexp(values)  # |value| in 2**(exponent - 1) .. 2**exponent, of which 8 bits are kept
+        half = np.where(values == 0, 0, np.ldexp(np.float32(1), exponent - 9))
+        return values + half * rng.uniform(-1, 1, values.shape).astype(np.float32)
 
-    return jax.tree.unflatten(tree, [moved(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.map(moved, params)
 
 
 def seen_in_training(count: int, frames: int) -> list[Clip]:
@@ -119,15 +118,12 @@ def compare(model: Model, clips: Sequence[Clip], settings: Sequence[Settings], j
     captions, speed = [one.caption for one in clips], np.stack([motion(one) for one in clips])
     fast = speed.mean(1) > np.median(speed.mean(1))
     vae = evaluate.reconstruct(model, truth)
-    cases, made = [], None
+    cases, videos = [], []
     for one in settings:
-        told = evaluate.generate(model, clips, captions, one)
-        made = told if made is None else made
+        videos.append(evaluate.generate(model, clips, captions, one))
         cases.append({"guidance": one.guidance, "steps": one.steps, "solver": one.solver,
-                      **figures(told, clips, judge)})  # fmt: skip
-        print("  ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in cases[-1].items()), flush=True)  # fmt: skip
-    assert made is not None
+                      **figures(videos[-1], clips, judge)})  # fmt: skip
+    made = videos[0]
     pairs = {"vae": (vae, truth), "model": (made, truth), "model_to_vae": (made, vae)}
     again = {**model.params} | {name: rounded_again(model.params[name]) for name in ("dit", "umt5")}
     jittered = evaluate.generate(dataclasses.replace(model, params=again), clips, captions, settings[0])
