@@ -171,7 +171,7 @@ def save_sheet(videos: Mapping[str, np.ndarray], captions: Sequence[str], path: 
     blocks = [
         sheets.Block(f"{n}: {captions[n]}", {name: made[n] for name, made in videos.items()}) for n in range(count)
     ]
-    sheets.write(path, sheets.sheet(blocks, range(0, next(iter(videos.values())).shape[1], 3)))
+    sheets.write(path, sheets.sheet(blocks, range(0, next(iter(videos.values())).shape[1], 3), scale=3))
 
 
 def main(arguments: list[str] | None = None) -> None:
