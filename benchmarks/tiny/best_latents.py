@@ -2,8 +2,8 @@
 
     python -m benchmarks.tiny.best_latents --clips 16 --out benchmarks/results/best_latents_tiny.json
 
-Each clip's latents, at first the encoder's, are moved down the gradient of the decoder's squared error. No encoder can do
-better with this decoder; how near the encoder comes is what training it further could win. In torch, which takes
+Each clip's latents, at first the encoder's, are moved down the gradient of the decoder's squared error. No encoder can
+do better with this decoder; how near the encoder comes is what training it further could win. In torch, which takes
 gradients of convolutions several times faster than XLA on a CPU.
 
 Axis letters: N clips, T frames, H height, W width; torch tensors are channels first.
@@ -49,8 +49,11 @@ def to_video(made: torch.Tensor) -> np.ndarray:
 def improve(
     vae: AutoencoderKLWan, videos: np.ndarray, steps: int, checks: int = CHECKS
 ) -> tuple[dict[int, np.ndarray], float]:
-    """Videos uint8 [N, T, H, W, 3] as the decoder shows them, by steps taken, from 0 (the encoder's latents) to `steps`;
-    and how far the latents went, root mean square."""
+    """What the decoder shows of videos uint8 [N, T, H, W, 3] as their latents get better.
+
+    Returns:
+      the videos by steps taken, from 0 (the encoder's latents) to `steps`, and how far latents went, root mean square.
+    """
     video = to_tensor(videos)
     with torch.no_grad():
         first, _ = torch_vae.encode(vae, video)
