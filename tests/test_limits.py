@@ -68,6 +68,15 @@ def test_off_centre_of_a_shifted_clip_is_the_shift():
     assert limits.off_centre(shifted, clips) == pytest.approx(5**0.5, abs=1e-6)
 
 
+@pytest.mark.parametrize("distance", [0.0, 0.75, 2.0])
+def test_moved_clips_are_off_by_that_much(distance):
+    clips = [drawn(), drawn((10.0, 10.0), (20.0, 20.0))]
+    made = limits.moved(clips, distance)
+    assert limits.off_centre(made, clips) == pytest.approx(distance, abs=0.125)
+    if not distance:
+        np.testing.assert_array_equal(made, truth_of(clips))
+
+
 def test_rounding_again_is_as_large_as_rounding():
     """Against what storing in bfloat16 does to numbers of all sizes: errors bounded alike, and alike on average."""
     rng = np.random.default_rng(0)
