@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -210,6 +212,16 @@ def test_the_animation_loops_and_rests_at_its_end(tmp_path, monkeypatch):
         image.seek(24)
         image.load()
         assert image.info["duration"] == pytest.approx(1000 * (1 + animation.REST) / 12, abs=2)
+
+
+def test_the_pictures_of_the_readme_are_there_and_small():
+    root = Path(__file__).parents[1]
+    shown = re.findall(r"!\[.+\]\((.+)\)", (root / "README.md").read_text(encoding="utf-8"))
+    assert shown[:2] == ["docs/example.webp", "docs/explain.png"]
+    sizes = {name: (root / name).stat().st_size for name in shown}
+    assert sizes["docs/example.webp"] < 1e6 and sizes["docs/explain.png"] < 200e3
+    with Image.open(root / shown[0]) as image:
+        assert image.n_frames == 25 and image.info["loop"] == 0
 
 
 BAD = {
