@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
+from benchmarks import measure as command
+from benchmarks.tiny import sheets
 from benchmarks.tiny.clips import Clip, clip
 from samplers import pipeline
 from samplers.pipeline import Inputs
@@ -160,14 +161,17 @@ def measure(
             figures[f"{name}_inner_gain"] = float((told - less).mean())
             figures[f"{name}_inner"] = float(psnr(made[:, inner], truth[:, inner]).mean())
     if sheet is not None and guidance:
-        save_sheet([truth, fades["crossfade"], made], sheet)
+        save_sheet({"truth": truth, "cross-fade": fades["crossfade"], "model": made}, captions, sheet)
     return figures
 
 
-def save_sheet(videos: Sequence[np.ndarray], path: Path, clips: int = 10, scale: int = 3) -> None:
-    """A PNG: for each clip one row of every third frame from each of `videos`."""
-    rows = [np.concatenate(list(video[n, ::3]), axis=1) for n in range(min(clips, len(videos[0]))) for video in videos]
-    Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)).save(path)
+def save_sheet(videos: Mapping[str, np.ndarray], captions: Sequence[str], path: Path, clips: int = 10) -> None:
+    """A PNG of the first clips: under its caption one row of every third frame for each of `videos`, by name."""
+    count = min(clips, len(captions))
+    blocks = [
+        sheets.Block(f"{n}: {captions[n]}", {name: made[n] for name, made in videos.items()}) for n in range(count)
+    ]
+    sheets.write(path, sheets.sheet(blocks, range(0, next(iter(videos.values())).shape[1], 3), scale=3))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--solver", default="unipc", help="sampler (default %(default)s)")
     parser.add_argument("--rich", action="store_true", help="clips that also turn, grow, change colour, come in pairs")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    parser.add_argument("--sheet", type=Path, help="PNG: truth, cross-fade and model in turn")
+    parser.add_argument("--sheet", type=command.output, metavar="PNG", help="truth, cross-fade and model in turn")
     options = parser.parse_args(arguments)
     try:
         if options.clips < 1:
