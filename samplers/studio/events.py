@@ -66,7 +66,7 @@ class Handlers:
         return lambda ticket: self.studio.make(job, ticket)
 
     def compare(
-        self, base: Any, pinned: Any, against: str, *given: Any, request: gr.Request
+        self, request: gr.Request, base: Any, pinned: Any, against: str, *given: Any
     ) -> Iterator[dict[Any, Any]]:
         """Makes a clip by two settings, and their difference."""
         yield from self._follow(request, lambda: self._two(base, pinned, against, given))
@@ -96,7 +96,7 @@ class Handlers:
             ticket = self.line.join(request.session_hash, prepare())
             for kind, value in self.line.follow(ticket):
                 if kind == "waiting":
-                    yield {stage: views.waiting(self.size, value)}
+                    yield {stage: views.waiting(self.size, value, self.line.warming())}
                 elif kind == "progress":
                     yield {stage: self._progress(value)}
                 else:
@@ -167,11 +167,10 @@ class Handlers:
 
     def chosen(self, name: str, frames: Any) -> list[Any]:
         """The switches and fields of a profile; none of them can be touched where it changes nothing."""
-        shown = fields.of_method(
-            METHODS[name if name != "wan" else "paper"], self.studio.config, _whole("frames", frames)
-        )
-        return [gr.update(value=value if name != "wan" or part not in fields.PARTS else False, interactive=name != "wan")
-                for part, value in shown.items()]  # fmt: skip
+        on = name != "wan"
+        shown = fields.of_method(METHODS[name if on else "paper"], self.studio.config, _whole("frames", frames))
+        shown |= {} if on else dict.fromkeys(fields.PARTS, False)
+        return [gr.update(value=value, interactive=on) for value in shown.values()]
 
     def lengths(self, frames: Any) -> Any:
         """The edge width that belongs to a length."""

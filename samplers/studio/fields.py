@@ -46,16 +46,16 @@ def fields(config: ModelConfig, frames: int) -> tuple[Field, ...]:
     most = config.dit.num_layers - 1
     branches = zip(("text", "first", "last"), isolation.weights, strict=True)
     return (
-        Field("strength_end", "kab", "Strength near keyframes", own.strength_end, 0, 3, 0.05),
+        Field("strength_end", "kab", "Strength at keyframes", own.strength_end, 0, 3, 0.05),
         Field("strength_mid", "kab", "Strength half-way", own.strength_mid, 0, 3, 0.05),
-        Field("kab_until", "kab", "Active until this share of the steps", own.steps[1], 0, 1, 0.05),
+        Field("kab_until", "kab", "Until this share of steps", own.steps[1], 0, 1, 0.05),
         Field("kab_first", "kab", "First layer", first, 0, most, 1),
         Field("kab_last", "kab", "Last layer", last, 0, most, 1),
-        Field("anchor_curve", "kab", "From one keyframe to the next", own.curve, choices=tuple(CURVES)),
-        Field("s_edge", "retro", "Scale near keyframes", scaling.s_edge, 0.5, 1.5, 0.01),
+        Field("anchor_curve", "kab", "Curve", own.curve, choices=tuple(CURVES)),
+        Field("s_edge", "retro", "Scale at keyframes", scaling.s_edge, 0.5, 1.5, 0.01),
         Field("s_mid", "retro", "Scale between", scaling.s_mid, 0.5, 1.5, 0.01),
-        Field("w_edge", "retro", "Edge width in frames", retro.edge_width(scaling, frames), 1, frames // 2, 1),
-        Field("retro_mode", "retro", "What the scale does", scaling.mode, choices=MODES),
+        Field("w_edge", "retro", "Edge, frames", retro.edge_width(scaling, frames), 1, frames // 2, 1),
+        Field("retro_mode", "retro", "Scales", scaling.mode, choices=MODES),
         *(Field(f"weight_{name}", "isolation", f"Weight of {name}", weight, 0, 3, 0.05) for name, weight in branches),
     )
 

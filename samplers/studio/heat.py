@@ -58,25 +58,32 @@ def html(numbers: dict[str, Any], keyframes: Sequence[np.ndarray]) -> str:
     kab = numbers["kab"]
     told = ("KAB acts in this layer and step." if kab else
             "KAB does not act in this layer and step: before and after are the same.")  # fmt: skip
-    return (f'<div class="wj-heat"><p>Layer {numbers["layer"]}, step {numbers["step"]}: how much each frame looks at each '
-            f"word and at each patch of the keyframes, mean over heads. {told}</p>{''.join(parts)}</div>")  # fmt: skip
+    where = f"Layer {numbers['layer']}, step {numbers['step']}"
+    return (f'<div class="wj-heat"><p>{where}: how much each frame looks at each word and each patch of the keyframes, '
+            f"mean over heads. {told}</p>{''.join(parts)}</div>")  # fmt: skip
 
 
 def _words(words: Sequence[str], frames: Sequence[str], found: dict[str, np.ndarray]) -> str:
-    """A table for each view."""
-    shades, blocks = scaled(found), []
-    names = [word.strip() or "␣" for word in words]
+    """A table of frames and words, the views below each other; what is after the text's end counts for no shade."""
+    shades, bodies = scaled({view: own[:, :-1] for view, own in found.items()}), []
+    names = [word.strip() or "␣" for word in words[:-1]]
+    head = "".join(f"<th><span>{text(name)}</span></th>" for name in names)
     for view in VIEWS:
         pictures = colours(shades[view], _SIGNED if view == "change" else _HOT)
-        head = "".join(f"<th><span>{text(name)}</span></th>" for name in names)
         rows = []
-        for frame, row, tints in zip(frames, found[view], pictures, strict=True):
-            cells = "".join(f'<td style="background:rgb({r},{g},{b})" title="frame {frame}, {text(name)}: {value:+.4f}"></td>'
-                            for name, value, (r, g, b) in zip(names, row, tints, strict=True))  # fmt: skip
-            rows.append(f"<tr><th>{frame}</th>{cells}</tr>")
-        blocks.append(f'<figure><figcaption>{view}</figcaption><table><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-                      "</figure>")  # fmt: skip
-    return f'<h4>Words</h4><div class="wj-blocks">{"".join(blocks)}</div>'
+        for number, (frame, row, tints) in enumerate(zip(frames, found[view], pictures, strict=True)):
+            cells = "".join(_cell(f"frame {frame}, {name}: {value:+.4f}", tint)
+                            for name, value, tint in zip(names, row, tints, strict=False))  # fmt: skip
+            label = f'<th class="wj-view">{view}</th>' if number == 0 else "<th></th>"
+            rows.append(f"<tr>{label}<th>{frame}</th>{cells}</tr>")
+        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
+    return (f'<h4>Words</h4><div class="wj-words"><table><thead><tr><th></th><th></th>{head}</tr></thead>'
+            f"{''.join(bodies)}</table></div>")  # fmt: skip
+
+
+def _cell(told: str, tint: np.ndarray) -> str:
+    red, green, blue = map(int, tint)
+    return f'<td style="background:rgb({red},{green},{blue})" title="{text(told)}"></td>'
 
 
 def _keyframe(name: str, frames: Sequence[str], found: dict[str, np.ndarray], pixels: np.ndarray) -> str:
@@ -90,8 +97,11 @@ def _keyframe(name: str, frames: Sequence[str], found: dict[str, np.ndarray], pi
     for view in VIEWS:
         lit = colours(shades[view], _SIGNED if view == "change" else _HOT)
         strip = [_lit(small, one.reshape(side, side, 3)) for one in lit]
-        cells = "".join(f'<figure><img src="{png(one)}" alt="" title="frame {frame}"><figcaption>{frame}</figcaption></figure>'
-                        for frame, one in zip(frames, strip, strict=True))  # fmt: skip
+        pictures = [
+            f'<img src="{png(one)}" alt="" title="frame {frame}">' for frame, one in zip(frames, strip, strict=True)
+        ]
+        cells = "".join(f"<figure>{picture}<figcaption>{frame}</figcaption></figure>"
+                        for frame, picture in zip(frames, pictures, strict=True))  # fmt: skip
         rows.append(f'<div class="wj-strip"><b>{view}</b>{cells}</div>')
     return f"<h4>{text(name.capitalize())} keyframe</h4>{''.join(rows)}"
 

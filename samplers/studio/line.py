@@ -13,6 +13,8 @@ from typing import Any
 
 MOST = 16
 """People that may wait."""
+WARMING = "warm-up"
+"""Owner of the ticket by which the model is warmed up."""
 
 
 class Stopped(Exception):
@@ -71,6 +73,11 @@ class Line:
             if ticket not in self._waiting:
                 return 0
             return self._waiting.index(ticket) + (self._now is not None)
+
+    def warming(self) -> bool:
+        """Whether the model is being warmed up now."""
+        with self._changed:
+            return self._now is not None and self._now.owner == WARMING
 
     def stop(self, owner: str) -> None:
         """Stops everything of one person: what waits at once, what is computed within a step."""

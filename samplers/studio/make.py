@@ -145,8 +145,9 @@ class Studio:
         job = files.prepare(**asked.one(options))
         lies = job.memory.policy, job.weights
         if self._lies is not None and lies != self._lies:
-            raise ValueError(f"memory: this clip fits only with --memory {lies[0]}, --weights {lies[1] or 'bf16'}, and "
-                             "the model was loaded otherwise; start the studio with these, or make it smaller")  # fmt: skip
+            wanted = f"--memory {lies[0]} --weights {lies[1] or 'bf16'}"
+            raise ValueError(f"memory: this clip fits only with {wanted}, and the model was loaded otherwise; start the "
+                             "studio with these, or make it smaller")  # fmt: skip
         return job
 
     def load(self, job: Job) -> checkpoint.Model:
@@ -234,7 +235,7 @@ class Studio:
 
 
 def watch(job: Job, ticket: Ticket, label: str = "") -> OnStep:
-    """An `OnStep` that tells a ticket how far a clip is, with a picture of it now and then; Stopped if it is to stop."""
+    """An `OnStep` that tells a ticket how far a clip is, with a picture now and then; Stopped if it is to stop."""
     steps, shown = job.settings.steps, 0.0
     without = preview.missing(job.config) is not None
 
@@ -251,7 +252,7 @@ def watch(job: Job, ticket: Ticket, label: str = "") -> OnStep:
 
 
 def side_by_side(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Two clips uint8 [T, H, W, 3] and, brightened, how far they are apart, a dark gap between: [T, H, 3 W + 2 gap, 3]."""
+    """Two clips uint8 [T, H, W, 3] and, brightened, how far apart they are: [T, H, 3 W + 2 gap, 3]."""
     height, width = first.shape[1:3]
     gap = np.full((len(first), height, max(1, width // 48), 3), 16, np.uint8)
     apart = np.minimum(np.abs(first.astype(np.int16) - second) * GAIN, 255).astype(np.uint8)

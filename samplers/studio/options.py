@@ -11,22 +11,32 @@ PORT = 7860
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("python -m samplers.studio", description="Open a page in the browser to make clips on.")
-    p.add_argument("--model", default="tiny", metavar="tiny|PATH", help="the bundled tiny model or a model folder "
-                   "(default: %(default)s)")  # fmt: skip
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")
-    p.add_argument("--devices", type=device_count, metavar="N", help="how many share the work, or 'all' (default: one)")
-    p.add_argument("--mesh", type=mesh_axes, default={}, metavar="AXIS=N,...", help="instead of --devices, by hand")
+    add, switch = p.add_argument, argparse.BooleanOptionalAction
+    add("--model", default="tiny", metavar="tiny|PATH", help="the bundled tiny model or a model folder (default: tiny)")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")
+    add("--devices", type=device_count, metavar="N", help="how many share the work, or 'all' (default: one)")
+    add("--mesh", type=mesh_axes, default={}, metavar="AXIS=N,...", help="instead of --devices, by hand")
     for name in ("memory", "weights", "vae-memory"):
-        p.add_argument(f"--{name}", **plan_command.OPTIONS[name])
-    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="IPv4 address or name to listen at; one that "
-                   "others can reach wants a token (default: %(default)s)")  # fmt: skip
-    p.add_argument("--port", type=int, default=PORT, metavar="N", help="0 takes a free one (default: %(default)s)")
-    p.add_argument("--token", metavar="TEXT", help="what the address must hold (default: none on this machine alone, else "
-                   "a random one, which is printed)")  # fmt: skip
-    p.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
-                   help="read the model and compile its programs before the first clip is asked for")  # fmt: skip
-    p.add_argument("--compile-cache", action=argparse.BooleanOptionalAction, default=True,
-                   help="keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR")  # fmt: skip
+        add(f"--{name}", **plan_command.OPTIONS[name])
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="IPv4 address or name to listen at; one that others can reach wants a token (default: %(default)s)",
+    )
+    add("--port", type=int, default=PORT, metavar="N", help="0 takes a free one (default: %(default)s)")
+    add(
+        "--token",
+        metavar="TEXT",
+        help="what the address must hold (default: none on this machine alone, else a random one, which is printed)",
+    )
+    add("--warm-up", action=switch, default=True, help="read and compile before the first clip is asked for (yes)")
+    add(
+        "--compile-cache",
+        action=switch,
+        default=True,
+        help="keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR (yes)",
+    )
     return p
 
 

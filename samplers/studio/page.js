@@ -15,7 +15,7 @@
     }
     const play = stage.querySelector(".wj-play");
     const paused = videoOf(stage).paused;
-    if (play) play.textContent = paused ? "▶" : "❚❚";
+    if (play) play.textContent = paused ? "▶" : "Ⅱ";
   };
 
   const goTo = (stage, frame) => {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samplers.studio import safety
-from samplers.studio.line import Line, Stopped
+from samplers.studio.line import WARMING, Line, Stopped
 from samplers.studio.make import Studio
 
 CLIP = re.compile(r"[0-9a-f]{32}")
@@ -39,8 +39,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise ValueError(f"--host {host}, --port {port}: cannot listen there ({error.strerror or error}); give another, "
-                         "or --port 0 for a free one") from error  # fmt: skip
+        raise ValueError(f"--host {host}, --port {port}: cannot listen there ({error.strerror or error}); give "
+                         "another, or --port 0 for a free one") from error  # fmt: skip
 
 
 def application(studio: Studio, line: Line, folder: Path, host: str, token: str | None) -> Any:
@@ -102,10 +102,6 @@ def warm_up(studio: Studio, line: Line, values: Mapping[str, Any]) -> threading.
     thread = threading.Thread(target=follow, name="warm-up", daemon=True)
     thread.start()
     return thread
-
-
-WARMING = "warm-up"
-"""Owner of its ticket."""
 
 
 def run(app: Any, sock: socket.socket, ready: Callable[[], None]) -> None:

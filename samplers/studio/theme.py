@@ -25,7 +25,8 @@ def theme() -> gr.themes.Base:
         "border_color_accent": ACCENT, "color_accent_soft": RAISED, "input_background_fill": RAISED,
         "input_border_color": LINE, "input_border_color_focus": ACCENT, "input_placeholder_color": "#5d6579",
         "slider_color": ACCENT, "checkbox_background_color": RAISED, "checkbox_background_color_selected": ACCENT,
-        "checkbox_border_color": LINE, "checkbox_border_color_selected": ACCENT, "checkbox_label_background_fill": RAISED,
+        "checkbox_border_color": LINE, "checkbox_border_color_selected": ACCENT,
+        "checkbox_label_background_fill": RAISED,
         "checkbox_label_background_fill_hover": LINE, "checkbox_label_background_fill_selected": "#2b2650",
         "checkbox_label_text_color": TEXT, "checkbox_label_text_color_selected": TEXT,
         "button_primary_background_fill": ACCENT, "button_primary_background_fill_hover": "#a394ff",
@@ -47,7 +48,9 @@ def css(fields: Sequence[Field]) -> str:
     names = {"ink": INK, "panel": PANEL, "raised": RAISED, "line": LINE, "text": TEXT, "quiet": QUIET, "accent": ACCENT,
              "second": SECOND}  # fmt: skip
     root = ":root{" + "".join(f"--wj-{name}:{value};" for name, value in names.items()) + "}"
-    marks = [f"#{one.name}{{--wj-paper:{one.share:.4f}}}" for one in fields if not one.choices]
+    marks = [
+        f"#{one.name}{{--wj-paper:{one.share:.4f};--wj-value:'{one.paper:g}'}}" for one in fields if not one.choices
+    ]
     swatches = [f"#{kind} label:nth-child({i}){{--wj-swatch:rgb{rgb}}}"
                 for kind in ("colour", "ground") for i, rgb in enumerate(COLOURS.values(), 1)]  # fmt: skip
     return "\n".join([root, sheet, *marks, *swatches])

@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: the player in each of its states, and lines under it. page.css dresses it, page.js plays.
+"""What the page shows, as HTML: the player in each of its states, and what is under it; page.css, page.js go with it.
 
 The player has one place for the message, the preview and the clip, of the clip's shape, so that nothing jumps.
 """
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from samplers.request import Job
 from samplers.studio.make import GAIN, Made, Progress
 
 _MARKUP = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
@@ -96,7 +95,7 @@ def done(made: Made) -> str:
         names = f'<div class="wj-ab">{"".join(f"<span>{text(one)}</span>" for one in captions)}</div>'
     keys = [_key(f"{base}/key{i}.png", at, job.settings.frames) for i, at in enumerate(job.plan.at)]
     left, right = (keys[:1], keys[1:]) if len(keys) > 1 else (keys, [])
-    return _stage(size, player, "done", names, left, right if made.against is None else right,
+    return _stage(size, player, "done", names, left, right,
                   f'data-clip="{made.folder.name}" data-fps="{job.fps:g}" data-frames="{job.settings.frames}"',
                   _scrub(job.settings.frames))  # fmt: skip
 
@@ -112,11 +111,12 @@ def _captions(made: Made) -> tuple[str, str, str]:
 
 def _key(source: str, at: int, frames: int) -> str:
     name = {0: "first", frames - 1: "last"}.get(at, f"frame {at}")
-    return f'<figure class="wj-key" data-at="{at}"><img src="{source}" alt="{name} keyframe"><figcaption>{name}</figcaption></figure>'
+    picture = f'<img src="{source}" alt="{name} keyframe">'
+    return f'<figure class="wj-key" data-at="{at}">{picture}<figcaption>{name}</figcaption></figure>'
 
 
 def _scrub(frames: int) -> str:
-    buttons = [("prev", "Frame back", "‹"), ("play", "Play or pause", "❚❚"), ("next", "Frame on", "›")]
+    buttons = [("prev", "Frame back", "‹"), ("play", "Play or pause", "Ⅱ"), ("next", "Frame on", "›")]
     drawn = "".join(f'<button type="button" class="wj-{name}" aria-label="{told}">{sign}</button>'
                     for name, told, sign in buttons)  # fmt: skip
     return (f'<div class="wj-scrub">{drawn}<input class="wj-seek" type="range" min="0" max="{frames - 1}" value="0" '
@@ -131,9 +131,11 @@ def _stage(
     small = " wj-pixels" if max(size) <= 128 else ""
     sides = [f'<div class="wj-side">{"".join(one)}</div>' for one in (left, right)]
     below = below or '<div class="wj-scrub wj-off"></div>'
-    return (f'<div class="wj-stage wj-{state}{small}" data-state="{state}" style="--wj-w:{width};--wj-h:{height}" {data}>'
-            f'<div class="wj-row">{sides[0]}<div class="wj-mid"><div class="wj-screen">{inner}</div>{above}</div>{sides[1]}'
-            f"</div>{below}</div>")  # fmt: skip
+    row = "wj-row wj-alone" if width > 2 * height else "wj-row"  # keyframes beside would leave a wide clip no room
+    shape = f"--wj-w:{width};--wj-h:{height}"
+    middle = f'<div class="wj-mid"><div class="wj-screen">{inner}</div>{above}</div>'
+    return (f'<div class="wj-stage wj-{state}{small}" data-state="{state}" style="{shape}" {data}>'
+            f'<div class="{row}">{sides[0]}{middle}{sides[1]}</div>{below}</div>')  # fmt: skip
 
 
 def told(made: Made) -> str:
@@ -168,8 +170,8 @@ def timeline(places: Sequence[tuple[int, str]], frames: int) -> str:
       places: pixel frame and data URI or address of each.
     """
     dots = "".join(
-        f'<figure style="left:{100 * at / max(1, frames - 1):.2f}%"><img src="{source}" alt=""><figcaption>{at}</figcaption>'
-        "</figure>"
+        f'<figure style="left:{100 * at / max(1, frames - 1):.2f}%"><img src="{source}" alt="">'
+        f"<figcaption>{at}</figcaption></figure>"
         for at, source in places
     )
     return f'<div class="wj-line"><i></i>{dots}</div>'
@@ -194,11 +196,7 @@ def _plot(title: str, heights: Sequence[float], values: Sequence[float], kind: s
     line = high - 6 - zero * (high - 12)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"><title>latent frame {i}: {value:.3g}</title></circle>'
                    for i, (x, y, value) in enumerate(zip(xs, ys, values, strict=True)))  # fmt: skip
-    return (f'<figure class="wj-plot {kind}"><figcaption>{text(title)}<b>{min(values):.2f} – {max(values):.2f}</b>'
-            f'</figcaption><svg viewBox="0 0 {wide} {high}" role="img" aria-label="{text(title)}">'
-            f'<line x1="0" x2="{wide}" y1="{line:.1f}" y2="{line:.1f}"/><polyline points="{points}"/>{dots}</svg></figure>')  # fmt: skip
-
-
-def shape(job: Job) -> tuple[int, int]:
-    """Of the player for a job."""
-    return job.settings.size
+    drawn = (f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="{text(title)}"><line x1="0" x2="{wide}" '
+             f'y1="{line:.1f}" y2="{line:.1f}"/><polyline points="{points}"/>{dots}</svg>')  # fmt: skip
+    spread = f"<b>{min(values):.2f} – {max(values):.2f}</b>"
+    return f'<figure class="wj-plot {kind}"><figcaption>{text(title)}{spread}</figcaption>{drawn}</figure>'
