@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SCRIPTS = {"wanjax-inbetween": "--keyframe", "wanjax-convert": "--lora", "wanjax-plan": "--devices"}
+SCRIPTS = {"wanjax-inbetween": "--keyframe", "wanjax-convert": "--lora", "wanjax-plan": "--devices",
+           "wanjax-studio": "--token"}  # fmt: skip
 """And an option that its help must show."""
 
 

@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
+from socket import socket
+from typing import Any
 
 from samplers import flags
 from samplers.command import BAD_INPUT, INTERRUPTED
@@ -23,39 +26,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(options: dict) -> None:
+def _serve(options: dict[str, Any]) -> None:
     """Serves until Ctrl-C. ValueError for whatever is wrong."""
     if find_spec("gradio") is None:
         raise ValueError("the studio needs gradio: pip install 'wanjax[studio]'")
     from samplers.studio import safety, serve
+    from wanjax.writing import terminate_as_interrupt
 
     token = safety.token_of(options["host"], options["token"])
     note = flags.settle()
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     sock = serve.listen(options["host"], options["port"])
-    from wanjax.writing import terminate_as_interrupt
-
     with sock, terminate_as_interrupt(), safety.own_folder() as folder:
-        serve.settle_environment(folder)
-        if note:
-            print(f"note: {note}", file=sys.stderr)
         _open(options, folder, sock, token)
 
 
-def _open(options: dict, folder, sock, token: str | None) -> None:
-    """Loads what the page needs and serves it."""
+def _open(options: dict[str, Any], folder: Path, sock: socket, token: str | None) -> None:
+    """Opens the model's folder and serves the page."""
     from samplers import cache
-    from samplers.studio import page, serve
+    from samplers.studio import serve
     from samplers.studio.line import Line
     from samplers.studio.make import Studio
 
     if options["compile_cache"]:
         cache.enable()
     (folder / "clips").mkdir(mode=0o700)
-    studio, line = Studio({name: options[name] for name in MODEL}, folder / "clips"), Line()
+    studio = Studio({name: options[name] for name in MODEL}, folder / "clips")
+    serve.settle_environment(folder)
+    line = Line()
     try:
-        app = serve.application(studio, line, folder, options["host"], token)
+        app, first = serve.application(studio, line, folder, options["host"], token)
         if options["warm_up"]:
-            serve.warm_up(studio, line, page.first_values(studio, folder))
+            serve.warm_up(studio, line, first)
         host, port = sock.getsockname()[:2]
         shown = "127.0.0.1" if host == "0.0.0.0" else host
         address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")

@@ -45,12 +45,14 @@ class Progress:
 
     Attributes:
       done, steps: of the denoising. label: which of several clips; empty for one.
+      fresh: whether no clip of this length, size and places of keyframes was made before, so that it compiles.
       frames: uint8 [F, h, w, 3], a picture of each latent frame as it is estimated; None where there is none.
     """
 
     done: int
     steps: int
     label: str = ""
+    fresh: bool = False
     frames: np.ndarray | None = None
 
 
@@ -92,6 +94,7 @@ class Studio:
         self._model: checkpoint.Model | None = None
         self._lies: tuple[str, str | None] | None = None
         self._checking = threading.Lock()
+        self._known: set[tuple[Any, ...]] = set()
 
     def place(self) -> Path:
         """A new folder for a clip, with a name that nobody guesses; the oldest ones go."""
@@ -146,8 +149,8 @@ class Studio:
         lies = job.memory.policy, job.weights
         if self._lies is not None and lies != self._lies:
             wanted = f"--memory {lies[0]} --weights {lies[1] or 'bf16'}"
-            raise ValueError(f"memory: this clip fits only with {wanted}, and the model was loaded otherwise; start the "
-                             "studio with these, or make it smaller")  # fmt: skip
+            raise ValueError(f"memory: this clip fits only with {wanted}, and the model was loaded otherwise; start "
+                             "with these, or make it smaller")  # fmt: skip
         return job
 
     def load(self, job: Job) -> checkpoint.Model:
@@ -199,6 +202,10 @@ class Studio:
     def _through(self, job: Job, ticket: Ticket, label: str = "") -> tuple[Job, np.ndarray]:
         """Makes one clip and writes it; the job as it was settled, and the frames."""
         begun, model, programs = time.perf_counter(), self.load(job), Programs.of(job.plan)
+        kind = job.settings.frames, job.settings.size, job.plan.at
+        fresh = kind not in self._known
+        if fresh:
+            ticket.tell(Progress(0, job.settings.steps, label, True))
 
         def ready(stage: str) -> Programs:
             ticket.check()
@@ -206,9 +213,10 @@ class Studio:
 
         clip = Clip(job)
         with clip.opened(), files.written(clip) as write:
-            frames = files.through(model, clip, ready, on_step=watch(job, ticket, label))
+            frames = files.through(model, clip, ready, on_step=watch(job, ticket, label, fresh))
             ticket.check()
             write(model, frames, begun)
+        self._known.add(kind)
         return clip.job, frames
 
     def _keyframes(self, job: Job) -> None:
@@ -234,7 +242,7 @@ class Studio:
         return copy, values | {"method": fields.profile(s.method)}
 
 
-def watch(job: Job, ticket: Ticket, label: str = "") -> OnStep:
+def watch(job: Job, ticket: Ticket, label: str = "", fresh: bool = False) -> OnStep:
     """An `OnStep` that tells a ticket how far a clip is, with a picture now and then; Stopped if it is to stop."""
     steps, shown = job.settings.steps, 0.0
     without = preview.missing(job.config) is not None
@@ -246,7 +254,7 @@ def watch(job: Job, ticket: Ticket, label: str = "") -> OnStep:
         if done and not without and (now - shown > EVERY or done == steps):
             shown = now
             frames = preview.picture(job.config, hosts.fetch(carry.data_1))[0]
-        ticket.tell(Progress(done, steps, label, frames))
+        ticket.tell(Progress(done, steps, label, fresh and not done, frames))
 
     return on_step
 

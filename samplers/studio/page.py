@@ -98,8 +98,10 @@ def _header(config: ModelConfig) -> str:
 
 
 def _image(label: str, name: str, value: Any = None) -> gr.Image:
-    return gr.Image(value=value, label=label, type="filepath", image_mode=None, format="png", elem_id=name, height=190,
-                    sources=["upload", "clipboard"], buttons=[], elem_classes=["wj-drop"])  # fmt: skip
+    return gr.Image(
+        value=value, label=label, type="filepath", image_mode=None, format="png", elem_id=name, height=190, buttons=[],
+        sources=["upload", "clipboard"], placeholder="Drop, paste or click", elem_classes=["wj-drop"],
+    )  # fmt: skip
 
 
 def _keyframes(studio: Studio) -> dict[str, Any]:

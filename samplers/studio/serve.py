@@ -43,8 +43,8 @@ def listen(host: str, port: int) -> socket.socket:
                          "another, or --port 0 for a free one") from error  # fmt: skip
 
 
-def application(studio: Studio, line: Line, folder: Path, host: str, token: str | None) -> Any:
-    """The ASGI application.
+def application(studio: Studio, line: Line, folder: Path, host: str, token: str | None) -> tuple[Any, dict[str, Any]]:
+    """The ASGI application, and the values that the page shows at first.
 
     Args:
       folder: of the run, with "uploads" and "clips" in it.
@@ -71,7 +71,7 @@ def application(studio: Studio, line: Line, folder: Path, host: str, token: str 
         theme=theme.theme(), css=theme.css(sliders), head=theme.head(),
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )  # fmt: skip
-    return safety.guarded(mounted, host, token)
+    return safety.guarded(mounted, host, token), page.first_values(studio, folder)
 
 
 def warm_up(studio: Studio, line: Line, values: Mapping[str, Any]) -> threading.Thread:

@@ -15,7 +15,8 @@ TEXT, QUIET, ACCENT, SECOND = "#eceef4", "#98a0b3", "#8f7bff", "#3ddbb4"
 def theme() -> gr.themes.Base:
     """The same in light and dark mode; fonts are the system's, nothing is fetched."""
     fonts = ["Inter", "ui-sans-serif", "system-ui", "Segoe UI", "sans-serif"]
-    base = gr.themes.Base(font=fonts, font_mono=["ui-monospace", "Menlo", "monospace"], radius_size="lg",
+    base = gr.themes.Base(
+        primary_hue="violet",font=fonts, font_mono=["ui-monospace", "Menlo", "monospace"], radius_size="lg",
                           spacing_size="md", text_size="md")  # fmt: skip
     colours = {
         "body_background_fill": INK, "body_text_color": TEXT, "body_text_color_subdued": QUIET,

@@ -62,6 +62,7 @@ def working(size: tuple[int, int], progress: Progress | None, fps: float, stride
         return _stage(size, '<div class="wj-hint"><i class="wj-pulse"></i><b>Reading keyframes</b></div>', "working")
     label = f"{progress.label} · " if progress.label else ""
     told = f"{label}step {progress.done} of {progress.steps}"
+    told += ": compiling, as this is the first clip of its kind" if progress.fresh else ""
     share = 100 * progress.done / progress.steps
     if progress.frames is None:
         inner = '<div class="wj-hint"><i class="wj-pulse"></i></div>'
