@@ -48,17 +48,22 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def made(room):
-    """A studio of its own with a first clip, and the clip."""
+def first_told():
+    """What was told of the first clip."""
+    return Told()
+
+
+@pytest.fixture(scope="module")
+def made(room, first_told):
+    """A studio with its first clip, that clip, and its values: three latent frames, so that KAB has one to act on."""
     (room / "warm").mkdir()
     how = {name: getattr(command().parse_args(["--model", str(room / "nano")]), name) for name in MODEL}
     own = Studio(how, room / "warm")
     s = NANO.sampling
     given = {"prompt": "a red circle", "seed": 3} | {name: getattr(s, name) for name in PLAIN if hasattr(s, name)}
-    given |= {"first": room / "a.png", "last": room / "b.png", "method": "paper"} | fields.of_method(
-        METHODS["paper"], NANO, 5
-    )
-    return own, own.make(own.job(given, own.place()), Told()), given
+    given |= {"first": room / "a.png", "last": room / "b.png", "method": "paper", "frames": 9}
+    given |= fields.of_method(METHODS["paper"], NANO, 9)
+    return own, own.make(own.job(given, own.place()), first_told), given
 
 
 def test_a_clip_and_what_lies_beside_it(made):
@@ -93,12 +98,10 @@ def test_no_slider_compiles(made, change):
     assert [one.done for one in told.heard] == list(range(steps + 1)) and not any(one.fresh for one in told.heard)
 
 
-def test_the_first_of_its_kind_says_that_it_compiles(made):
-    own, _, given = made
-    told = Told()
-    clip = own.make(own.job(given | {"frames": 9}, own.place()), told)
-    assert told.heard[0].fresh and clip.compiled > 0
-    assert own.make(own.job(given | {"frames": 9, "seed": 4}, own.place()), Told()).compiled == 0
+def test_the_first_of_its_kind_says_that_it_compiles(made, first_told):
+    _, clip, _ = made
+    assert first_told.heard[0].fresh and clip.compiled > 0
+    assert [one.done for one in first_told.heard] == [0, 0, 1, 2, 3]
 
 
 def test_comparing(made):
@@ -139,9 +142,8 @@ def test_looking_into_a_clip(made):
     own, clip, given = made
     numbers = own.look(clip.job, None, None, Told())
     assert (numbers["layer"], numbers["step"]) == explain.where(clip.job.plan)
-    with_kab = own.job(
-        given | {"frames": 9, "kab_first": 0, "kab_last": 1, "kab_until": 1.0, "strength_end": 2.0}, own.place()
-    )
+    strong = {"kab_first": 0, "kab_last": 1, "kab_until": 1.0, "strength_end": 2.0}
+    with_kab = own.job(given | strong, own.place())
     one = own.look(with_kab, 1, 2, Told())
     assert one["kab"] and one["attention"]["text"]["plain"] != one["attention"]["text"]["biased"]
     shown = heat.html(one, list(with_kab.inputs.pixels[0]))
@@ -217,8 +219,8 @@ def test_the_player_in_its_states(made):
     frames = np.zeros((3, 2, 3, 3), np.uint8)
     shown = views.working(size, Progress(2, 4, "A", False, frames), 8, 4)
     assert "data:image/webp;base64," in shown and "A · step 2 of 4" in shown and "width:50%" in shown
-    assert states["done"].count("<figure") == 2 and 'data-at="4"' in states["done"]
-    assert f'src="clips/{clip.folder.name}/clip.mp4"' in states["done"] and 'max="4"' in states["done"]
+    assert states["done"].count("<figure") == 2 and 'data-at="8"' in states["done"]
+    assert f'src="clips/{clip.folder.name}/clip.mp4"' in states["done"] and 'max="8"' in states["done"]
     assert "clips are before yours" in states["waiting"] and "warming up" in views.waiting(size, 1, True)
 
 
