@@ -4,6 +4,7 @@ import asyncio
 import os
 import stat
 import threading
+import time
 
 import httpx
 import pytest
@@ -162,6 +163,18 @@ def test_only_uploads_are_read(tmp_path):
     for wrong in ({}, {"url": "data:image/png;base64,AAAA"}, 3, ["a"]):
         with pytest.raises(ValueError, match="upload"):
             safety.uploaded(wrong, folder)
+
+
+def test_old_uploads_go_and_the_page_stays(tmp_path):
+    now = time.time()
+    ages = {"page.png": 9000, "old.png": 8000, "new.png": 10}
+    for name, age in ages.items():
+        path = tmp_path / name.split(".")[0] / name
+        path.parent.mkdir()
+        path.write_bytes(b"a")
+        os.utime(path, (now - age, now - age))
+    safety.tidy(tmp_path, since=now - 8500)
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"page.png", "new.png"}
 
 
 def test_the_folder_of_a_run_is_its_own_and_goes():

@@ -1,6 +1,7 @@
 """What happens on the page: handlers, and which component calls which."""
 
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from samplers import command
 from samplers.studio import draw, fields, heat, views
 from samplers.studio.line import Line, Stopped
 from samplers.studio.make import PLAIN, Made, Progress, Studio, shown_method
-from samplers.studio.safety import uploaded
+from samplers.studio.safety import tidy, uploaded
 from wanjax import keyframes, method, retro
 from wanjax.method import METHODS
 
@@ -34,7 +35,7 @@ class Handlers:
 
     def __init__(self, studio: Studio, line: Line, folder: Path, names: Sequence[str], parts: dict[str, Any]) -> None:
         self.studio, self.line, self.folder, self.names, self.parts = studio, line, folder, list(names), parts
-        self.size = studio.config.sampling.size
+        self.size, self.begun = studio.config.sampling.size, time.time()
 
     def values(self, given: Sequence[Any], base: Any = None) -> dict[str, Any]:
         """The page's values as `Studio.job` takes them. ValueError for an upload that is not here."""
@@ -89,6 +90,7 @@ class Handlers:
     def _follow(self, request: gr.Request, prepare: Callable[[], Callable[[Any], Made]]) -> Iterator[dict[Any, Any]]:
         """The player's states, until the clip is there."""
         stage, told = self.parts["stage"], self.parts["told"]
+        tidy(self.folder / "uploads", self.begun)
         config = self.studio.config
         fps, stride = config.sampling.fps, config.vae.temporal_stride
         yield {stage: views.working(self.size, None, fps, stride), told: ""}

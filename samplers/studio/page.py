@@ -46,7 +46,7 @@ def build(studio: Studio, line: Line, folder: Path) -> tuple[gr.Blocks, tuple[Fi
     """
     config = studio.config
     known = fields.fields(config, config.sampling.frames)
-    with gr.Blocks(title="wanjax studio", analytics_enabled=False, fill_width=True, delete_cache=(600, 7200)) as blocks:
+    with gr.Blocks(title="wanjax studio", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(_header(config), elem_id="header")
         values: dict[str, Any] = {}
         drawing: dict[str, Any] = {}

@@ -8,8 +8,9 @@ import ipaddress
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ LOCAL = ("localhost", "127.0.0.1")
 COOKIE = "wanjax_studio"
 LEAST = 16
 """Characters of a token that is given."""
+AGE = 7200
+"""Seconds that uploads are kept."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
@@ -99,6 +102,14 @@ def uploaded(value: Any, folder: Path) -> Path | None:
     if not found.is_relative_to(folder.resolve()) or not found.is_file():
         raise ValueError("upload: is not here any more; drop it again")
     return found
+
+
+def tidy(folder: Path, since: float, age: float = AGE) -> None:
+    """Removes uploads that are older than `age` seconds, but not what the page itself put there before `since`."""
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # somebody else removed it meanwhile
+            if path.is_file() and since < path.stat().st_mtime < time.time() - age:
+                path.unlink()
 
 
 class Guard:
