@@ -6,6 +6,10 @@
   const number = (stage, name) => Number(stage.dataset[name]);
 
   const show = (stage, frame) => {
+    const paused = videoOf(stage).paused;
+    const state = `${frame} ${paused}`;
+    if (stage.dataset.shown === state) return; // most of the time: the page is drawn more often than the clip moves on
+    stage.dataset.shown = state;
     const seek = stage.querySelector(".wj-seek");
     if (seek && Number(seek.value) !== frame) seek.value = frame;
     const told = stage.querySelector(".wj-frame");
@@ -14,7 +18,6 @@
       key.classList.toggle("wj-on", Number(key.dataset.at) === frame);
     }
     const play = stage.querySelector(".wj-play");
-    const paused = videoOf(stage).paused;
     if (play) play.textContent = paused ? "▶" : "Ⅱ";
   };
 
@@ -37,6 +40,10 @@
   });
 
   document.addEventListener("click", (event) => {
+    // On a phone the player may be elsewhere.
+    if (event.target.closest("#make, #compare") && innerWidth < 700) {
+      document.querySelector(".wj-stage").scrollIntoView({behavior: "smooth", block: "start"});
+    }
     const key = event.target.closest(".wj-key");
     if (key && videoOf(stageOf(key))) goTo(stageOf(key), Number(key.dataset.at));
     const button = event.target.closest(".wj-scrub button");
