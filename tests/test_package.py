@@ -52,6 +52,7 @@ def test_what_is_in_it(wheel):
     tracked = subprocess.run(["git", "ls-files", "wanjax/assets"], cwd=ROOT, capture_output=True, text=True).stdout
     assert assets == {name.removeprefix("wanjax/assets/") for name in tracked.split()}
     assert {"tiny/config.json", "tiny/dit.safetensors", "tiny/vae.safetensors"} <= assets
+    assert {"samplers/studio/page.css", "samplers/studio/page.js"} <= set(names)
     assert "wanjax/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 24e6
 

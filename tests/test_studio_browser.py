@@ -204,6 +204,24 @@ def test_uploads_and_sliders_without_compiling(visitor, record_property):
     assert key.evaluate("e => [e.naturalWidth, getComputedStyle(e).imageRendering]") == [32, "pixelated"]
 
 
+def test_keyframes_on_a_time_line(visitor):
+    page = visitor.page
+    visitor.tab("Time line")
+    page.wait_for_function("() => document.querySelectorAll('.wj-line figure').length == 2")
+    visitor.give("inner1", example()["first"])
+    page.wait_for_function("() => document.querySelectorAll('.wj-line figure').length == 3")
+    page.fill("#at1 input", "20")
+    page.press("#at1 input", "Tab")
+    page.wait_for_function("() => [...document.querySelectorAll('.wj-line figcaption')].map(e => e.textContent).join()"
+                           " == '0,20,24'")  # fmt: skip
+    page.fill("#at1 input", "24")  # where the last one is
+    page.press("#at1 input", "Tab")
+    page.wait_for_timeout(500)
+    page.click("button#make")
+    page.wait_for_selector(".wj-failed [role=alert]")
+    assert "keyframes" in page.inner_text(".wj-failed [role=alert] span")
+
+
 def test_drawing_and_examples(visitor):
     page = visitor.page
     page.locator("#gallery button").nth(3).click()

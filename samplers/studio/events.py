@@ -148,7 +148,7 @@ class Handlers:
         try:
             path = uploaded(given, self.folder / "uploads")
             if path is not None:
-                keyframes.read(path)
+                self.studio.picture(path)
         except Exception as error:
             return None, views.failed(self.size, self.line_of(error))
         return gr.skip(), gr.skip()
@@ -201,7 +201,8 @@ class Handlers:
             places = [(at, path) for at, path in ((0, own["first"]), (last, own["last"])) if path is not None]
             places += [(at, path) for path, at in own["inner"]]
             drawn = [
-                (at, views.png(keyframes.fit(keyframes.read(path), SIDE, SIDE, "crop"))) for at, path in sorted(places)
+                (at, views.png(keyframes.fit(self.studio.picture(path), SIDE, SIDE, "crop")))
+                for at, path in sorted(places)
             ]
         except USUAL as error:
             return _line(self.line_of(error))

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from samplers import asked, explain, files, pipeline, preview, recall, video
 from samplers.options import argument, parser
@@ -26,7 +28,7 @@ from samplers.sample import Carry
 from samplers.studio import fields
 from samplers.studio.line import Ticket
 from samplers.work import Clip
-from wanjax import checkpoint, hosts
+from wanjax import checkpoint, hosts, keyframes
 from wanjax.method import METHODS, Method
 
 KEPT = 48
@@ -104,6 +106,12 @@ class Studio:
         place = self.folder / secrets.token_hex(16)
         place.mkdir(mode=0o700)
         return place
+
+    def picture(self, path: Path) -> Image.Image:
+        """A keyframe as a run would read it; what there is to say of it a run will say. KeyframeError: unusable."""
+        with self._checking, warnings.catch_warnings():
+            warnings.simplefilter("ignore", keyframes.KeyframeWarning)
+            return keyframes.read(path)
 
     def job(self, values: Mapping[str, Any], place: Path, name: str = "clip") -> Job:
         """A checked job of the page's values.
