@@ -171,6 +171,8 @@ def test_settings_come_back_from_a_clip(made):
     assert again.settings == settings  # also what the page does not show
     moved = own.job(given | found | {"base": base, "strength_end": 0.5}, own.place()).settings.method
     assert (moved.kab.strength_end, moved.kab.floor, moved.retro.smooth) == (0.5, 0.01, 1)
+    plain = given | found | fields.of_method(METHODS["release"], NANO, 9) | {"base": base, "exact": True}
+    assert own.job(plain, own.place()).settings == dataclasses.replace(settings, method=METHODS["release"])
     other = own.job(given | found | {"base": base} | {"method": "wan"}, own.place())
     assert other.settings.method == Method() and other.settings.seed == 77
 

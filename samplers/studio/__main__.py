@@ -1,6 +1,7 @@
 """`python -m samplers.studio`: a page in the browser to make clips on; see docs/studio.md."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ def _serve(options: dict[str, Any]) -> None:
     if find_spec("gradio") is None:
         raise ValueError("the studio needs gradio: pip install 'wanjax[studio]'")
     from samplers.studio import safety, serve
+    from wanjax.tokenizer import PromptCut
     from wanjax.writing import terminate_as_interrupt
 
     token = safety.token_of(options["host"], options["token"])
@@ -38,7 +40,8 @@ def _serve(options: dict[str, Any]) -> None:
     if note:
         print(f"note: {note}", file=sys.stderr)
     sock = serve.listen(options["host"], options["port"])
-    with sock, terminate_as_interrupt(), safety.own_folder() as folder:
+    with sock, terminate_as_interrupt(), safety.own_folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptCut)  # said under the clip, in one line
         _open(options, folder, sock, token)
 
 

@@ -42,9 +42,11 @@ class Handlers:
         own = dict(zip(self.names, given, strict=True))
         uploads = self.folder / "uploads"
         own["first"], own["last"] = (uploaded(own[name], uploads) for name in ("first", "last"))
-        inner = [(uploaded(own[name], uploads), own[f"at{name[5:]}"]) for name in own if name.startswith("inner")]
-        own["inner"] = [(path, at) for path, at in inner if path is not None]
-        for name in ("seed", "frames", "steps", *(f"at{i}" for i in range(len(inner)))):
+        given = [name for name in own if name.startswith("inner") and own[name] is not None]
+        own["inner"] = [
+            (uploaded(own[name], uploads), _whole("keyframe in frame", own[f"at{name[5:]}"])) for name in given
+        ]
+        for name in ("seed", "frames", "steps"):
             own[name] = _whole(name, own[name])
         if own["method"] not in METHODS:
             raise ValueError(f"method {own['method']!r}: choose {', '.join(METHODS)}")
@@ -83,7 +85,7 @@ class Handlers:
             if against not in METHODS:
                 raise ValueError(f"A {against!r}: choose {', '.join(METHODS)} or pinned")
             shown = fields.of_method(METHODS[against], self.studio.config, values["frames"])
-            other = values | shown | {"method": against, "base": None}
+            other = values | shown | {"method": against, "exact": True}
         jobs = [self.studio.job(one, place, name) for name, one in (("a", other), ("b", values))]
         return lambda ticket: self.studio.compare(*jobs, ticket)
 
@@ -217,7 +219,7 @@ class Handlers:
         told = f"A is {own['method']}, {own['steps']} steps, guidance {own['guidance']:g}"
         return own, f'<p class="wj-quiet">{views.text(told)}</p>', "pinned"
 
-    def load(self, given: Any, *present: Any) -> tuple[Any, ...]:
+    def load(self, given: Any) -> tuple[Any, ...]:
         """The settings of a clip into the page."""
         try:
             path = uploaded(given[0] if isinstance(given, list) and given else given, self.folder / "uploads")
@@ -239,7 +241,7 @@ SET = (*PLAIN, "method", *fields.PARTS, *(name for names in fields.OPTIONS.value
 
 def _whole(name: str, value: Any) -> int:
     """A whole number of a value that a browser sent. ValueError: none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != round(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ValueError(f"{name} {value!r}: give a whole number")
     return int(value)
 
@@ -263,16 +265,15 @@ def connect(
     parts["pin"].click(
         own.pin, [parts["base"], *every], [parts["pinned"], parts["pin_told"], parts["against"]], **QUICK
     )
-    parts["load"].upload(own.load, [parts["load"], *every],
+    parts["load"].upload(own.load, parts["load"],
                          [parts["loaded"], parts["base"], *(values[name] for name in SET)], **QUICK)  # fmt: skip
     images = [name for name in values if name in ("first", "last") or name.startswith("inner")]
     for name in images:
         values[name].upload(own.check, values[name], [values[name], parts["stage"]], **QUICK)
     _connect_drawing(own, values, drawing)
-    sliders = [name for name in fields.of_method(METHODS["wan"], studio.config, studio.config.sampling.frames)]
-    values["method"].input(
-        own.chosen, [values["method"], values["frames"]], [values[name] for name in sliders], **QUICK
-    )
+    sliders = list(fields.of_method(METHODS["wan"], studio.config, studio.config.sampling.frames))
+    touched = [values[name] for name in sliders]
+    values["method"].input(own.chosen, [values["method"], values["frames"]], touched, **QUICK)
     values["frames"].input(own.lengths, values["frames"], values["w_edge"], **QUICK)
     shown = [values[name].change for name in (*sliders, "method", "frames", "steps")]
     gr.on([*shown, blocks.load], own.curves, every, parts["curves"], trigger_mode="always_last", **QUICK)

@@ -118,7 +118,8 @@ class Studio:
 
         Args:
           values: those of `PLAIN` and `fields.of_method`; "method", a profile; "first", "last": paths or None; "inner":
-            pairs of path and pixel frame; "base": a clip whose settings were loaded, or None.
+            pairs of path and pixel frame; "base": a clip whose settings were loaded, or None;
+            "exact": whether the method is the profile and nothing of that clip's.
           place: folder of the clip. name: of its files.
 
         Raises:
@@ -134,7 +135,7 @@ class Studio:
         if base is not None:
             told["from"] = str(base)
             loaded = recall.read(base).settings.method
-            same = fields.profile(loaded) == values["method"]
+            same = fields.profile(loaded) == values["method"] and not values.get("exact")
             method, told = (loaded, told) if same else (method, told | {"method": values["method"]})
         else:
             told["method"] = values["method"]
