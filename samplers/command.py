@@ -133,19 +133,24 @@ def _make(company: Any, task: Task, progress: bool, programs: Path | None) -> in
     except KeyboardInterrupt:
         return company.fail(INTERRUPTED, f"interrupted; {task.stopped()}")
     except OSError as error:
-        mend = "; free some space" if error.errno == errno.ENOSPC else ""
-        return company.fail(FAILED, f"{error}{mend}; {task.stopped()}")
+        return company.fail(FAILED, f"{reason(error)}; {task.stopped()}")
     except (ValueError, FloatingPointError) as error:
         return company.fail(FAILED, error)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        reason = (str(error).splitlines() or ["out of memory"])[0]
-        mend = (
-            "if memory ran out, try --memory stage or stream, --weights int8, --vae-memory, a smaller size, or bfloat16"
-        )
-        return company.fail(FAILED, f"{reason}; {mend}; {task.stopped()}")
+        return company.fail(FAILED, f"{reason(error)}; {task.stopped()}")
     if hosts.is_first() and told:
         _say(told)
     return 0 if well else FAILED
+
+
+def reason(error: Exception) -> str:
+    """What ended a run, in one line with the mend."""
+    if isinstance(error, OSError) and not isinstance(error, ValueError):
+        return f"{error}{'; free some space' if error.errno == errno.ENOSPC else ''}"
+    if isinstance(error, ValueError | FloatingPointError):
+        return str(error)
+    mend = "if memory ran out, try --memory stage or stream, --weights int8, --vae-memory, a smaller size, or bfloat16"
+    return f"{(str(error).splitlines() or ['out of memory'])[0]}; {mend}"
 
 
 def _note(message: Warning | str, *_: Any) -> None:

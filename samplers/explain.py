@@ -52,6 +52,11 @@ def check(plan: Plan, layer: int | None = None, step: int | None = None) -> tupl
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueError("--explain needs matplotlib: pip install 'wanjax[explain]'") from error
+    return where(plan, layer, step)
+
+
+def where(plan: Plan, layer: int | None = None, step: int | None = None) -> tuple[int, int]:
+    """What to look at, as `check`, for numbers without plots. ValueError: outside the model or run."""
     layers, steps = plan.config.dit.num_layers, plan.settings.steps
     if layer is None:
         layer = sum(kab.layer_window(plan.settings.method.kab or KAB(), layers)) // 2
@@ -133,11 +138,11 @@ def draw(
     Raises:
       OSError: a full disk.
     """
-    numbers = _numbers(model, plan, layer, step, seen, own_bias)
+    found = numbers(model, plan, layer, step, seen, own_bias)
     folder.mkdir()
     for name, figure in zip(NAMES, (plots.draw_retro, plots.draw_strength, plots.draw_attention), strict=False):
-        plots.save(figure(numbers), folder / name)
-    video.write_json(folder / NAMES[-1], numbers)
+        plots.save(figure(found), folder / name)
+    video.write_json(folder / NAMES[-1], found)
 
 
 def observe(
@@ -196,8 +201,10 @@ def _inspect(
     return jax.tree.map(lambda leaf: leaf[layer, 0], seen)
 
 
-def _numbers(model: Model, plan: Plan, layer: int, step: int, seen: CrossReport, own_bias: bool) -> dict[str, Any]:
-    """All that the plots show, as JSON can hold it."""
+def numbers(
+    model: Model, plan: Plan, layer: int, step: int, seen: CrossReport, own_bias: bool = False
+) -> dict[str, Any]:
+    """All that the plots show, as JSON can hold it; arguments as of `draw`."""
     config, settings, method = plan.config, plan.settings, plan.settings.method
     window = None if method.kab is None else kab.layer_window(method.kab, config.dit.num_layers)
     labels = _token_labels(model, settings.prompt)

@@ -17,6 +17,7 @@ from samplers import auto, explain, latents, recall, video, work
 from samplers.plan import Plan
 from samplers.request import Asked, Job, prepare
 from samplers.resume import CHOSEN, digest
+from samplers.run import OnStep
 from samplers.work import Clip
 from wanjax import checkpoint, environment, hosts, marks
 from wanjax.method import describe
@@ -46,13 +47,28 @@ def make(job: Job, progress: bool = False, programs: Path | None = None) -> dict
         # From here on nobody else can begin on these names.
         with written(clip) as write, work.loaded(job, programs) as (model, ready, seconds):
             clip.seconds["load"] = seconds
-            clip.restore()
-            settle(clip, model)
-            work.encode(model, [clip], ready)
-            work.denoise(model, [clip], ready, "denoise" if progress else None)
-            told = write(model, work.decode(model, clip, ready), start)
+            told = write(model, through(model, clip, ready, "denoise" if progress else None), start)
         clip.finish()
     return told
+
+
+def through(
+    model: checkpoint.Model,
+    clip: Clip,
+    ready: work.Ready,
+    progress: str | None = None,
+    on_step: OnStep | None = None,
+) -> np.ndarray:
+    """Video uint8 [T, H, W, 3] of a clip, by all stages that it has not behind it; arguments as of `work.denoise`.
+
+    Raises:
+      OutputError: a damaged run folder. FloatingPointError: NaN or inf; names the stage. OSError: a full disk.
+    """
+    clip.restore()
+    settle(clip, model)
+    work.encode(model, [clip], ready)
+    work.denoise(model, [clip], ready, progress, on_step)
+    return work.decode(model, clip, ready)
 
 
 def settle(clip: Clip, model: checkpoint.Model) -> None:

@@ -223,7 +223,7 @@ def _add_model_and_output(p: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")
     model.add_argument(
         "--devices",
-        type=_devices,
+        type=device_count,
         metavar="N",
         help="how many devices share the work, or 'all' (default: one)",
     )
@@ -238,7 +238,7 @@ def _add_model_and_output(p: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--mesh",
-        type=_mesh,
+        type=mesh_axes,
         default={},
         metavar="AXIS=N,...",
         help="instead of --devices, by hand: devices along data, fsdp, sequence, tensor",
@@ -414,14 +414,16 @@ def _skip(text: str) -> float | str:
         return text
 
 
-def _mesh(text: str) -> dict[str, int]:
+def mesh_axes(text: str) -> dict[str, int]:
+    """The value of --mesh: axis -> devices. argparse.ArgumentTypeError: no such text."""
     try:
         return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,..., such as data=2,sequence=4") from error
 
 
-def _devices(text: str) -> int | str:
+def device_count(text: str) -> int | str:
+    """The value of --devices: a number or "all". argparse.ArgumentTypeError: neither."""
     if text == "all":
         return text
     try:

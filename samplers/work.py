@@ -156,11 +156,18 @@ def encode(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready) -> None
     share(timings, clips)
 
 
-def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progress: str | None = None) -> None:
+def denoise(
+    model: checkpoint.Model,
+    clips: Sequence[Clip],
+    ready: Ready,
+    progress: str | None = None,
+    on_step: OnStep | None = None,
+) -> None:
     """Denoises clips side by side: of one plan but for prompts, seeds and keyframes, all after the same step.
 
     Args:
       progress: what the bar says; None draws none.
+      on_step: also called between two steps, with the carry of all clips; what it raises ends the run there.
 
     Raises:
       FloatingPointError: NaN or inf; names the step. OSError: a full disk.
@@ -176,14 +183,15 @@ def denoise(model: checkpoint.Model, clips: Sequence[Clip], ready: Ready, progre
         carry = None if clips[0].carry is None else joined([clip.carry for clip in clips], plan, seeds, job.devices)
         shown = stack.enter_context(bar(plan.settings.steps, progress or "", progress is not None))
         steps = [shown, *(_keeping(clip, number) for number, clip in enumerate(clips))]
+        steps += [] if on_step is None else [on_step]
 
-        def on_step(done: int, now: Carry) -> None:
+        def each(done: int, now: Carry) -> None:
             for one in steps:
                 one(done, now)
 
         together = _together([clip.encoded for clip in clips], job.devices)
         pipeline.denoise(model, plan, together, noise, seeds=seeds, mesh=job.devices,
-                         on_step=on_step, programs=programs, carry=carry, first=begun)  # fmt: skip
+                         on_step=each, programs=programs, carry=carry, first=begun)  # fmt: skip
     for clip in clips:
         clip.encoded = clip.encoded if clip.job.explain is not None else None
     share(timings, clips)

@@ -170,7 +170,7 @@ def test_latents_are_those_of_the_run(model):
 def test_retro(model, observed, mode):
     own = None if mode is None else dataclasses.replace(ANCHORED.retro, mode=mode, w_edge=4, smooth=0)
     chosen = plan(method=Method(retro=own))
-    numbers = explain._numbers(model, chosen, 0, 1, observed, False)
+    numbers = explain.numbers(model, chosen, 0, 1, observed, False)
     scale, position = (np.array(numbers["retro"][name]) for name in ("scale", "position"))
     title = plots.draw_retro(numbers).get_suptitle()
     index = np.arange(FRAMES)
@@ -198,7 +198,7 @@ def test_titles_say_where_nothing_is_done(model, observed):
         (settings(method=Method()), 0, 1, True, "Keyframes are not isolated", "none in this method"),
     ]
     for chosen, layer, step, own, attention, strength in cases:
-        numbers = explain._numbers(model, Plan.of(NANO, chosen), layer, step, observed, own)
+        numbers = explain.numbers(model, Plan.of(NANO, chosen), layer, step, observed, own)
         assert attention in plots._attention_title(numbers)
         assert ("No KAB" in plots._attention_title(numbers)) == (not numbers["kab"] and not own)
         assert strength in plots.draw_strength(numbers).get_suptitle()
@@ -207,7 +207,7 @@ def test_titles_say_where_nothing_is_done(model, observed):
 
 
 def test_every_keyframes_curve_is_plotted(model, observed):
-    numbers = explain._numbers(model, Plan.of(NANO, settings(), (0, 8, -1)), 0, 1, observed, False)
+    numbers = explain.numbers(model, Plan.of(NANO, settings(), (0, 8, -1)), 0, 1, observed, False)
     lines = [line for axes in plots.draw_strength(numbers).axes for line in axes.lines]
     curves = {line.get_label(): line.get_ydata() for line in lines if "curve" in line.get_label()}
     assert list(curves) == [f"anchor curve of frame {anchor}" for anchor in (0, 2, 4)]
@@ -216,7 +216,7 @@ def test_every_keyframes_curve_is_plotted(model, observed):
 
 
 def test_a_model_of_one_image_has_one_column_less(model, observed):
-    numbers = explain._numbers(model, plan(), 0, 1, observed, False)
+    numbers = explain.numbers(model, plan(), 0, 1, observed, False)
     del numbers["attention"]["last"]
     titles = [ax.get_title() for ax in plots.draw_attention(numbers).axes]
     assert "first keyframe, difference" in titles and not [title for title in titles if "last" in title]
@@ -226,7 +226,7 @@ def test_labels_of_any_prompt(model, observed, monkeypatch):
     """Cut prompts, no padding, characters that no font has, and text that would be a formula."""
     words = ["a", "▁red", "▁", "一只", "🐈", "$x_1$", "▁over", "▁under", "▁up"]
     monkeypatch.setattr(type(model.tokenizer), "tokens", lambda self, text: [*words, "</s>"])
-    numbers = explain._numbers(model, plan(), 0, 1, observed, False)
+    numbers = explain.numbers(model, plan(), 0, 1, observed, False)
     labels = numbers["attention"]["text"]["labels"]
     assert labels == ["a", " red", " ", "一只", "🐈", "$x_1$", " over", "</s>", "padding (0)"]
     np.testing.assert_allclose(np.array(numbers["attention"]["text"]["plain"]).sum(1), 1, atol=1e-6)

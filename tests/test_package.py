@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SCRIPTS = {"wanjax-inbetween": "--keyframe", "wanjax-convert": "--lora", "wanjax-plan": "--devices"}
+SCRIPTS = {"wanjax-inbetween": "--keyframe", "wanjax-convert": "--lora", "wanjax-plan": "--devices",
+           "wanjax-studio": "--token"}  # fmt: skip
 """And an option that its help must show."""
 
 
@@ -52,6 +53,7 @@ def test_what_is_in_it(wheel):
     tracked = subprocess.run(["git", "ls-files", "wanjax/assets"], cwd=ROOT, capture_output=True, text=True).stdout
     assert assets == {name.removeprefix("wanjax/assets/") for name in tracked.split()}
     assert {"tiny/config.json", "tiny/dit.safetensors", "tiny/vae.safetensors"} <= assets
+    assert {"samplers/studio/page.css", "samplers/studio/page.js"} <= set(names)
     assert "wanjax/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 24e6
 
