@@ -56,12 +56,13 @@ def _open(options: dict[str, Any], folder: Path, sock: socket, token: str | None
         cache.enable()
     (folder / "clips").mkdir(mode=0o700)
     studio = Studio({name: options[name] for name in MODEL}, folder / "clips")
+    job = studio.first()  # whatever is wrong with devices or memory is told before there is a page
     serve.settle_environment(folder)
     line = Line()
     try:
-        app, first = serve.application(studio, line, folder, options["host"], token)
+        app = serve.application(studio, line, folder, options["host"], token)
         if options["warm_up"]:
-            serve.warm_up(studio, line, first)
+            serve.warm_up(studio, line, job)
         host, port = sock.getsockname()[:2]
         shown = "127.0.0.1" if host == "0.0.0.0" else host
         address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")

@@ -25,7 +25,7 @@ from samplers.programs import Programs
 from samplers.request import Job
 from samplers.run import OnStep
 from samplers.sample import Carry
-from samplers.studio import fields
+from samplers.studio import draw, fields
 from samplers.studio.line import Ticket
 from samplers.work import Clip
 from wanjax import checkpoint, hosts, keyframes
@@ -37,6 +37,7 @@ GAIN = 4
 """How much a difference of two clips is brightened."""
 EVERY = 0.15
 """Seconds between two previews."""
+FIRST_METHOD = "paper"
 PLAIN = ("prompt", "frames", "seed", "steps", "guidance", "shift", "solver")
 """Values of the page that are options of the command line as they are."""
 
@@ -161,6 +162,21 @@ class Studio:
             raise ValueError(f"memory: this clip fits only with {wanted}, and the model was loaded otherwise; start "
                              "with these, or make it smaller")  # fmt: skip
         return job
+
+    @property
+    def first_prompt(self) -> str:
+        """The prompt that the page shows at first; other models get none, as what is drawn there is not theirs."""
+        return draw.prompt(*draw.EXAMPLES[0]) if self.bundled else ""
+
+    def first(self) -> Job:
+        """A job of the values that the page shows at first. ValueError for a model that cannot make it here."""
+        s, place = self.config.sampling, self.place()
+        drawn = {"first": place / "first.png", "last": place / "last.png"}
+        for path, one in zip(drawn.values(), draw.EXAMPLES[0][:2], strict=True):
+            video.write_png(path, draw.draw(one, *s.size))
+        own = drawn | {"prompt": self.first_prompt, "seed": 0, "method": FIRST_METHOD}
+        own |= {name: getattr(s, name) for name in ("frames", "steps", "guidance", "shift", "solver")}
+        return self.job(own | fields.of_method(METHODS[FIRST_METHOD], self.config, s.frames), place)
 
     def load(self, job: Job) -> checkpoint.Model:
         """The model, as the first job that is made wants it to lie in memory."""

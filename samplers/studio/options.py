@@ -3,14 +3,14 @@
 import argparse
 
 from samplers import plan_command
-from samplers.options import device_count, mesh_axes
+from samplers.options import Parser, device_count, mesh_axes
 
 PORT = 7860
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("python -m samplers.studio", description="Open a page in the browser to make clips on.")
+    p = Parser("python -m samplers.studio", description="Open a page in the browser to make clips on.")
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--model", default="tiny", metavar="tiny|PATH", help="the bundled tiny model or a model folder (default: tiny)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision policy (default: the model's)")

@@ -7,21 +7,19 @@ from typing import Any
 
 import gradio as gr
 
-from samplers import solvers, video
+from samplers import solvers
 from samplers.studio import draw, events, fields, views
 from samplers.studio.draw import EXAMPLES
 from samplers.studio.fields import Field
 from samplers.studio.line import Line
-from samplers.studio.make import Studio
+from samplers.studio.make import FIRST_METHOD, Studio
 from wanjax import kab
 from wanjax.config import ModelConfig
-from wanjax.method import METHODS
 
 FRAMES = (9, 17, 25, 33, 49, 65, 81)
 """Lengths that are offered beside the model's usual one: each compiles once."""
 INNER = 3
 """Keyframes between the first and the last."""
-FIRST_METHOD = "paper"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def build(studio: Studio, line: Line, folder: Path) -> tuple[gr.Blocks, tuple[Fi
             with gr.Column(scale=4, min_width=330, elem_id="controls"):
                 values |= _keyframes(studio)
                 values["prompt"] = gr.Textbox(label="What happens between", lines=2, max_lines=4, elem_id="prompt",
-                                              value=_first_prompt(studio))  # fmt: skip
+                                              value=studio.first_prompt)  # fmt: skip
                 with gr.Row(elem_id="go"):
                     others["make"] = gr.Button("Make", variant="primary", elem_id="make", scale=3, min_width=120)
                     others["stop"] = gr.Button("Stop", elem_id="stop", scale=1, min_width=70)
@@ -73,22 +71,6 @@ def build(studio: Studio, line: Line, folder: Path) -> tuple[gr.Blocks, tuple[Fi
         events.connect(studio, line, folder, blocks, values, drawing, others)
     blocks.queue(max_size=64, default_concurrency_limit=32)
     return blocks, known
-
-
-def first_values(studio: Studio, folder: Path) -> dict[str, Any]:
-    """What the page shows at first, as `Studio.job` takes it; drawn keyframes are written into the run's folder."""
-    config, s = studio.config, studio.config.sampling
-    paths = []
-    for number, one in enumerate(EXAMPLES[0][:2]):
-        paths.append(folder / f"warm{number}.png")
-        video.write_png(paths[-1], draw.draw(one, *s.size))
-    own = {"first": paths[0], "last": paths[1], "prompt": _first_prompt(studio), "seed": 0, "method": FIRST_METHOD}
-    own |= {name: getattr(s, name) for name in ("frames", "steps", "guidance", "shift", "solver")}
-    return own | fields.of_method(METHODS[FIRST_METHOD], config, s.frames)
-
-
-def _first_prompt(studio: Studio) -> str:
-    return draw.prompt(*EXAMPLES[0]) if studio.bundled else ""
 
 
 def _header(config: ModelConfig) -> str:

@@ -4,10 +4,11 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from samplers.request import Job
 from samplers.studio import safety
 from samplers.studio.line import WARMING, Line, Stopped
 from samplers.studio.make import Studio
@@ -43,8 +44,8 @@ def listen(host: str, port: int) -> socket.socket:
                          "another, or --port 0 for a free one") from error  # fmt: skip
 
 
-def application(studio: Studio, line: Line, folder: Path, host: str, token: str | None) -> tuple[Any, dict[str, Any]]:
-    """The ASGI application, and the values that the page shows at first.
+def application(studio: Studio, line: Line, folder: Path, host: str, token: str | None) -> Any:
+    """The ASGI application.
 
     Args:
       folder: of the run, with "uploads" and "clips" in it.
@@ -71,18 +72,17 @@ def application(studio: Studio, line: Line, folder: Path, host: str, token: str 
         theme=theme.theme(), css=theme.css(sliders), head=theme.head(),
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )  # fmt: skip
-    return safety.guarded(mounted, host, token), page.first_values(studio, folder)
+    return safety.guarded(mounted, host, token)
 
 
-def warm_up(studio: Studio, line: Line, values: Mapping[str, Any]) -> threading.Thread:
-    """Makes a clip of the page's first values, and looks into it, so that nobody waits for it later.
+def warm_up(studio: Studio, line: Line, job: Job) -> threading.Thread:
+    """Makes a clip, of the page's first values, and looks into it, so that nobody waits for it later.
 
     Returns:
       The thread that follows it.
     """
 
     def work(ticket: Any) -> None:
-        job = studio.job(values, studio.place())
         studio.make(job, ticket)
         if job.plan.config.dit.stream == "no":
             studio.look(job, None, None, ticket)
