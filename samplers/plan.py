@@ -239,6 +239,7 @@ def check_settings(config: ModelConfig, s: Settings) -> None:
             raise ValueError(f"{name} {getattr(s, name)!r}: give a text")
     if not isinstance(s.method, Method):
         raise ValueError(f"method {s.method!r}: give a wanjax.Method or one of {', '.join(METHODS)}")
+    schedule.check_steps(s.steps)
     skipping.check(s.skip_passes, s.steps)
     refuse((not isinstance(s.skip_in_kab, bool), f"skip in kab {s.skip_in_kab!r}: give True or False"))
     choices = (("solver", s.solver, solvers.SOLVERS), ("fit", s.fit, FITS), ("clip fit", s.clip_fit, CLIP_FITS),

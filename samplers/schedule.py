@@ -37,6 +37,12 @@ def shifted(s: np.ndarray | float, shift: float) -> np.ndarray | float:
     return shift * s / (1 + (shift - 1) * s)
 
 
+def check_steps(steps: object) -> None:
+    """Raises ValueError unless it is a number of denoising steps; before anything as long is made."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps: got {steps!r}; give a whole number of denoising steps, 1 to {MOST_STEPS}")
+
+
 def sigmas(schedule: str, steps: int, shift: float) -> np.ndarray:
     """Noise levels of a run.
 
@@ -53,8 +59,7 @@ def sigmas(schedule: str, steps: int, shift: float) -> np.ndarray:
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps: got {steps!r}; give a whole number of denoising steps, 1 to {MOST_STEPS}")
+    check_steps(steps)
     if not (isinstance(shift, (int, float, np.number)) and math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift: got {shift!r}; give a positive finite number (Wan2.1 uses 3 to 16)")
     levels = np.append(SCHEDULES[schedule](int(steps), float(shift)), 0.0)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samplers import schedule
 from wanjax import marks
 from wanjax.settings import refuse, whole
 
@@ -34,9 +33,12 @@ def plain(value: Any) -> Any:
 
 
 def check(value: Any, steps: int) -> None:
-    """Raises ValueError, in one line, for what is neither a share from 0 to `MOST` nor steps that may be skipped."""
+    """Raises ValueError, in one line, for what is neither a share from 0 to `MOST` nor steps that may be skipped.
+
+    Args:
+      steps: a number that `schedule.check_steps` passed.
+    """
     if isinstance(value, tuple):
-        steps = whole("steps", steps, 1, schedule.MOST_STEPS)
         chosen = [whole("skip passes", step, 0, steps - 1) for step in value]
         twice = sorted({step for step in chosen if chosen.count(step) > 1})
         refuse((twice, f"skip passes {', '.join(map(str, twice))}: given twice; give each step once"))
