@@ -5,6 +5,7 @@ import json
 import os
 import stat
 
+import jax
 import numpy as np
 import pytest
 from nano import NANO, write_model
@@ -63,6 +64,7 @@ def made(room, first_told):
     given = {"prompt": "a red circle", "seed": 3} | {name: getattr(s, name) for name in PLAIN if hasattr(s, name)}
     given |= {"first": room / "a.png", "last": room / "b.png", "method": "paper", "frames": 9}
     given |= fields.of_method(METHODS["paper"], NANO, 9)
+    jax.clear_caches()  # another file's tests may have compiled the same
     return own, own.make(own.job(given, own.place()), first_told), given
 
 
