@@ -275,13 +275,14 @@ def guarded(line: argparse.ArgumentParser, run: Callable[[], bool]) -> int:
 
 
 def checked(line: argparse.ArgumentParser, run: Callable[[], None]) -> int:
-    """`guarded`, of a run that finds bad input itself: a ValueError ends in one line and exit code 2."""
+    """`guarded`, of a run that finds bad input itself: a ValueError ends in its message, one line for each thing that is
+    wrong, and exit code 2."""
 
     def told() -> bool:
         try:
             run()
         except ValueError as error:
-            line.error(first_line(error))
+            line.error(str(error))
         return True
 
     return guarded(line, told)

@@ -85,8 +85,8 @@ def test_plots_that_fail_leave_no_video(job, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(files.explain, "draw", fail)
     assert command.main(arguments(job, "--explain", tmp_path / "plots")) == 130
-    assert "nothing was written under the final name" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+    assert "after step 3 of 3 it goes on by the same command (clip.run)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "clip.run"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The wheel that `pip install .` makes: its scripts start; it holds the tiny model, and nothing that a clone needs."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -101,16 +100,15 @@ ACCELERATORS = ("cuda12", "cuda13", "tpu")
 
 
 @pytest.mark.slow
-def test_every_extra_can_be_resolved(wheel, tmp_path):
+def test_every_extra_can_be_resolved(wheel):
     """By pip, of the wheel, with what is installed here taken as it is; nothing is installed."""
     extras = PROJECT["optional-dependencies"].keys() - {*ACCELERATORS}
     assert {"explain", "sentencepiece", "gguf", "bench", "train", "docs", "test"} <= extras
     for extra in sorted(extras):
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "-q", "--report", tmp_path / "report.json"]
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "-q"]
         done = subprocess.run([*command, f"wanjax[{extra}] @ {wheel.as_uri()}"], capture_output=True, text=True)
         assert done.returncode == 0, (extra, done.stderr[-2000:])
-        told = json.loads((tmp_path / "report.json").read_text())
-        assert "does not provide the extra" not in done.stderr and told["install"], (extra, done.stderr)
+        assert "does not provide the extra" not in done.stderr, (extra, done.stderr)
 
 
 def test_extras_for_accelerators_are_those_of_jax():

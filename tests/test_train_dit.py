@@ -1,6 +1,7 @@
 """Training of the tiny transformer on a model smaller still: conditions, batches, learning, resume, the result."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -183,9 +184,10 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
         train_dit.main(arguments)
     assert "exists already" in capsys.readouterr().err
     (folder / "model").rename(folder / "first")
+    longer = str(json.loads(first[-1])["minutes"] + 0.001)  # than the first run took, on whatever machine
     with pytest.raises(ValueError, match="holds checkpoints; add --resume"):
-        train_dit.main([*arguments, "--minutes", "0.002"])
-    train_dit.main([*arguments, "--minutes", "0.002", "--resume"])
+        train_dit.main([*arguments, "--minutes", longer])
+    train_dit.main([*arguments, "--minutes", longer, "--resume"])
     second = (folder / "log.jsonl").read_text().splitlines()
     assert len(second) > len(first)
     steps = [int(line.split('"step": ')[1].split(",")[0]) for line in second]

@@ -252,7 +252,7 @@ def train(config: ModelConfig, state: State, batches: MixedLengths, vae_params: 
             manager.save(step + 1, args=ocp.args.StandardSave(state))
             model = checkpoint.Model(config, {**state.average, "vae": vae_params}, Tokenizer(tokenizer))
             figures = evaluate.measure(model, held, guidance=(1.0,), sheet=options.out / "sheet.png")
-            line = {"step": step + 1, "minutes": round(seconds / 60, 2), "loss": float(np.mean(losses)), **figures}
+            line = {"step": step + 1, "minutes": round(seconds / 60, 4), "loss": float(np.mean(losses)), **figures}
             with open(options.out / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
