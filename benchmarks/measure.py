@@ -275,8 +275,8 @@ def guarded(line: argparse.ArgumentParser, run: Callable[[], bool]) -> int:
 
 
 def checked(line: argparse.ArgumentParser, run: Callable[[], None]) -> int:
-    """`guarded`, of a run that finds bad input itself: a ValueError ends in its message, with a line for each thing that
-    is wrong, and exit code 2."""
+    """`guarded`, of a run that finds bad input itself: a ValueError ends in its message, a line for each thing that is
+    wrong, and exit code 2."""
 
     def told() -> bool:
         try:
