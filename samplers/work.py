@@ -273,6 +273,7 @@ def one_of(carry: Carry, number: int) -> Carry:
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Inside, programs run on the devices of a mesh; without one on the default device."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 

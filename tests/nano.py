@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from wanjax import checkpoint, manifest, store
@@ -81,6 +82,15 @@ def write_model(folder: Path, config: ModelConfig = NANO, seed: int = 0) -> Path
     """A model folder with random weights, as `--model PATH` takes it."""
     tokenizer = write_tokenizer(folder.parent / f"{folder.name}.tokenizer.json")
     checkpoint.save(folder, config, random_params(config, seed), tokenizer)
+    return folder
+
+
+def write_place(folder: Path, names: str = "abc") -> Path:
+    """A folder with a model, "nano", and a keyframe of its size for each name, such as "a.png"."""
+    write_model(folder / "nano")
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     return folder
 
 

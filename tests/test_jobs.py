@@ -7,8 +7,7 @@ import shutil
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from nano import write_model
-from PIL import Image
+from nano import write_place
 
 from samplers import command, files, jobs, pipeline, run, work
 from wanjax import keyframes
@@ -16,11 +15,7 @@ from wanjax import keyframes
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    write_model(folder / "nano")
-    rng = np.random.default_rng(0)
-    for name in "abcd":
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    folder = write_place(tmp_path_factory.mktemp("pictures"), "abcd")
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     return folder
 

@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import stopping
-from nano import write_model
-from PIL import Image
+from nano import write_place
 
 from samplers import command, film, storyboard
 from wanjax import checkpoint
@@ -19,11 +17,7 @@ CLIP = {"first": "a.png", "last": "b.png", "prompt": "a red circle"}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, keyframes, and the films of single runs: "film", "other", and "over" with overlap."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "nano")
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    folder = write_place(tmp_path_factory.mktemp("place"))
     for name, told in (("film", FILM), ("other", OTHER), ("over", FILM | {"frames": [9, 9], "overlap": 4})):
         images = ["--storyboard", *(str(folder / image) for image in told["storyboard"])]
         own = ["--prompts", *told["prompts"], "--frames", *map(str, told["frames"]), "--seed", str(told.get("seed", 0)),

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
-from nano import write_model
-from PIL import Image
+from nano import write_place
 
 from samplers import command, pipeline, run
 
@@ -21,11 +19,7 @@ FIRST = 5
 
 @pytest.fixture
 def place(tmp_path):
-    write_model(tmp_path / "nano")
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    return tmp_path
+    return write_place(tmp_path)
 
 
 def clips():

@@ -8,8 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from nano import write_model
-from PIL import Image
+from nano import write_place
 
 from samplers import command, latents, resume, work
 
@@ -20,12 +19,7 @@ WAYS = {"plain": [], "guessed passes, noise anew": ["--skip-passes", "0.5", "--s
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "nano")
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"))
 
 
 def clips(place):

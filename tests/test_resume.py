@@ -10,8 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import stopping
-from nano import NANO, write_model
-from PIL import Image
+from nano import NANO, write_model, write_place
 
 from samplers import command, files, latents, pipeline, request, resume, run, video, work
 
@@ -21,12 +20,8 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, keyframes, and the clip of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "nano")
+    folder = write_place(tmp_path_factory.mktemp("place"))
     write_model(folder / "other", seed=1)
-    rng = np.random.default_rng(0)
-    for name in ("a", "b", "c"):
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     assert command.main(line(folder, folder / "whole.mp4")) == 0
     return folder
 

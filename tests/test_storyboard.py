@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import stopping
-from nano import write_model
+from nano import write_model, write_place
 from PIL import Image
 
 from samplers import command, film, pipeline, recall, request, resume, storyboard, video
@@ -24,13 +24,9 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, keyframes, and the films of uninterrupted runs, with overlap and without."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "nano")
+    folder = write_place(tmp_path_factory.mktemp("place"), "abcd")
     write_model(folder / "other", seed=1)
-    rng = np.random.default_rng(0)
-    for name in "abcd":
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    Image.fromarray(rng.integers(0, 256, (24, 16, 3), dtype=np.uint8)).save(folder / "upright.png")
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 16, 3), dtype=np.uint8)).save(folder / "upright.png")
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     for overlap in (0, 4):
         assert command.main(line(folder, folder / f"whole{overlap}.mp4", overlap)) == 0

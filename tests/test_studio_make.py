@@ -8,7 +8,7 @@ import stat
 import jax
 import numpy as np
 import pytest
-from nano import NANO, write_model
+from nano import NANO, write_place
 from PIL import Image
 
 from samplers import explain, recall
@@ -22,13 +22,7 @@ from wanjax.method import METHODS, Method, override
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """A model folder and two keyframes."""
-    folder = tmp_path_factory.mktemp("studio")
-    write_model(folder / "nano")
-    for name, seed in (("a", 0), ("b", 1), ("c", 2)):
-        pixels = np.random.default_rng(seed).integers(0, 255, (16, 24, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-    return folder
+    return write_place(tmp_path_factory.mktemp("studio"))
 
 
 # ---- making

@@ -3,9 +3,8 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
-from nano import NANO, write_model
+from nano import NANO, write_model, write_place
 from PIL import Image
 from test_resume import kept, line, stop_at
 
@@ -15,13 +14,7 @@ from wanjax import marks
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model and keyframes."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "nano")
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"))
 
 
 def interrupt(*_, **__):
