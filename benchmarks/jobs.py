@@ -57,7 +57,7 @@ def listed(folder: Path, model: str, count: int, programs: Path | None) -> tuple
     return found, report
 
 
-def run(options: argparse.Namespace) -> bool:
+def run(options: argparse.Namespace) -> None:
     """Measures, writes and prints."""
     more, folder = options.clips, cache.enable()  # as on the command line
     programs, model = None if folder is None else cache.programs(folder), checkpoint.load(options.model)
@@ -86,7 +86,6 @@ def run(options: argparse.Namespace) -> bool:
             for name in ("clip", "library", "overhead")]  # fmt: skip
     measure.print_table(["seconds a clip", *CLOCKS, "processor"], rows)
     print(", ".join(f"{name} {value:.3f} s" for name, value in report["stages"].items()))
-    return True
 
 
 def figures(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     line.add_argument("--out", type=measure.output, help="JSON file")
     options = line.parse_args(argv)
     measure.backend(line)
-    return measure.checked(line, lambda: run(options) and None)
+    return measure.checked(line, lambda: run(options))
 
 
 if __name__ == "__main__":
