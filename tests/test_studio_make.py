@@ -5,6 +5,7 @@ import json
 import os
 import stat
 
+import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
@@ -70,6 +71,24 @@ def test_a_clip_and_what_lies_beside_it(made):
     key = np.asarray(Image.open(clip.folder / "key1.png"))
     assert np.array_equal(key, clip.job.inputs.pixels[0, 1])
     assert stat.S_IMODE(os.stat(clip.folder).st_mode) == 0o700
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [["--memory", "stage"], ["--memory", "stream"], ["--devices", "all"], ["--devices", "4", "--memory", "stage"]],
+    ids=" ".join,
+)
+def test_wherever_the_model_lies(made, room, tmp_path, how):
+    """The clip is the same to a rounding of its pixels, and a slider compiles nothing."""
+    _, clip, given = made
+    options = {name: getattr(command().parse_args(["--model", str(room / "nano"), *how]), name) for name in MODEL}
+    own = Studio(options, tmp_path)
+    own.first()
+    again = own.make(own.job(given, own.place()), Told())
+    there, here = (iio.imread(one.folder / "clip.mp4").astype(int) for one in (again, clip))
+    assert there.shape == here.shape and np.abs(there - here).max() <= 2
+    assert own.make(own.job(given | {"strength_mid": 1.5}, own.place()), Told()).compiled == 0
 
 
 @pytest.mark.parametrize(
