@@ -308,6 +308,17 @@ def test_any_division_and_the_loop_over_layers_give_the_same_bits(folder, model,
         assert np.array_equal(pipeline.denoise(looped, other, *clip, chunk=3), whole), changes
 
 
+def test_a_guess_from_two_evaluations_at_one_level_is_the_last():
+    """As a solver has them that evaluates a step twice; on two levels it is the line, in float64."""
+    rng = np.random.default_rng(0)
+    one, two = rng.standard_normal((2, 1, 2, 2, 2, 4)).astype(np.float32)
+    past = Past.empty(jnp.asarray(one)).after(1, one, 0.8).after(1, two, 0.8)
+    np.testing.assert_array_equal(past.guess(1, 0.6), two)
+    past = past.after(1, one, 0.5)
+    line = one + (0.3 - 0.5) / (0.5 - 0.8) * (one.astype(np.float64) - two)
+    assert relative_error(past.guess(1, 0.3), line) < 1e-6
+
+
 def test_the_loop_fetches_no_layer_for_a_guess(folder, clip):
     looped = checkpoint.load(folder, policy="stream")
     fetched, streamed = [], looped.part("dit")

@@ -49,10 +49,11 @@ class Past:
         return cls(none, none, jnp.zeros(2, jnp.float32), jnp.ones(2, jnp.float32))
 
     def guess(self, index: ArrayLike, sigma: ArrayLike) -> jax.Array:
-        """The velocity of a pass at a noise level, float32 [B, F, h, w, C], on the line through its last two."""
+        """The velocity of a pass at a noise level, float32 [B, F, h, w, C], on the line through its last two; the last
+        where both were at one level."""
         last, before, s1, s0 = (lax.dynamic_index_in_dim(leaf, index, keepdims=False)
                                 for leaf in (self.last, self.before, self.last_sigma, self.before_sigma))  # fmt: skip
-        return last + (sigma - s1) / (s1 - s0) * (last - before)
+        return last + (sigma - s1) / jnp.where(s1 == s0, jnp.inf, s1 - s0) * (last - before)
 
     def after(self, index: ArrayLike, velocity: jax.Array, sigma: ArrayLike) -> "Past":
         """With the velocity that the model gave in a pass at a noise level."""
