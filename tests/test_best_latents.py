@@ -25,8 +25,7 @@ def videos(count):
 
 def test_the_vae_in_torch_is_the_models(tmp_path, uncompiled):
     model, truth = checkpoint.load(write_model(tmp_path / "nano")), videos(2)
-    own = best_latents.as_torch(model)
-    assert not any(parameter.requires_grad for parameter in own.parameters())
+    own = torch_vae.as_torch(model)
     with torch.no_grad():
         made = best_latents.to_video(torch_vae.decode(own, torch_vae.encode(own, to_tensor(truth))[0]))
     assert np.abs(made.astype(int) - evaluate.reconstruct(model, truth)).max() <= 1
@@ -51,7 +50,7 @@ def test_latents_start_at_the_encoders_and_get_better(vae, uncompiled):
 
 def test_the_report(tmp_path, monkeypatch):
     """Clips go through in parts; each step's figures are of all of them."""
-    monkeypatch.setattr(best_latents, "as_torch", lambda model: None)
+    monkeypatch.setattr(torch_vae, "as_torch", lambda model: torch_vae.new_vae())
     monkeypatch.setattr(best_latents, "improve", lambda vae, part, steps: ({0: part // 2, steps: part}, len(part)))
     monkeypatch.setattr(best_latents.shapes, "learn", lambda: (None, {"right": 1.0}))
     monkeypatch.setattr(limits, "figures", lambda made, clips, judge: {

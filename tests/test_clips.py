@@ -5,7 +5,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.tiny.clips import COLOURS, SHAPES, Background, Scene, Sprite, caption, clip, direction, render, scene
+from benchmarks.tiny.clips import (
+    COLOURS,
+    COMMON_SHAPES,
+    SHAPES,
+    Background,
+    Scene,
+    Sprite,
+    caption,
+    clip,
+    direction,
+    render,
+    scene,
+)
 
 SEEDS = range(120)
 
@@ -135,8 +147,20 @@ def test_edges_are_antialiased():
 
 def test_every_shape_and_colour_occurs():
     sprites = [scene(seed).sprites[0] for seed in range(400)]
-    assert {s.shape for s in sprites} == set(SHAPES)
+    assert {s.shape for s in sprites} == set(SHAPES) - {"star"} == set(COMMON_SHAPES)
     assert {s.colours[0] for s in sprites} == set(COLOURS)
+
+
+def test_a_shape_that_is_asked_for():
+    """Stars alone; the star has five points, the area of ten triangles, and one point up."""
+    assert {s.shape for seed in range(20) for s in scene(seed, rich=True, shape="star").sprites} == {"star"}
+    assert "star" in clip(3, shape="star").caption
+    background = Background(("black",), ((0.0, 0.0, 0.0),))
+    sprite = Sprite("star", ("white",) * 2, ((1.0, 1.0, 1.0),) * 2, (16.0, 16.0), (16.0, 16.0), radius=(15.0, 15.0))
+    frame = render(Scene((sprite,), background), 2, 128)[0][0, ..., 0] / 255.0
+    np.testing.assert_array_equal(frame, frame[:, ::-1])
+    assert frame.sum() == pytest.approx(10 * (60**2 * 0.45 * np.sin(np.pi / 5) / 2), rel=0.01)
+    assert frame[:20, 64].any() and not frame[-14:, 64].any()
 
 
 def test_larger_frames_show_the_same_scene():
@@ -152,6 +176,7 @@ def test_larger_frames_show_the_same_scene():
         ({"seed": 0, "split": "valid"}, "split is 'valid'"),
         ({"seed": 0, "frames": 1}, "frames is 1"),
         ({"seed": 0, "size": 8}, "size is 8"),
+        ({"seed": 0, "shape": "heart"}, "shape is 'heart'; use one of circle, .*star"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -14,9 +14,9 @@ from benchmarks.tiny.clips import clip, scene
 @pytest.fixture(scope="module")
 def learnt():
     """(parameters, losses) of a few steps on two very different shapes."""
-    frames, labels = shapes.drawn(range(240), "train")
+    frames, labels = shapes.drawn(range(280), "train")
     two = np.isin(labels, [shapes.NAMES.index("bar"), shapes.NAMES.index("square")])
-    return shapes.train(frames[two], labels[two], steps=60)
+    return shapes.train(frames[two], labels[two], steps=120)
 
 
 @pytest.fixture
@@ -36,6 +36,8 @@ def test_what_is_drawn_are_the_clips_own_frames():
         one = clip(number, "heldout", frames=25)
         np.testing.assert_array_equal(frames[3 * place : 3 * place + 3], one.video[[0, 12, 24]])
         assert {shapes.NAMES[i] for i in labels[3 * place : 3 * place + 3]} == {one.scene.sprites[0].shape}
+    _, labels = shapes.drawn(range(32), "train")
+    assert (labels == shapes.NAMES.index("star")).sum() == 3 * 4
 
 
 def test_training_and_checking_draw_other_scenes():
@@ -125,10 +127,11 @@ def test_the_report(learnt, reader, tmp_path, monkeypatch):
     assert shapes.main(command) == 0
     report = json.loads(out.read_text())
     names = [shapes.label(one.scene) for one in evaluate.heldout(16)]
+    assert report["shapes"]["star"] == 2
     assert list(report["arms"]) == ["truth", "vae", "guidance_1", "guidance_2.5"]
     assert [report["arms"][name]["middle"] for name in ("truth", "guidance_2.5")] == [1, 1]
-    assert report["arms"]["vae"]["middle"] == names.count(circle) / 16
-    assert sum(report["shapes"].values()) == 16 and report["classifier"]["right"] == 0.25
+    assert report["arms"]["vae"]["middle"] == names.count(circle) / 18
+    assert sum(report["shapes"].values()) == 18 and report["classifier"]["right"] == 0.25
     monkeypatch.setattr(shapes, "learn", lambda *asked: pytest.fail("one is there"))
     assert shapes.main(command) == 0
 

@@ -16,6 +16,7 @@ from samplers import pipeline
 from samplers.pipeline import Inputs
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, keyframes, vae
+from wanjax.latent_rgb import LatentRGB
 from wanjax.tokenizer import Tokenizer
 
 CLIPS, SIZE, FRAMES = 8, 16, 9
@@ -215,6 +216,30 @@ def test_going_on_from_a_model(setup, tmp_path, monkeypatch):
     assert max(jax.tree.leaves(halves)) < 5e-3  # stored in bfloat16
 
 
+@pytest.mark.slow
+def test_going_on_with_another_vae(setup, tmp_path, monkeypatch, capsys):
+    """Its latents and weights are in the result, and the colours of the earlier one's previews are not."""
+    config, vae_params, _, _, folder = setup
+    fitted = LatentRGB(((0.1, 0.2, 0.3),) * 16, (0.0, 0.0, 0.0))
+    before = dataclasses.replace(config, vae=dataclasses.replace(config.vae, latent_rgb=fitted))
+    params = {**train_dit.new_state(config, 3).params, "vae": vae_params}
+    checkpoint.save(tmp_path / "start", before, params, folder / "tokenizer.json")
+    other = jax.tree.map(lambda leaf: leaf * 1.25, vae_params)
+    latents.write_vae(tmp_path / "vae", dataclasses.replace(config.vae, latent_mean=(0.5,) * 16), other)
+    monkeypatch.setattr(evaluate, "measure", lambda *_, **__: {"interior": 20.0})
+    line = ["--vae", str(tmp_path / "vae"), "--out", str(tmp_path / "out"), "--clips", str(CLIPS), "--batch", "8",
+            "--variety", "plain", "--lengths", "9", "--minutes", "0.001"]  # fmt: skip
+    train_dit.main(["--from-model", str(tmp_path / "start"), *line])
+    model = checkpoint.load(tmp_path / "out" / "model")
+    assert model.config.vae.latent_mean == (0.5,) * 16 and model.config.vae.latent_rgb is None
+    far = jax.tree.map(relative_error, model.params["vae"], other)
+    assert max(jax.tree.leaves(far)) < 5e-3
+    assert not model.config.dit.remat
+    with pytest.raises(SystemExit):
+        train_dit.main(["--out", str(tmp_path / "none")])
+    assert "--vae: give a vae folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lengths", [["24"], ["25", "25"], ["1"]])
 def test_bad_lengths(tmp_path, lengths, capsys):
     with pytest.raises(SystemExit):
@@ -236,5 +261,5 @@ def test_a_better_decoder_must_share_the_encoder(setup):
     assert np.array_equal(joined["post_quant"]["bias"], params["post_quant"]["bias"] + 1)
     assert joined["encoder"] is params["encoder"]
     better["quant"]["bias"] = better["quant"]["bias"] + 1
-    with pytest.raises(ValueError, match="--decoder-from"):
+    with pytest.raises(ValueError, match="--decoder-only"):
         train_dit.with_decoder(params, better)

@@ -1,5 +1,7 @@
 """Training of the tiny VAE: steps, resume, and what its command refuses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ def videos(count: int, frames: int) -> torch.Tensor:
 @pytest.mark.slow
 def test_steps_lower_the_loss_and_resume_exactly(uncompiled, tmp_path):
     torch.manual_seed(0)
-    trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, 0.25, seed=1)
+    trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, seed=1)
     losses = [trainer.update(bank, 1e9, bfloat16=False) for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0]
     trainer.save(tmp_path / "checkpoint.pt")
@@ -26,7 +28,7 @@ def test_steps_lower_the_loss_and_resume_exactly(uncompiled, tmp_path):
     results = []
     for one in (trainer, other):
         torch.manual_seed(3)
-        results.append(one.update(train_vae.ClipBank(4, 0.0, seed=2), 1e9, bfloat16=False))
+        results.append(one.update(train_vae.ClipBank(4, seed=2), 1e9, bfloat16=False))
         results.append(next(iter(one.average.parameters())).detach().sum().item())
     assert results[:2] == pytest.approx(results[2:], rel=1e-6)
 
@@ -34,7 +36,7 @@ def test_steps_lower_the_loss_and_resume_exactly(uncompiled, tmp_path):
 @pytest.mark.slow
 def test_clips_stage_uses_every_length(uncompiled):
     torch.manual_seed(0)
-    trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, 0.0, seed=1)
+    trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, seed=1)
     trainer.start_clips()
     trainer.clips = train_vae.Stage(1e-4, (9, 5, 1), (1, 1, 1), 1)
     before = [parameter.clone() for parameter in trainer.vae.parameters()]
@@ -44,13 +46,13 @@ def test_clips_stage_uses_every_length(uncompiled):
 
 
 @pytest.mark.slow
-def test_decoder_alone_leaves_the_latents(uncompiled, tmp_path):
-    """The encoder stays what the average was, bit for bit, also after a resume; the decoder moves."""
+@pytest.mark.parametrize("decoder_only", [True, False])
+def test_going_on_from_a_vae(uncompiled, tmp_path, decoder_only):
+    """Every part moves; of the decoder alone the encoder stays, bit for bit, also after a resume."""
     torch.manual_seed(0)
-    trainer, bank = train_vae.Trainer.new(), train_vae.ClipBank(8, 0.0, seed=1)
-    trainer.update(bank, 1e9, bfloat16=False)
-    before = {name: value.clone() for name, value in trainer.average.state_dict().items()}
-    trainer.start_decoder()
+    start, bank = train_vae.new_vae(), train_vae.ClipBank(8, seed=1)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    trainer = train_vae.Trainer.of(start, decoder_only)
     trainer.clips = train_vae.Stage(1e-4, (5, 1, 1), (1, 1, 1), 1)
     trainer.update(bank, 1e9, bfloat16=False)
     trainer.save(tmp_path / "checkpoint.pt")
@@ -58,10 +60,25 @@ def test_decoder_alone_leaves_the_latents(uncompiled, tmp_path):
     other.load(tmp_path / "checkpoint.pt")
     other.clips = trainer.clips
     other.update(bank, 1e9, bfloat16=False)
+    assert other.stage == 1 and other.step == 2
     for weights in (other.vae.state_dict(), other.average.state_dict()):
         for name, value in weights.items():
             encoder = name.startswith(("encoder", "quant_conv"))
-            assert torch.equal(value, before[name]) == encoder, name
+            assert torch.equal(value, before[name]) == (encoder and decoder_only), name
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--decoder-only"], "--decoder-only: give --from-model"),
+        (["--from-model", "missing"], "--from-model: .*missing"),
+    ],
+)
+def test_what_to_go_on_from(tmp_path, arguments, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_vae.main(["--out", str(tmp_path / "out"), *arguments])
+    assert stopped.value.code == 2 and re.search(told, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):

@@ -13,6 +13,7 @@ from wanjax.precision import FLOAT32, Precision
 from wanjax.settings import check_finite, one_of, refuse
 
 STREAMS = ("no", "program", "loop")
+REMAT_KEEPS = ("nothing", "products")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class DiTConfig:
       image_tokens: vision tokens of ONE keyframe (patches and the class token).
       num_images: 2 first and last keyframe (with `emb_pos`), 1 image-to-video (without), 0 text-to-video.
       remat: recompute block activations in the backward pass (training only).
+      remat_keeps: what is not computed again then: "nothing", for the least memory, or "products" of matrices, which is
+        faster than to keep everything where memory is slow, as on a CPU.
       attention: kernel of self- and cross-attention, a name in `attention.KERNELS`, or "auto", which
         `ModelConfig.for_platform` resolves.
       rotation: how pairs are rotated, a name in `rope.ROTATIONS`, or "auto", which is "pairs" here
@@ -48,17 +51,19 @@ class DiTConfig:
     image_tokens: int = 257
     num_images: int = 2
     remat: bool = False
+    remat_keeps: str = "nothing"
     attention: str = "auto"
     rotation: str = "auto"
     stream: str = "no"
     precision: Precision = FLOAT32
 
     def __post_init__(self) -> None:
-        images, blind = self.num_images, self.image_dim is None
+        images, blind, keeps = self.num_images, self.image_dim is None, self.remat_keeps
         refuse(
             (self.dim % self.num_heads, f"dit: dim {self.dim} is not a multiple of num_heads {self.num_heads}"),
             (self.head_dim % 2, f"dit: head width {self.head_dim} is odd; rotary pairs need it even"),
             (self.stream not in STREAMS, f"dit: stream {self.stream!r} is not one of {', '.join(STREAMS)}"),
+            (keeps not in REMAT_KEEPS, f"dit: remat_keeps {keeps!r} is not one of {', '.join(REMAT_KEEPS)}"),
             (images not in (0, 1, 2), f"dit: num_images {images} is not 0, 1 or 2"),
             (blind != (images == 0), "dit: image_dim and num_images disagree: give both or neither"),
         )

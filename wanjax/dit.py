@@ -258,7 +258,8 @@ class _Steps(nn.Module):
         layers: int,
     ) -> tuple[jax.Array, CrossReport | None]:
         c = self.config
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        policy = jax.checkpoint_policies.dots_saveable if c.remat_keeps == "products" else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy) if c.remat else Block
         if c.stream == "program" or not jax.sharding.get_abstract_mesh().empty:
             near = partial(sharding.near, stream=c.stream == "program")
             block = nn.map_variables(block, "params", near, init=self.is_initializing())

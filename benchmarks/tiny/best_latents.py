@@ -12,33 +12,21 @@ Axis letters: N clips, T frames, H height, W width; torch tensors are channels f
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
 from benchmarks import measure
 from benchmarks.tiny import evaluate, limits, shapes, torch_vae
-from benchmarks.tiny.latents import write_vae
 from benchmarks.tiny.train_vae import to_tensor
 from wanjax import checkpoint
-from wanjax.checkpoint import Model
 
 BATCH = 8
 RATE = 0.05  # of Adam, in units of the latents, which spread by 1.5 to 4
 CHECKS = 4  # measured so many times on the way
-
-
-def as_torch(model: Model) -> AutoencoderKLWan:
-    """The model's VAE in torch, its weights fixed."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_vae(Path(folder), model.config.vae, jax.tree.map(np.asarray, model.part("vae")))
-        vae = AutoencoderKLWan.from_pretrained(folder)
-    return vae.requires_grad_(False).eval()
 
 
 def to_video(made: torch.Tensor) -> np.ndarray:
@@ -98,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def measured() -> bool:
         judge, classifier = earlier or shapes.learn()
-        vae, truth = as_torch(model), np.stack([one.video for one in clips])
+        vae, truth = torch_vae.as_torch(model).requires_grad_(False), np.stack([one.video for one in clips])
         parts, moved = [], []
         for start in range(0, len(truth), BATCH):
             seen, far = improve(vae, truth[start : start + BATCH], args.steps)

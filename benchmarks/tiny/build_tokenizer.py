@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from benchmarks.tiny.clips import COLOURS, SHAPES, caption, scene
+from benchmarks.tiny.clips import COLOURS, COMMON_SHAPES, caption, scene
 from wanjax.writing import write_text
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -42,7 +42,7 @@ def vocabulary(captions: int = 4000) -> list[tuple[str, float]]:
       captions: how many rich training captions are counted.
     """
     counts = Counter(PLANNED.split())
-    counts.update([*COLOURS, *SHAPES])
+    counts.update([*COLOURS, *COMMON_SHAPES])
     for seed in range(captions):
         counts.update(caption(scene(seed, "train", rich=True)).replace(",", "").split())
     total = counts.total()

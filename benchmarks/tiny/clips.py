@@ -70,6 +70,16 @@ def _polygon(*corners: tuple[float, float]) -> Callable[[np.ndarray, np.ndarray]
     return inside
 
 
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Membership test of a star of five points, one of them up; its inner corners lie at 0.45 of its radius."""
+    point, inner = 2 * np.pi / 5, 0.45
+    # Every half of a point is the same wedge: angle from the point's middle, edge from its tip to the inner corner.
+    angle = abs((np.arctan2(x, -y) + point / 2) % point - point / 2)
+    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    corner = inner * np.cos(point / 2), inner * np.sin(point / 2)
+    return (corner[0] - 1) * across - corner[1] * (along - 1) >= 0
+
+
 # Every shape is a membership test on local coordinates in which it fits the unit circle.
 SHAPES: MappingProxyType[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = MappingProxyType(
     {
@@ -80,8 +90,11 @@ SHAPES: MappingProxyType[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = 
         "ring": lambda x, y: abs(x * x + y * y - 0.60) <= 0.38,
         "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 0.95),
         "bar": lambda x, y: (abs(x) <= 0.97) & (abs(y) <= 0.36),
+        "star": _star,
     }
 )
+# Stars came later: they are drawn where they are asked for, and every other clip kept its number.
+COMMON_SHAPES = tuple(name for name in SHAPES if name != "star")
 SYMMETRIC_SHAPES = ("circle", "ring")  # rotation cannot be seen on them
 
 
@@ -157,7 +170,8 @@ class Clip:
     scene: Scene
 
 
-def clip(seed: int, split: str = "train", frames: int = 25, size: int = 32, rich: bool = False) -> Clip:
+def clip(seed: int, split: str = "train", frames: int = 25, size: int = 32, rich: bool = False,
+         shape: str | None = None) -> Clip:  # fmt: skip
     """Draw one clip; the same arguments always give the same clip.
 
     Args:
@@ -166,12 +180,13 @@ def clip(seed: int, split: str = "train", frames: int = 25, size: int = 32, rich
       frames: length T, >= 2.
       size: height and width in pixels.
       rich: also turning, growing, colour-changing objects and pairs of objects.
+      shape: a key of SHAPES that its objects have, None for COMMON_SHAPES by chance.
 
     Raises:
-      ValueError: unknown split, negative seed, fewer than two frames, or a size below 16.
+      ValueError: unknown split or shape, negative seed, fewer than two frames, or a size below 16.
     """
     check_clip(seed, split, frames, size)
-    drawn = scene(seed, split, rich)
+    drawn = scene(seed, split, rich, shape)
     video, mask = render(drawn, frames, size)
     return Clip(video, caption(drawn), any(s.arc != "straight" for s in drawn.sprites), mask, drawn)
 
@@ -188,16 +203,19 @@ def check_clip(seed: int, split: str, frames: int = 25, size: int = 32) -> None:
         raise ValueError(f"size is {size}; shapes are not recognisable below 16 pixels")
 
 
-def scene(seed: int, split: str = "train", rich: bool = False) -> Scene:
+def scene(seed: int, split: str = "train", rich: bool = False, shape: str | None = None) -> Scene:
     """Choose shapes, colours and motions; see `clip` for the arguments and errors."""
     check_clip(seed, split)
+    if shape is not None and shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; use one of {', '.join(SHAPES)}")
     rng = np.random.default_rng([SPLITS[split], seed])
     ground = background(rng)
-    first = _sprite(rng, ground.rgb, rich)
+    shapes = COMMON_SHAPES if shape is None else (shape,)
+    first = _sprite(rng, ground.rgb, rich, shapes)
     if not rich or rng.random() < 0.6:
         return Scene((first,), ground)
     for _ in range(64):
-        second = _sprite(rng, ground.rgb + first.rgb, rich)
+        second = _sprite(rng, ground.rgb + first.rgb, rich, shapes)
         if second.shape != first.shape:
             return Scene((first, second), ground)
     return Scene((first,), ground)
@@ -238,8 +256,8 @@ def visible_colour(rng: np.random.Generator, behind: tuple) -> tuple[str, tuple[
     return name, rgb
 
 
-def _sprite(rng: np.random.Generator, behind: tuple, rich: bool) -> Sprite:
-    shape = pick(rng, tuple(SHAPES))
+def _sprite(rng: np.random.Generator, behind: tuple, rich: bool, shapes: tuple[str, ...]) -> Sprite:
+    shape = pick(rng, shapes)
     name, rgb = visible_colour(rng, behind)
     names, rgbs = (name, name), (rgb, rgb)
     radius = float(rng.uniform(*RADIUS))

@@ -43,14 +43,16 @@ DRAWN = (
 
 
 def training_clip(number: int, variety: str, frames: int) -> Clip | ChallengeClip:
-    """Training clip `number` of a variety: "challenges" are all six categories and two plain clips in seven.
+    """Training clip `number` of a variety: "challenges" are all six categories and two plain clips in seven, of which
+    every fourth shows a star.
 
     Clips of another length than 25 tell other stories, so that training on several lengths sees more of them.
     """
     seed = number if frames == 25 else number + 1_000_000 * frames
     if variety == "challenges" and number % 7 >= 2:
         return challenge(seed, "train", frames)
-    return clip(seed, "train", frames, rich=variety == "rich")
+    star = variety == "challenges" and number % 28 in (7, 14)
+    return clip(seed, "train", frames, rich=variety == "rich", shape="star" if star else None)
 
 
 def load_vae(folder: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Any]]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks import measure
 from benchmarks.tiny import evaluate
-from benchmarks.tiny.clips import SHAPES, Clip, render, scene
+from benchmarks.tiny.clips import SHAPES, Clip, clip, render, scene
 from samplers.plan import Plan, Settings
 from wanjax import checkpoint, writing
 from wanjax.checkpoint import Model
@@ -42,6 +42,7 @@ from wanjax.settings import whole
 
 NAMES = tuple(SHAPES)
 """What can be told; a label is a place in it."""
+STAR_EVERY = 8  # scenes learnt from; and clips looked at have one of a star beside so many others
 TIMES = 3  # frames drawn of a scene: first, middle, last
 SCENES, STEPS, CHECKED = 12000, 2500, 1024
 BATCH = 64
@@ -65,9 +66,16 @@ class Classifier(nn.Module):
 
 def drawn(numbers: Sequence[int], split: str, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Frames uint8 [N, H, W, 3] of plain scenes by number, first, middle and last of each, and their labels [N]."""
-    scenes = [scene(number, split) for number in numbers]
+    scenes = [scene(n, split, shape="star" if n % STAR_EVERY == STAR_EVERY - 1 else None) for n in numbers]
     frames = np.concatenate([render(one, TIMES, size)[0] for one in scenes])
     return frames, np.repeat([label(one) for one in scenes], TIMES)
+
+
+def looked_at(count: int, frames: int) -> list[Clip]:
+    """The first `count` held-out clips, and behind them clips of stars, which these have none of."""
+    return evaluate.heldout(count, frames=frames) + [
+        clip(seed, "heldout", frames, shape="star") for seed in range(count // STAR_EVERY)
+    ]
 
 
 def label(drawn: Any) -> int:
@@ -220,7 +228,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.tiny.shapes", description=__doc__.split("\n")[0])
     p.add_argument("--model", default="tiny", help="'tiny' or a model folder (default %(default)s)")
-    p.add_argument("--clips", type=measure.positive, default=64, help="held-out clips (default %(default)s)")
+    p.add_argument("--clips", type=measure.positive, default=64, help="held-out clips, and an eighth as many of "
+                   "stars (default %(default)s)")  # fmt: skip
     p.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5], help="scales (default 1 1.5)")
     p.add_argument("--steps", type=int, default=10, help="sampling steps (default %(default)s)")
     p.add_argument("--scenes", type=measure.positive, default=SCENES, help="to learn from (default %(default)s)")
@@ -267,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         for one in settings.values():
             Plan.of(model.config, one)
         whole("--seed", args.seed, 0, 2**32 - 1)
-        clips = evaluate.heldout(args.clips, frames=model.config.sampling.frames)
+        clips = looked_at(args.clips, model.config.sampling.frames)
         earlier = asked_for(args.classifier)
     except (ValueError, OSError) as error:
         line.error(str(error))

@@ -9,8 +9,12 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
@@ -21,6 +25,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResidualBlock,
     WanRMS_norm,
 )
+
+from benchmarks.tiny.latents import write_vae
+from wanjax.checkpoint import Model
 
 CONFIG = {
     "base_dim": 16,
@@ -171,3 +178,11 @@ def inflate(vae: AutoencoderKLWan) -> None:
             module.time_conv.weight.zero_()
             module.time_conv.bias.zero_()
             module.time_conv.weight[torch.arange(outputs), torch.arange(outputs) % inputs, -1, 0, 0] = 1.0
+
+
+def as_torch(model: Model) -> AutoencoderKLWan:
+    """The model's VAE in torch, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_vae(Path(folder), model.config.vae, jax.tree.map(np.asarray, model.part("vae")))
+        vae = AutoencoderKLWan.from_pretrained(folder)
+    return vae.eval()

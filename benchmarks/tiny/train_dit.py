@@ -276,16 +276,16 @@ def with_decoder(vae_params: Any, better: Any) -> Any:
     same = jax.tree.map(np.array_equal, *({part: tree[part] for part in ("encoder", "quant")}
                                           for tree in (vae_params, better)))  # fmt: skip
     if not all(jax.tree.leaves(same)):
-        raise ValueError("--decoder: its encoder is not that of --vae; make it with train_vae --decoder-from")
+        raise ValueError("--decoder: its encoder is not that of --vae; make it with train_vae --decoder-only")
     return {**vae_params, "decoder": better["decoder"], "post_quant": better["post_quant"]}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options; exits with 2 if the result is there already."""
     parser = argparse.ArgumentParser(description="Train the DiT, text and image encoders of the tiny model.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--vae", type=Path, help="vae folder that train_vae wrote; the rest starts at random")
-    source.add_argument("--from-model", metavar="MODEL", help="'tiny' or a model folder: go on from all its weights")
+    parser.add_argument("--vae", type=Path, help="vae folder that train_vae wrote; needed without --from-model")
+    parser.add_argument("--from-model", metavar="MODEL", help="'tiny' or a model folder: go on from its weights, with "
+                        "--vae on another VAE (default: all but the VAE starts at random)")  # fmt: skip
     parser.add_argument("--decoder", type=Path, help="vae folder with the same encoder and a better decoder")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
     parser.add_argument("--minutes", type=float, default=40.0, help="time spent in steps, resumed runs included")
@@ -305,6 +305,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     options = parser.parse_args(arguments)
+    if options.vae is None and options.from_model is None:
+        parser.error("--vae: give a vae folder that train_vae wrote, or a model with --from-model")
     stride = preset("tiny").vae.temporal_stride
     wrong = [n for n in options.lengths if n < stride + 1 or n % stride != 1]
     if wrong or len(set(options.lengths)) < len(options.lengths):
@@ -322,13 +324,18 @@ def main(arguments: list[str] | None = None) -> None:
     model = None
     if options.from_model is not None:
         model = checkpoint.load(options.from_model)
-        config, options.vae = model.config, options.out / "vae"
+        config = model.config
+    if options.vae is None:
+        options.vae = options.out / "vae"
         write_vae(options.vae, config.vae, model.params["vae"])
+    elif model is not None:
+        # A preview's colours are of the earlier VAE's latents.
+        config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, latent_rgb=None))
     vae_config, vae_params = load_vae(options.vae, config.vae)
     config = dataclasses.replace(config, vae=vae_config)
-    running = config
+    running = dataclasses.replace(config, dit=dataclasses.replace(config.dit, remat=True, remat_keeps="products"))
     if options.bfloat16:
-        running = config.with_precision(dataclasses.replace(BFLOAT16, param="float32"))
+        running = running.with_precision(dataclasses.replace(BFLOAT16, param="float32"))
     encode = encoder(options.vae, vae_config, vae_params)
     if options.decoder is not None:
         vae_params = with_decoder(vae_params, load_vae(options.decoder, config.vae)[1])

@@ -6,6 +6,7 @@ teaches shapes and colours quickly, then whole clips after every temporal kernel
 frame through.
 
     python -m benchmarks.tiny.train_vae --out runs/vae --minutes 33
+    python -m benchmarks.tiny.train_vae --from-model tiny --out runs/better --minutes 40    # go on with a model's VAE
 
 Axis letters as in `torch_vae`; torch tensors here are channels first.
 """
@@ -13,6 +14,7 @@ Axis letters as in `torch_vae`; torch tensors here are channels first.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import io
 import json
@@ -27,12 +29,13 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from benchmarks.tiny.clips import clip
-from benchmarks.tiny.torch_vae import decode, encode, inflate, new_vae
-from wanjax import writing
+from benchmarks.tiny.latents import VARIETIES, training_clip
+from benchmarks.tiny.torch_vae import as_torch, decode, encode, inflate, new_vae
+from wanjax import checkpoint, writing
 
 FRAMES = 25
 KL_WEIGHT = 3e-5
-SQUARED_WEIGHT = 10.0  # at 2 the absolute term rules, and flat background pixels with it
+SQUARED_WEIGHT = 30.0  # at 2 the absolute term rules, and flat background pixels with it
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,17 @@ def to_tensor(videos: np.ndarray) -> torch.Tensor:
 
 
 class ClipBank:
-    """Draws training batches from clips rendered once; a small share is replaced as training goes on."""
+    """Draws training batches from clips rendered once, of every variety alike; a small share is replaced as training
+    goes on."""
 
-    def __init__(self, size: int, rich_share: float, seed: int):
+    def __init__(self, size: int, seed: int):
         self._rng = np.random.default_rng(seed)
-        self._rich_share = rich_share
         self._next = size
         self._videos = np.stack([self._draw(i) for i in range(size)])
 
-    def _draw(self, seed: int) -> np.ndarray:
-        return clip(seed, "train", FRAMES, rich=bool(self._rng.random() < self._rich_share)).video
+    def _draw(self, number: int) -> np.ndarray:
+        # By thirds, as the number modulo 7 or 28 says what "challenges" draws.
+        return training_clip(number // 3, VARIETIES[number % 3], FRAMES).video
 
     def batch(self, count: int, length: int) -> torch.Tensor:
         rows = self._rng.integers(len(self._videos), size=count)
@@ -77,7 +81,7 @@ class ClipBank:
 
 
 def loss_of(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """L1 + 10 MSE + a small KL term, means over pixels and over latent elements."""
+    """L1 + 30 MSE + a small KL term, means over pixels and over latent elements."""
     mean, log_variance = (part.float() for part in encode(vae, video))
     latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
     error = decode(vae, latents).float() - video
@@ -106,8 +110,8 @@ def save_sheet(videos: np.ndarray, outputs: torch.Tensor, path: Path) -> None:
     """Originals over reconstructions, every fourth frame, enlarged three times."""
     made = ((outputs + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
     rows = []
-    for original, copy in zip(videos[:8], made[:8], strict=True):
-        rows += [np.concatenate(list(v[::4]), axis=1) for v in (original, copy)]
+    for original, output in zip(videos[:8], made[:8], strict=True):
+        rows += [np.concatenate(list(v[::4]), axis=1) for v in (original, output)]
     sheet = np.concatenate(rows).repeat(3, 0).repeat(3, 1)
     Image.fromarray(sheet).save(path)
 
@@ -139,6 +143,19 @@ class Trainer:
         average.load_state_dict(vae.state_dict())
         return cls(vae, average, cls._optimiser(vae))
 
+    @classmethod
+    def of(cls, vae: AutoencoderKLWan, decoder_only: bool) -> Trainer:
+        """Go on with a VAE's weights, on clips.
+
+        Args:
+          decoder_only: leave the encoder, so that latents, and what was trained on them, stay valid.
+        """
+        average = copy.deepcopy(vae)
+        trainer = cls(vae.requires_grad_(True), average, cls._optimiser(vae.requires_grad_(True)), stage=1)
+        if decoder_only:
+            trainer._freeze_encoder()
+        return trainer
+
     @staticmethod
     def _optimiser(vae: AutoencoderKLWan) -> torch.optim.Optimizer:
         trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
@@ -150,12 +167,6 @@ class Trainer:
         inflate(self.vae)
         self.average.load_state_dict(self.vae.state_dict())
         self.optimiser = self._optimiser(self.vae)
-        self.stage, self.step, self.seconds = 1, 0, 0.0
-
-    def start_decoder(self) -> None:
-        """Go on with the decoder alone, from the average: latents, and what was trained on them, stay valid."""
-        self.vae.load_state_dict(self.average.state_dict())
-        self._freeze_encoder()
         self.stage, self.step, self.seconds = 1, 0, 0.0
 
     def _freeze_encoder(self) -> None:
@@ -261,29 +272,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and results")
     parser.add_argument("--minutes", type=float, default=33.0, help="length of both stages (default %(default)s)")
     parser.add_argument("--image-minutes", type=float, default=7.0, help="of which images (default %(default)s)")
-    parser.add_argument("--rich-share", type=float, default=0.25, help="share of rich clips (default %(default)s)")
     parser.add_argument("--clip-rate", type=float, default=CLIPS.learning_rate, help="peak learning rate on clips "
                         "(default %(default)s)")  # fmt: skip
     parser.add_argument("--float32", action="store_true", help="no bfloat16 in training: for older processors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--decoder-from", type=Path, metavar="CHECKPOINT", help="train only the decoder, from this "
-                        "checkpoint.pt, for --minutes less --image-minutes: latents stay what they are")  # fmt: skip
+    parser.add_argument("--from-model", metavar="MODEL", help="'tiny' or a model folder: go on with its VAE, on clips, "
+                        "for --minutes less --image-minutes")  # fmt: skip
+    parser.add_argument("--decoder-only", action="store_true", help="with --from-model: leave the encoder, so that "
+                        "latents stay what they are")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="of torch (default: one for every core)")
     options = parser.parse_args(arguments)
     if (options.out / "vae").exists():
         parser.error(f"--out: {options.out / 'vae'} exists already; choose another folder or move it away")
+    if options.decoder_only and options.from_model is None:
+        parser.error("--decoder-only: give --from-model, whose encoder stays")
+    try:
+        earlier = None if options.from_model is None else checkpoint.load(options.from_model)
+    except (ValueError, OSError) as error:
+        parser.error(f"--from-model: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    trainer = Trainer.new()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    trainer = Trainer.new() if earlier is None else Trainer.of(as_torch(earlier), options.decoder_only)
     trainer.clips = dataclasses.replace(CLIPS, learning_rate=options.clip_rate)
     if options.resume:
         if not (options.out / "checkpoint.pt").is_file():
             parser.error(f"--resume: there is no checkpoint.pt in {options.out}")
         trainer.load(options.out / "checkpoint.pt")
-    elif options.decoder_from is not None:
-        trainer.load(options.decoder_from)
-        trainer.start_decoder()
-    bank = ClipBank(4096, options.rich_share, seed=trainer.step + 1)
+    bank = ClipBank(4096, seed=trainer.step + 1)
     train(trainer, options.out, options.minutes, options.image_minutes, bank, not options.float32)
     finish(trainer.average, options.out)
 
