@@ -150,8 +150,7 @@ class Trainer:
         Args:
           decoder_only: leave the encoder, so that latents, and what was trained on them, stay valid.
         """
-        average = copy.deepcopy(vae)
-        trainer = cls(vae.requires_grad_(True), average, cls._optimiser(vae.requires_grad_(True)), stage=1)
+        trainer = cls(vae, copy.deepcopy(vae), cls._optimiser(vae), stage=1)
         if decoder_only:
             trainer._freeze_encoder()
         return trainer
