@@ -30,6 +30,8 @@ SHARD = 480  # clips a file
 BATCH = 16
 Encoder = Callable[[np.ndarray], np.ndarray]
 VARIETIES = ("plain", "rich", "challenges")
+STARS = (28, (7, 14))
+"""Of so many "challenges" clips by number, which show stars: every fourth plain one."""
 DRAWN = (
     (0.25, (True, 0, False)),
     (0.10, (False, 0, True)),
@@ -43,15 +45,15 @@ DRAWN = (
 
 
 def training_clip(number: int, variety: str, frames: int) -> Clip | ChallengeClip:
-    """Training clip `number` of a variety: "challenges" are all six categories and two plain clips in seven, of which
-    every fourth shows a star.
+    """Training clip `number` of a variety: "challenges" are all six categories and two plain clips in seven, some
+    of stars.
 
     Clips of another length than 25 tell other stories, so that training on several lengths sees more of them.
     """
     seed = number if frames == 25 else number + 1_000_000 * frames
     if variety == "challenges" and number % 7 >= 2:
         return challenge(seed, "train", frames)
-    star = variety == "challenges" and number % 28 in (7, 14)
+    star = variety == "challenges" and number % STARS[0] in STARS[1]
     return clip(seed, "train", frames, rich=variety == "rich", shape="star" if star else None)
 
 
@@ -198,7 +200,7 @@ def build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256((vae_folder / WEIGHTS).read_bytes()).hexdigest()
-    origin = json.dumps({"vae": digest, "variety": variety, "frames": frames, "drawn": DRAWN})
+    origin = json.dumps({"vae": digest, "variety": variety, "frames": frames, "drawn": DRAWN, "stars": STARS})
     label = folder / "origin.json"
     if not label.exists():
         label.write_text(origin)
