@@ -189,7 +189,7 @@ def leftovers(folder: Path) -> list[str]:
     """
     notes = []
     for room in sorted(folder.glob(f"{HIDDEN}*")):
-        with contextlib.suppress(OSError, Timeout, NotImplementedError):  # alive, or somebody was faster
+        with contextlib.suppress(OSError, Timeout):  # alive, or somebody was faster
             if room.is_dir() and not room.is_symlink() and _own(room):
                 notes += _clear(room) if (room / _LOCK).exists() else _clear_unlocked(room)
     return notes
@@ -276,7 +276,7 @@ def _alive(room: Path) -> bool:
         return False
     except Timeout:
         return True
-    except (OSError, NotImplementedError):  # removed meanwhile
+    except OSError:  # removed meanwhile
         return False
 
 
