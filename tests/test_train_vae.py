@@ -61,6 +61,9 @@ def test_going_on_from_a_vae(uncompiled, tmp_path, decoder_only):
     other.clips = trainer.clips
     other.update(bank, 1e9, bfloat16=False)
     assert other.stage == 1 and other.step == 2
+    if not decoder_only:
+        with pytest.raises(ValueError, match="--decoder-only: .*trains the encoder too"):
+            train_vae.Trainer.new().load(tmp_path / "checkpoint.pt", decoder_only=True)
     for weights in (other.vae.state_dict(), other.average.state_dict()):
         for name, value in weights.items():
             encoder = name.startswith(("encoder", "quant_conv"))

@@ -209,11 +209,20 @@ class Trainer:
         torch.save(state, content)
         writing.write_bytes(path, content.getvalue(), overwrite=True, anything=True)
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint written by `save`."""
+    def load(self, path: Path, decoder_only: bool = False) -> None:
+        """Continue from a checkpoint written by `save`.
+
+        Args:
+          decoder_only: whether it is meant to be one of the decoder alone.
+
+        Raises:
+          ValueError: no such file, or one of encoder and decoder where the decoder alone was meant.
+        """
         if not path.is_file():
             raise ValueError(f"--resume: there is no checkpoint at {path}; leave --resume out to start anew")
         state = torch.load(path, weights_only=True)
+        if decoder_only and not state.get("decoder_only", False):
+            raise ValueError(f"--decoder-only: {path} trains the encoder too; leave the option out, or begin anew")
         if state["progress"][0] == 1 and self.stage == 0:
             self.start_clips()
         if state.get("decoder_only", False):
@@ -280,7 +289,6 @@ def main(arguments: list[str] | None = None) -> None:
                         "for --minutes less --image-minutes")  # fmt: skip
     parser.add_argument("--decoder-only", action="store_true", help="with --from-model: leave the encoder, so that "
                         "latents stay what they are")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch (default: one for every core)")
     options = parser.parse_args(arguments)
     if (options.out / "vae").exists():
         parser.error(f"--out: {options.out / 'vae'} exists already; choose another folder or move it away")
@@ -292,14 +300,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--from-model: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     trainer = Trainer.new() if earlier is None else Trainer.of(as_torch(earlier), options.decoder_only)
     trainer.clips = dataclasses.replace(CLIPS, learning_rate=options.clip_rate)
     if options.resume:
         if not (options.out / "checkpoint.pt").is_file():
             parser.error(f"--resume: there is no checkpoint.pt in {options.out}")
-        trainer.load(options.out / "checkpoint.pt")
+        try:
+            trainer.load(options.out / "checkpoint.pt", options.decoder_only)
+        except ValueError as error:
+            parser.error(str(error))
     bank = ClipBank(4096, seed=trainer.step + 1)
     train(trainer, options.out, options.minutes, options.image_minutes, bank, not options.float32)
     finish(trainer.average, options.out)
