@@ -100,7 +100,7 @@ def test_shapes_are_those_of_the_training_clips(shape, size):
 
 
 def test_names_of_shapes_and_colours_are_those_of_the_training_clips():
-    assert set(draw.SHAPES) == set(clips.SHAPES) and set(draw.COLOURS) == set(clips.COLOURS)
+    assert set(draw.SHAPES) == set(clips.COMMON_SHAPES) and set(draw.COLOURS) == set(clips.COLOURS)
     for name, rgb in draw.COLOURS.items():
         assert np.abs(np.array(rgb) / 255 - clips.COLOURS[name]).max() < 1 / 255
 
