@@ -53,6 +53,43 @@ def setup(vae_folder, tmp_path_factory):
     patch.undo()
 
 
+def test_channels_weigh_what_they_change_in_the_video(setup, vae_folder):
+    """Beside differences of what diffusers decodes in float64."""
+    config, vae_params, _, data, _ = setup
+    z = data.latents[:2].astype(np.float32)
+    weights = train_dit.channel_weights(config.vae, vae_params, z)
+    assert (
+        weights.shape == (16,) and weights.mean() == pytest.approx(1, rel=1e-6) and weights.max() > 1.5 * weights.min()
+    )
+    model = torch_vae.AutoencoderKLWan.from_pretrained(vae_folder).double()
+    mean, std = np.array(config.vae.latent_mean), np.array(config.vae.latent_std)
+
+    @torch.no_grad()
+    def decode(normalised):
+        return model.decode(torch.tensor(normalised * std + mean).permute(0, 4, 1, 2, 3)).sample.numpy()
+
+    changes = []
+    for channel in range(16):
+        step = np.zeros(z.shape)
+        step[..., channel] = 1e-3 * np.asarray(jax.random.normal(jax.random.key(channel), z.shape[:-1]))
+        changes.append(np.square(decode(z + step) - decode(z - step)).mean())
+    np.testing.assert_allclose(weights, changes / np.mean(changes), rtol=3e-4)
+
+
+def test_loss_of_weighted_channels(setup):
+    """Channels alone, in their proportions, are the loss; ones are the loss without weights."""
+    config, vae_params, tokenizer, data, _ = setup
+    batch = train_dit.Batches(data, tokenizer, config, 4, seed=0).draw(0)
+    batch = batch.replace(latents=batch.latents.astype(np.float32), condition=batch.condition.astype(np.float32))
+    params = train_dit.new_state(config, 0).params
+    loss = jax.jit(lambda weights: train_dit.loss_of(config, params, batch, jax.random.key(0), weights))
+    alone = np.array([loss(row) for row in np.eye(16, dtype=np.float32)])
+    weights = np.linspace(0.2, 1.8, 16, dtype=np.float32)
+    np.testing.assert_allclose(loss(weights), weights @ alone, rtol=1e-5)
+    plain = jax.jit(lambda: train_dit.loss_of(config, params, batch, jax.random.key(0)))()
+    np.testing.assert_allclose(loss(np.ones(16, np.float32)), plain, rtol=1e-6)
+
+
 def test_latents_are_those_of_the_jax_vae(setup):
     config, vae_params, _, data, _ = setup
     videos = np.stack([clip(seed, "train", FRAMES, SIZE).video for seed in range(CLIPS)])
@@ -145,7 +182,9 @@ def test_steps_lower_the_loss(setup):
     batches = train_dit.Batches(data, tokenizer, config, 8, seed=0)
     losses = []
     for step in range(60):
-        state, loss = train_dit.update(config, state, batches.draw(step), np.float32(3e-3), np.uint32(0))
+        state, loss = train_dit.update(
+            config, state, batches.draw(step), np.float32(3e-3), np.uint32(0), np.ones(16, np.float32)
+        )
         losses.append(float(loss))
     assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:5])
     assert int(state.step) == 60
