@@ -225,8 +225,9 @@ def test_train_resume_and_result(setup, vae_folder, monkeypatch, capsys):
     assert "exists already" in capsys.readouterr().err
     (folder / "model").rename(folder / "first")
     longer = str(json.loads(first[-1])["minutes"] + 0.001)  # than the first run took, on whatever machine
-    with pytest.raises(ValueError, match="holds checkpoints; add --resume"):
+    with pytest.raises(SystemExit):
         train_dit.main([*arguments, "--minutes", longer])
+    assert "holds checkpoints; add --resume" in capsys.readouterr().err
     train_dit.main([*arguments, "--minutes", longer, "--resume"])
     second = (folder / "log.jsonl").read_text().splitlines()
     assert len(second) > len(first)
@@ -287,9 +288,16 @@ def test_bad_lengths(tmp_path, lengths, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_vae(tmp_path):
-    with pytest.raises(ValueError, match="run benchmarks.tiny.train_vae first"):
-        latents.load_vae(tmp_path, NANO.vae)
+@pytest.mark.parametrize("line, told", [
+    (["--vae", "no"], "config.json: no such file; run benchmarks.tiny.train_vae first"),
+    (["--from-model", "no"], "model 'no': no such folder"),
+    (["--from-model", "tiny", "--decoder", "no"], "config.json: no such file; run benchmarks.tiny.train_vae first"),
+])  # fmt: skip
+def test_what_is_missing_is_told_in_a_line(tmp_path, line, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_dit.main([*line, "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_a_better_decoder_must_share_the_encoder(setup):

@@ -30,7 +30,7 @@ from flax import struct
 from benchmarks import resumed
 from benchmarks.tiny import build_tokenizer, evaluate
 from benchmarks.tiny.challenges import challenge
-from benchmarks.tiny.latents import BATCH, VARIETIES, LatentSet, build, encoder, load_vae, write_vae
+from benchmarks.tiny.latents import BATCH, VARIETIES, Encoder, LatentSet, build, encoder, load_vae, write_vae
 from wanjax import checkpoint, conditioning, flow, rope, vae
 from wanjax.clip import CLIPVision
 from wanjax.config import ModelConfig, VAEConfig, preset
@@ -303,8 +303,8 @@ def with_decoder(vae_params: Any, better: Any) -> Any:
     return {**vae_params, "decoder": better["decoder"], "post_quant": better["post_quant"]}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line's options; exits with 2 if the result is there already."""
+def parser_of_options() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Train the DiT, text and image encoders of the tiny model.")
     parser.add_argument("--vae", type=Path, help="vae folder that train_vae wrote; needed without --from-model")
     parser.add_argument("--from-model", metavar="MODEL", help="'tiny' or a model folder: go on from its weights, with "
@@ -327,48 +327,80 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--latents-only", action="store_true", help="compute the latents and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses options that do not go together, and a result that is there already."""
     if options.vae is None and options.from_model is None:
-        parser.error("--vae: give a vae folder that train_vae wrote, or a model with --from-model")
+        raise ValueError("--vae: give a vae folder that train_vae wrote, or a model with --from-model")
     stride = preset("tiny").vae.temporal_stride
     wrong = [n for n in options.lengths if n < stride + 1 or n % stride != 1]
     if wrong or len(set(options.lengths)) < len(options.lengths):
-        parser.error(f"--lengths: give different lengths of {stride}n+1 frames, n at least 1; got {options.lengths}")
+        raise ValueError(
+            f"--lengths: give different lengths of {stride}n+1 frames, n at least 1; got {options.lengths}"
+        )
     if (options.out / "model").exists():
-        parser.error(f"--out: {options.out / 'model'} exists already; choose another folder or move it away")
-    return options
+        raise ValueError(f"--out: {options.out / 'model'} exists already; choose another folder or move it away")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; see the module's docstring."""
-    options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    config = preset("tiny")
-    model = None
-    if options.from_model is not None:
-        model = checkpoint.load(options.from_model)
-        config = model.config
-    if options.vae is None:
-        options.vae = options.out / "vae"
-        write_vae(options.vae, config.vae, model.params["vae"])
-    elif model is not None:
-        # A preview's colours are of the earlier VAE's latents.
-        config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, latent_rgb=None))
-    vae_config, vae_params = load_vae(options.vae, config.vae)
-    config = dataclasses.replace(config, vae=vae_config)
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a training begins with.
+
+    Attributes:
+      config: of the model.
+      model: to go on from, or None.
+      encode: the VAE.
+      vae_params: of it, with the decoder that the finished model gets.
+    """
+
+    config: ModelConfig
+    model: checkpoint.Model | None
+    encode: Encoder
+    vae_params: Any
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Start:
+        """Reads what the options name.
+
+        Raises:
+          ValueError, OSError: something is missing or does not fit.
+        """
+        model = None if options.from_model is None else checkpoint.load(options.from_model)
+        config = preset("tiny") if model is None else model.config
+        if options.vae is None:
+            options.vae = options.out / "vae"
+            write_vae(options.vae, config.vae, model.params["vae"])
+        elif model is not None:
+            # A preview's colours are of the earlier VAE's latents.
+            config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, latent_rgb=None))
+        vae_config, vae_params = load_vae(options.vae, config.vae)
+        encode = encoder(options.vae, vae_config, vae_params)
+        if options.decoder is not None:
+            vae_params = with_decoder(vae_params, load_vae(options.decoder, config.vae)[1])
+        return cls(dataclasses.replace(config, vae=vae_config), model, encode, vae_params)
+
+    def latents(self, options: argparse.Namespace) -> list[LatentSet]:
+        """The training set of each length."""
+        sets = []
+        for frames in options.lengths:
+            clips = options.clips if frames == options.lengths[0] else options.clips // OTHER_LENGTHS_CLIPS
+            folder, stride = options.out / f"latents{frames}", self.config.vae.temporal_stride
+            sets.append(build(options.vae, self.encode, folder, clips, options.variety, frames, stride))
+        return sets
+
+
+def run(options: argparse.Namespace, start: Start, sets: list[LatentSet]) -> None:
+    """Trains and writes the result.
+
+    Raises:
+      ValueError: --resume does not fit what is in --out.
+    """
+    config = start.config
     running = dataclasses.replace(config, dit=dataclasses.replace(config.dit, remat=True, remat_keeps="products"))
     if options.bfloat16:
         running = running.with_precision(dataclasses.replace(BFLOAT16, param="float32"))
-    encode = encoder(options.vae, vae_config, vae_params)
-    if options.decoder is not None:
-        vae_params = with_decoder(vae_params, load_vae(options.decoder, config.vae)[1])
-    sets = []
-    for frames in options.lengths:
-        clips = options.clips if frames == options.lengths[0] else options.clips // OTHER_LENGTHS_CLIPS
-        sets.append(build(options.vae, encode, options.out / f"latents{frames}", clips, options.variety, frames,
-                          vae_config.temporal_stride))  # fmt: skip
-    if options.latents_only:
-        return
     build_tokenizer.main([str(options.out / "tokenizer.json")])
     tokenizer = Tokenizer(options.out / "tokenizer.json")
     tokens = options.batch * sets[0].latents.shape[1]
@@ -376,12 +408,27 @@ def main(arguments: list[str] | None = None) -> None:
         [Batches(one, tokenizer, config, max(1, round(tokens / one.latents.shape[1])), options.seed) for one in sets],
         options.seed,
     )
-    weights = channel_weights(config.vae, vae_params, sets[0].latents[:BATCH].astype(np.float32))
     with resumed.manager(options.out / "checkpoints") as manager:
-        state = new_state(running, options.seed) if model is None else state_of(model)
+        state = new_state(running, options.seed) if start.model is None else state_of(start.model)
         state = resumed.restored(manager, state, options.resume, "model")
-        state = train(running, state, batches, weights, vae_params, options, manager)
-    write_model(config, state, vae_params, options.out)
+        weights = channel_weights(config.vae, start.vae_params, sets[0].latents[:BATCH].astype(np.float32))
+        state = train(running, state, batches, weights, start.vae_params, options, manager)
+    write_model(config, state, start.vae_params, options.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = parser_of_options()
+    options = parser.parse_args(arguments)
+    try:
+        check(options)
+        start = Start.of(options)
+        options.out.mkdir(parents=True, exist_ok=True)
+        sets = start.latents(options)
+        if not options.latents_only:
+            run(options, start, sets)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
