@@ -1,34 +1,16 @@
 """Tensor names of the CLIP vision tower: diffusers layout (`image_encoder/`) and original Wan2.1 layout."""
 
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable
 
 from convert.keymap import LINEAR, SAME, UNBATCH, Rule, Transform, linear, norm, patch
 from wanjax.config import CLIPConfig
 
-PREFIX = "vision_model."
-
 BESIDE = ("visual_projection.weight", "text_model.", "text_projection", "logit_scale")
 """Beginnings of names that a whole CLIP has beside its vision tower."""
 
-T = TypeVar("T")
-
-
-def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The same tensors (or shapes) under names without the `vision_model.` that some files put in front.
-
-    Raises:
-      ValueError: a name is there with the prefix and without it.
-    """
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    if len(plain) != len(tensors):
-        twice = sorted(name for name in tensors if PREFIX + name in tensors)
-        raise ValueError(f"clip: tensors both with and without {PREFIX}: {', '.join(twice)}")
-    return plain
-
 
 def diffusers(config: CLIPConfig) -> list[Rule]:
-    """Rules for `CLIPVisionModel` under `plain_names`."""
+    """Rules for `CLIPVisionModel`, whose names some files write behind `vision_model.`; `split` takes that off."""
     block = "encoder.layers.{i}"
     rules = [
         Rule("patch_embed/kernel", "embeddings.patch_embedding.weight", patch((config.patch_size,) * 2)),

@@ -1,7 +1,6 @@
 """The page's layout: what is on it and where. `events` says what happens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ FRAMES = (9, 17, 25, 33, 49, 65, 81)
 """Lengths that are offered beside the model's usual one: each compiles once."""
 INNER = 3
 """Keyframes between the first and the last."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """The components by name.
-
-    Attributes:
-      values: what a clip is made of, in the order in which handlers get them.
-      drawing: of the editor. others: everything else.
-    """
-
-    values: dict[str, Any]
-    drawing: dict[str, Any]
-    others: dict[str, Any]
 
 
 def build(studio: Studio, line: Line, folder: Path) -> tuple[gr.Blocks, tuple[Field, ...]]:
