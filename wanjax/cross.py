@@ -148,7 +148,7 @@ def _by_frame(
     added += [nothing] * (len(keys) - len(added))
     q = layout.split(q)
     counted, count = layout.counted(part), layout.queries * lax.psum(q.shape[3], [a for a in axes if a == "tensor"])
-    first = jnp.zeros(0, jnp.int32) if control is None else control.anchors
+    first, value = jnp.zeros(0, jnp.int32) if control is None else control.anchors, jnp.concatenate(values, 1)
     order = jnp.concatenate([first, jnp.arange(frames)])
 
     def attend(scores: list[jax.Array], look: bool) -> tuple[list[jax.Array] | None, list[jax.Array]]:
@@ -176,7 +176,7 @@ def _by_frame(
                     for row, target, x in zip(plain, targets, bias, strict=True)]  # fmt: skip
         scores = [x.astype(softmax) + b[:, None, None].astype(softmax) for x, b in zip(scores, bias, strict=True)]
         biased, probabilities = attend(scores, inspect)
-        mixed = sum(xla.mix(p, v, precision) for p, v in zip(probabilities, values, strict=True))
+        mixed = xla.mix(jnp.concatenate(probabilities, -1), value, precision)
         out = lax.dynamic_update_index_in_dim(out, mixed.astype(out.dtype), frame, 0)
         return (anchored, out), (plain, biased, bias) if inspect else None
 
