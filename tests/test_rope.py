@@ -1,5 +1,6 @@
 """Rotary table and its application against diffusers and against a float64 oracle."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ def test_a_product_rotates_as_pairs_do(mode):
     half = jnp.asarray(x, jnp.bfloat16)
     wanted = rope.apply(half, table)
     assert relative_error(rope.apply(half, table, "product", "bfloat16"), wanted) <= 1e-7
+    rounded = jax.jit(lambda x: rope.apply(x, table, "pairs", "bfloat16"))(jnp.asarray(x, jnp.float32))
+    assert np.array_equal(rounded, wanted)  # compiled as well, the rounding is done
 
 
 def test_unknown_rotation():

@@ -93,7 +93,7 @@ def apply(x: jax.Array, rope: RopeTable, rotation: str = "pairs", dtype: str = "
         matrix of 0, 1 and -1, which is exact: on a TPU, whose layouts end in 128 lanes, projection, norm and rotation
         of a query take 0.49 ms of cycles that way, 1.71 with pairs, and 0.98 where the weights' columns are permuted
         so that halves are rotated (v6e, 4352 tokens, compiled, not run).
-      dtype: of the product's operand, to which x is rounded before.
+      dtype: to which x is rounded before, as Wan2.1 does.
 
     Raises:
       ValueError: unknown rotation.
@@ -101,12 +101,14 @@ def apply(x: jax.Array, rope: RopeTable, rotation: str = "pairs", dtype: str = "
     if rotation not in ROTATIONS:
         raise ValueError(f"rotation {rotation!r}: choose auto, {', '.join(ROTATIONS)}")
     cos, sin = (jnp.asarray(rows)[None, :, None] for rows in (rope.cos, rope.sin))
+    x = x.astype(jnp.dtype(dtype))
     if rotation == "product":
-        x = x.astype(jnp.dtype(dtype))
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         partner = jnp.einsum("BSND,DE->BSNE", x, _swap(x.shape[-1]).astype(x.dtype), precision=precision)
         cos, sin = (jnp.repeat(rows, 2, -1) for rows in (cos, sin))
         return x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
+    # XLA would take the rounding for an excess and keep a query in float32 between its norm and its rotation.
+    x = x if dtype == "float32" else jax.lax.optimization_barrier(x)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
