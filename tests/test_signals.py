@@ -2,8 +2,10 @@
 
 import gc
 import signal
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -58,15 +60,55 @@ def test_other_threads_are_left_alone():
     assert errors == []
 
 
-def test_an_interrupt_inside_a_collection_is_not_lost():
-    """Python drops what is raised in a callback of the garbage collector, and JAX has one."""
-
-    def _xla_gc_callback(phase, info):
+def in_a_collection():
+    def callback(phase, info):
         if phase == "start":
-            gc.callbacks.remove(_xla_gc_callback)
+            gc.callbacks.remove(callback)
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt), writing.terminate_as_interrupt():
-        gc.callbacks.append(_xla_gc_callback)
-        gc.collect()
-        time.sleep(5)
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def in_a_weak_reference():
+    one = Referred()
+    reference = weakref.ref(one, lambda _: signal.raise_signal(signal.SIGTERM))
+    del one
+    assert reference() is None
+
+
+def in_a_finalizer():
+    one = Finalized()
+    del one
+
+
+class Referred:
+    """What a weak reference may be of."""
+
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("place", [in_a_collection, in_a_weak_reference, in_a_finalizer])
+def test_an_interrupt_is_not_lost_where_python_drops_exceptions(place):
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), writing.terminate_as_interrupt():
+        place()
+        time.sleep(30)
+    assert sys.unraisablehook is hook
+
+
+def test_other_dropped_exceptions_are_told_as_before(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    class Broken:
+        def __del__(self):
+            raise KeyError("lost")
+
+    with writing.terminate_as_interrupt():
+        one = Broken()
+        del one
+    assert [type(one.exc_value) for one in told] == [KeyError]

@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -162,9 +163,9 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 def terminate_as_interrupt() -> Iterator[None]:
     """Inside, SIGTERM (and SIGHUP, unless ignored as by nohup) is a KeyboardInterrupt; for command lines.
 
-    Ctrl-C stays what it is, but is not lost any more when it falls into a garbage collection: what is raised in JAX's
-    callback there, or in a finalizer, goes no further. Does nothing outside the main thread. The old handlers come back
-    at the end.
+    Ctrl-C stays what it is, but is not lost any more where Python drops exceptions: in a callback of the garbage
+    collector (JAX has one) or of a weak reference, and in a finalizer. It is sent again a moment later. Does nothing
+    outside the main thread. The old handlers come back at the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -172,26 +173,37 @@ def terminate_as_interrupt() -> Iterator[None]:
     mended = {"SIGINT": (signal.default_int_handler,), "SIGHUP": (signal.SIG_DFL,)}
     old = {number: signal.getsignal(number) for name, number in signal.Signals.__members__.items()
            if name == "SIGTERM" or signal.getsignal(number) in mended.get(name, ())}  # fmt: skip
+    dropped = sys.unraisablehook
     try:
+        sys.unraisablehook = _again(dropped)
         for number, handler in old.items():
             if handler is not None:  # set by a library that is not Python, and could not be brought back
                 signal.signal(number, _interrupt)
         yield
     finally:
+        sys.unraisablehook = dropped
         for number, handler in old.items():
             if handler is not None:
                 signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    while frame is not None:
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
-            again = threading.Timer(0.01, _send, (number,))
-            again.daemon = True
-            again.start()
-            return
-        frame = frame.f_back
     raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _again(dropped: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook of what Python drops that sends an interrupt's signal again; all else is told by the one before."""
+
+    def told(unraisable: Any) -> None:
+        name = str(unraisable.exc_value)
+        if unraisable.exc_type is not KeyboardInterrupt or name not in signal.Signals.__members__:
+            dropped(unraisable)
+            return
+        again = threading.Timer(0.01, _send, (signal.Signals[name],))
+        again.daemon = True
+        again.start()
+
+    return told
 
 
 def _send(number: int) -> None:
