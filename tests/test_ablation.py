@@ -70,7 +70,7 @@ def test_no_setting_recompiles_and_each_does_something(model):
     np.testing.assert_array_equal(runs["none"], runs["wan"])
 
 
-@pytest.mark.parametrize("mode", ["sequential", "batched"])
+@pytest.mark.parametrize("mode", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])
 def test_kab_acts_on_the_conditional_pass_alone(model, mode):
     """Guidance 0 is the unconditional pass: neither KAB nor a caller's bias reaches it, isolation does."""
     chosen = {"guidance": 0.0, "guidance_mode": mode}

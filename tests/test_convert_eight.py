@@ -241,7 +241,8 @@ def test_loras_come_before(tmp_path, capsys):
     assert np.all(np.abs(made - wanted.T) <= np.abs(wanted.T) / 16 * 1.01 + 2.0**-10 * factors[1] * 1.01)
 
 
-@pytest.mark.parametrize("weights", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_a_wanjax_folder_in_8_bits(source, tmp_path, capsys, weights):
     first, other = tmp_path / "first", {"int8": "fp8", "fp8": "int8"}[weights]
     assert command.main([str(source), str(first), "--dtype", weights]) == 0

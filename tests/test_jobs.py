@@ -318,6 +318,7 @@ def test_a_moved_report_finds_its_keyframes(pictures, place, tmp_path_factory):
     place.mkdir()
 
 
+@pytest.mark.slow
 def test_loop_and_single_keyframes(pictures, place, capsys):
     loop = ["--first", place / "a.png", "--loop", "--out", place / "loop.mp4"]
     assert command.main(arguments(pictures, *loop)) == 0

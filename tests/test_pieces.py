@@ -56,7 +56,8 @@ def done(name, kind, grid, frames, tiles=1, precision=None):
 
 CASES = [
     # 16 latents make the smallest picture that is cut
-    pytest.param(("wan", "decode", (2, 18), 5, 2), marks=pytest.mark.slow), ("wan", "encode", (2, 18), 5, 2),
+    pytest.param(("wan", "decode", (2, 18), 5, 2), marks=pytest.mark.slow),
+    pytest.param(("wan", "encode", (2, 18), 5, 2), marks=pytest.mark.slow),
     ("tiny", "decode", (11, 3), 9, 2),  # upright, an odd number of rows
     ("tiny", "encode", (1, 17), 1, 5),  # does not divide; one frame
     ("stride2", "decode", (2, 14), 5, 99),  # more than there is room for

@@ -248,6 +248,7 @@ def test_noise_that_is_drawn_anew_goes_on_too(place, tmp_path, monkeypatch):
     same(tmp_path, out)
 
 
+@pytest.mark.slow
 def test_plots_of_a_run_that_went_on(place, tmp_path, monkeypatch):
     """The latents that enter the step in question are kept too, and where they are not, the run begins anew."""
 

@@ -55,7 +55,9 @@ def equal(found, wanted):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("batched", "noise anew") else []) for name in RUNS
+])  # fmt: skip
 def test_the_same_clips_bit_for_bit(folder, run):
     chunk = 2 if run in ("paper", "noise anew") else 1
     wanted = clips(checkpoint.load(folder), RUNS[run])
@@ -101,7 +103,10 @@ def evaluated(config, params, rng, method="paper"):
     return programs.Programs.of(plan, 2).denoise(params, *arguments(plan, rng))
 
 
-@pytest.mark.parametrize(("method", "weights"), [("wan", None), ("paper", "int8"), ("paper", "fp8")])
+@pytest.mark.parametrize(("method", "weights"), [
+    ("paper", "int8"), pytest.param("paper", "fp8", marks=pytest.mark.slow),
+    pytest.param("wan", None, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_every_form_computes_the_same(folder, method, weights):
     """Also the forms of other machines: kernels held in host memory, and stacks there that the program fetches."""
     rng = lambda: np.random.default_rng(3)  # noqa: E731
@@ -152,7 +157,7 @@ def live():
     return sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted())
 
 
-@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("anew", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_layers_at_most(folder, anew):
     """When a layer is fetched, the one before the last is gone."""
     params = streaming.restore(folder, checkpoint.param_shapes(CONFIG)["dit"], "loop", anew=anew)

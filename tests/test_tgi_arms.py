@@ -109,7 +109,7 @@ def test_random_bias_has_the_size_of_kabs(model, batch):
     assert np.abs(other[::-1].astype(int) - biased).max() <= 1, "a clip's bias is its own"
 
 
-@pytest.mark.parametrize("isolation", [Isolation(), None])
+@pytest.mark.parametrize("isolation", [pytest.param(Isolation(), marks=pytest.mark.slow), None])
 def test_the_size_of_a_bias_is_what_its_softmax_sees(model, batch, isolation):
     """A constant added to all keys of one softmax changes nothing, so it is no part of the size."""
     method = Method(isolation, NANO_METHOD.kab)

@@ -67,6 +67,7 @@ def test_files_asked_for_later_are_made_and_scores_stay(tmp_path, model):
     assert lost.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_video_made_once_more_must_be_the_scored_one(tmp_path, model, monkeypatch):
     """A machine or version that makes another one would mix its videos with the scores of the first."""
     start(plan(["wan"], strips=0), tmp_path / "out", model)

@@ -76,6 +76,7 @@ def test_channels_weigh_what_they_change_in_the_video(setup, vae_folder):
     np.testing.assert_allclose(weights, changes / np.mean(changes), rtol=3e-4)
 
 
+@pytest.mark.slow
 def test_loss_of_weighted_channels(setup):
     """Channels alone, in their proportions, are the loss; ones are the loss without weights."""
     config, vae_params, tokenizer, data, _ = setup

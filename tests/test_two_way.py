@@ -95,7 +95,12 @@ def behind(model, settings, conditions, negative, reverse, x, ahead, here):
 
 
 @pytest.mark.parametrize(
-    "flip, repeats", [("latent", 0), pytest.param("pixel", 0, marks=pytest.mark.slow), ("latent", 1)]
+    "flip, repeats",
+    [
+        ("latent", 0),
+        pytest.param("pixel", 0, marks=pytest.mark.slow),
+        pytest.param("latent", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_trf_is_a_weighted_sum_of_both_directions(model, setup, flip, repeats):
     """With repeats, each step of the first half is taken again from renewed noise."""

@@ -131,7 +131,7 @@ def test_decode_clips() -> None:
     assert video.min() == -1 and video.max() == 1
 
 
-@pytest.mark.parametrize("kind", ["encode", "decode"])
+@pytest.mark.parametrize("kind", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
 def test_chunks_with_explicit_cache_equal_the_scan(kind: str) -> None:
     """The public chunk methods, called one by one, give what one call over the whole length gives."""
     config, x = CONFIGS["tiny"], example("tiny", kind, 25)
@@ -162,7 +162,7 @@ def test_bfloat16_policy(kind: str) -> None:
     assert 1e-4 < relative_error(y, ours("tiny", kind, 5)) <= 2e-2
 
 
-@pytest.mark.parametrize("kind", ["encode", "decode"])
+@pytest.mark.parametrize("kind", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
 def test_the_other_form_of_convolution_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lowering that TPUs use, from the first to the last layer; the config alone decides."""
     monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("asked for the backend"))
