@@ -129,7 +129,9 @@ class Tensors:
         pairs = [(rename(name), tensor) for name, tensor in self.named.items()]
         kept = {name: tensor for name, tensor in pairs if name is not None}
         if len(kept) != sum(name is not None for name, _ in pairs):
-            raise SourceError(f"{self.files[0]}: two tensors come to the same name")
+            names = [name for name, _ in pairs]
+            twice = next(name for name in kept if names.count(name) > 1)
+            raise SourceError(f"{self.files[0]}: two tensors come to the same name, {twice}; save one of them alone")
         formats = {
             (rename(f"{layer}.weight") or "").removesuffix(".weight"): told for layer, told in self.formats.items()
         }

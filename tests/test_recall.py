@@ -53,7 +53,7 @@ def written(folder, suffix, text):
 def report(path, settings, **more):
     """A run's JSON, as the sampler writes it beside a clip."""
     value = {
-        "keyframes": ["/home/me/a.png", "b.png"],
+        "keyframes": ["/films/a.png", "b.png"],
         "video": "clip.mp4",
         "model": {"name": "nano", "source": "/models/nano", "precision": {}},
         "settings": settings | {"fps": 12, "scale": 8, "mesh": {"data": 2}},
@@ -91,7 +91,7 @@ def test_pictures_are_those_without_the_text(tmp_path, suffix):
 
 def test_numbers_of_numpy_and_a_model_that_was_given_by_a_path():
     settings = Settings(steps=np.int64(3), size=np.array([16, 24]), shift=np.float32(0.5))
-    found = recall.from_text(text_of(settings, model="/home/me/models/wan-flf2v/"), "here")
+    found = recall.from_text(text_of(settings, model="/films/models/wan-flf2v/"), "here")
     assert found.settings == Settings(steps=3, size=(16, 24), shift=0.5)
     assert found.model == "wan-flf2v"
 
@@ -129,7 +129,7 @@ def test_a_run_is_read_from_its_report(tmp_path, case):
     found = recall.read(report(tmp_path / "clip.json", dataclasses.asdict(CASES[case])))
     assert found.settings == CASES[case]
     assert (found.model, found.source, found.fps, found.scale) == ("nano", "/models/nano", 12, 8)
-    assert found.keyframes == (Keyframe(path="/home/me/a.png"), Keyframe(path="b.png"))
+    assert found.keyframes == (Keyframe(path="/films/a.png"), Keyframe(path="b.png"))
     assert found.written_by == "wanjax 0.1.0"
 
 

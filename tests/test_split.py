@@ -161,6 +161,19 @@ def test_a_whole_clip(tmp_path):
     part.check(plain_shapes()["clip"])
 
 
+@pytest.mark.parametrize("name, told", [
+    (None, "holds several of clip, under"),
+    ("encoder.layers.0.mlp.fc1.bias", "come to the same name, encoder.layers.0.mlp.fc1.bias; save one"),
+])  # fmt: skip
+def test_a_vision_tower_with_and_without_its_prefix_is_refused(tmp_path, name, told):
+    """Whole, or one tensor of it."""
+    plain = tensors_of("clip", "diffusers")
+    again = plain if name is None else {name: next(iter(plain.values()))}
+    save_file(behind("vision_model.", plain) | again, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=told):
+        sources.find(tmp_path / "x.safetensors").parts["clip"].check(plain_shapes()["clip"])
+
+
 MARKS = [(part, layout, mark) for part in PARTS for layout in ("original", "diffusers")
          for family in families.FAMILIES if (family.part, family.layout) == (part, layout)
          for mark in family.marks]  # fmt: skip

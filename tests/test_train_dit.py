@@ -54,7 +54,7 @@ def setup(vae_folder, tmp_path_factory):
 
 
 def test_channels_weigh_what_they_change_in_the_video(setup, vae_folder):
-    """Beside differences of what diffusers decodes in float64."""
+    """Beside differences of what diffusers decodes."""
     config, vae_params, _, data, _ = setup
     z = data.latents[:2].astype(np.float32)
     weights = train_dit.channel_weights(config.vae, vae_params, z)
